@@ -1,0 +1,40 @@
+# make demo   set up .venv, convert the shipped model, let llama.cpp speak with it
+# make test   set up .venv, lint, type-check, run the tests
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+KERNELS := $(wildcard kernels/*.h kernels/cpu/*)
+
+.PHONY: setup build demo test lint bench clean
+.NOTPARALLEL:
+
+setup: $(VENV)/.installed build
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q --upgrade pip
+	$(PY) -m pip install -q -c constraints.txt setuptools wheel torch
+	$(PY) -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	touch $@
+
+build: quantforge/_cpu.so
+quantforge/_cpu.so: setup.py $(KERNELS) | $(VENV)/.installed
+	$(PY) setup.py -q build_ext --inplace
+
+demo: setup
+	$(VENV)/bin/quantforge demo
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+test: lint
+	$(PY) -m pytest
+
+bench: setup
+	$(PY) benchmarks/encode.py
+	$(PY) benchmarks/convert.py
+
+clean:
+	rm -rf build quantforge/_cpu.so

@@ -1,0 +1,17 @@
+// Eight lanes.
+#if defined(__x86_64__)
+#include <immintrin.h>
+#include "common.h"
+#pragma GCC push_options
+#pragma GCC target("avx2,f16c")
+
+namespace {
+#include "vec_avx2.h"
+#include "kernels.inc"
+}  // namespace
+
+extern const qf_table qf_table_avx2;
+const qf_table qf_table_avx2 = {QF_ABI, (int32_t)(sizeof kernels / sizeof *kernels), "avx2", kernels};
+
+#pragma GCC pop_options
+#endif

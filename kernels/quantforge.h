@@ -1,0 +1,54 @@
+/* The one C ABI between quantforge and its compiled kernels, CPU and CUDA.
+ *
+ * A kernel is found by (codec, op) in the table that qf_open returns. It never allocates for the
+ * caller, prints or exits; it returns one of the codes below. Arrays are dense and row-major.
+ *
+ *   op        in                                               out
+ *   encode    w f32[rows, in], optional importance f32[in]     one u8[rows, row_bytes]
+ *   decode    u8[rows, row_bytes]                              f32[rows, in]
+ */
+#ifndef QUANTFORGE_H
+#define QUANTFORGE_H
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define QF_ABI 1
+#define QF_API __attribute__((visibility("default")))
+
+enum { QF_OK = 0, QF_ESHAPE = 1, QF_EDTYPE = 2, QF_ENONFINITE = 3, QF_ENOMEM = 4, QF_EDEVICE = 5 };
+
+enum { QF_U8 = 0, QF_I8, QF_U16, QF_I16, QF_U32, QF_I32, QF_I64, QF_F16, QF_BF16, QF_F32, QF_F64 };
+
+typedef struct {
+    void   *data;
+    int64_t shape[4];
+    int32_t ndim, dtype;
+} qf_array;
+
+typedef int (*qf_fn)(const qf_array *in, int n_in, qf_array *out, int n_out, void *stream);
+
+typedef struct {
+    const char *codec, *op;
+    qf_fn       fn;
+} qf_kernel;
+
+typedef struct {
+    int32_t          abi, n;
+    const char      *isa;
+    const qf_kernel *kernels;
+} qf_table;
+
+/* The table for an instruction set ("scalar", "avx2", ...), or the best this CPU runs when isa is
+ * NULL. Returns NULL for an unknown name or one that this CPU cannot run. */
+QF_API const qf_table *qf_open(const char *isa);
+
+/* The i-th instruction set compiled into this library that this CPU can run, best first, or NULL. */
+QF_API const char *qf_isa(int i);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

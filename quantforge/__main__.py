@@ -1,0 +1,5 @@
+"""python -m quantforge."""
+
+from .cli import main
+
+main()

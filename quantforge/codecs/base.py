@@ -1,0 +1,302 @@
+"""What a codec is: numbers to stored bytes and back, knowing neither files nor models. And the
+registry of codecs: modules of this package are discovered, third parties `register` or use the
+entry-point group `quantforge.codecs`."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import gguf
+import numpy as np
+
+from .. import native
+from ..arrays import F32, Parts, TensorInfo, to_numpy
+from ..errors import NonFiniteError, ShapeError, UnsupportedError, nearest
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Codec(ABC):
+    """A way to store a tensor of weights. Stateless: one shared instance per name.
+
+    Subclasses set `name` and `block_size` and implement `layout`, `encode` and `decode`;
+    that is all a custom quantizer needs.
+    """
+
+    name: str
+    """ggml's spelling for ggml types ("Q4_K"), else like "int4-g128-sym"."""
+    block_size: int = 1
+    """Weights per parameter set, along the last axis."""
+    ggml_type: int | None = None
+    """Type id in GGUF files; None: no GGUF file can hold this codec."""
+    needs_importance: bool = False
+    """True where llama.cpp refuses to encode without importance."""
+    row_local: bool = False
+    """True if the parts of rows a:b depend on rows a:b alone and every part has the tensor's
+    leading axes, so that tensors can be encoded in tiles of rows, in parallel."""
+
+    @abstractmethod
+    def layout(self, shape: tuple[int, ...]) -> dict[str, TensorInfo]:
+        """The exact dtype and shape of each part for a tensor of `shape`; needs no data.
+
+        Raises ShapeError where the codec cannot hold that shape.
+        """
+
+    @abstractmethod
+    def encode(self, w: F32, importance: F32 | None = None, *, threads: int = 1) -> Parts:
+        """Quantize. w: f32[..., in]; importance: f32[in] or broadcastable to w (mean x²).
+
+        Raises ShapeError, NonFiniteError (NaN or infinity in w).
+        """
+
+    @abstractmethod
+    def decode(self, parts: Parts, shape: tuple[int, ...], *, threads: int = 1) -> F32:
+        """The numbers that `parts` stand for: f32[shape]."""
+
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        """Stored bytes of a tensor of `shape`."""
+        return sum(info.nbytes for info in self.layout(shape).values())
+
+    def __repr__(self) -> str:
+        return f"<codec {self.name}>"
+
+
+class GridCodec(Codec):
+    """A codec whose codes can be chosen a few columns at a time, on torch tensors (CPU or CUDA).
+
+    What error-feedback and learned methods need: fix the block parameters with `fit`, then
+    `round` columns one vector at a time while later columns are still changing.
+    `params` and `codes` are dicts of torch tensors whose leading axis is `out`, so that they
+    can be indexed by row.
+    """
+
+    vector: ClassVar[int] = 1
+    """Columns that are rounded together: 1, or 4/8 for codebook types."""
+
+    @abstractmethod
+    def fit(self, w: torch.Tensor, importance: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """Choose the parameters (scales, mins) of every block of w: f32[out, in].
+
+        importance: f32[in] or f32[out, in].  Parameters are the *stored* ones: already rounded
+        to what the file can hold.
+        """
+
+    @abstractmethod
+    def round(self, w: torch.Tensor, params: dict[str, torch.Tensor], at: int = 0) -> torch.Tensor:
+        """Codes of columns at:at+w.shape[1] under fixed params; integer tensor [out, n]."""
+
+    @abstractmethod
+    def expand(self, codes: torch.Tensor, params: dict[str, torch.Tensor], at: int = 0) -> torch.Tensor:
+        """f32[out, n]: exactly what `decode` gives for these codes at columns at:at+n."""
+
+    @abstractmethod
+    def pack(self, codes: torch.Tensor, params: dict[str, torch.Tensor]) -> Parts:
+        """Stored parts of a whole matrix."""
+
+    @abstractmethod
+    def unpack(self, parts: Parts, shape: tuple[int, ...]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Inverse of `pack`: (codes, params)."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Encoded:
+    """A stored tensor in any format: codec, shape and byte parts."""
+
+    codec: Codec
+    shape: tuple[int, ...]
+    parts: Parts
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes of all parts."""
+        return sum(int(p.nbytes) for p in self.parts.values())
+
+    @property
+    def bpw(self) -> float:
+        """Stored bits per weight."""
+        return 8 * self.nbytes / max(1, int(np.prod(self.shape, dtype=object)))
+
+    def decode(self, *, threads: int = 1) -> F32:
+        """The weights: f32[shape]."""
+        return self.codec.decode(self.parts, self.shape, threads=threads)
+
+    def tobytes(self) -> bytes:
+        """All parts' bytes, in the codec's order; for ggml types, a GGUF tensor's bytes."""
+        return b"".join(np.ascontiguousarray(self.parts[k]).tobytes() for k in self.codec.layout(self.shape))
+
+    def rows(self, rows: slice | Any) -> Encoded:
+        """Rows of a 2-D (or 1-D-per-row) tensor of a row-local codec, without decoding.
+
+        rows: a slice (parts stay views) or an index array over the first axis.
+        """
+        assert self.codec.row_local
+        parts = {k: p[rows] for k, p in self.parts.items()}
+        n = next(iter(parts.values())).shape[0]
+        return Encoded(self.codec, (n, *self.shape[1:]), parts)
+
+    def flat(self) -> Encoded:
+        """The same tensor with all leading axes merged: shape [rows, in] (row-local codecs)."""
+        assert self.codec.row_local
+        n_in = self.shape[-1]
+        rows = int(np.prod(self.shape[:-1], dtype=np.int64))
+        parts = {k: p.reshape(rows, -1) for k, p in self.parts.items()}
+        return Encoded(self.codec, (rows, n_in), parts)
+
+
+def check_weights(w: Any, codec: Codec) -> F32:
+    """`w` as contiguous f32 of at least one axis whose length the codec's block divides."""
+    w = to_numpy(w)
+    if w.ndim == 0:
+        raise ShapeError(f"{codec.name}: a scalar has no rows to quantize")
+    check_block(w.shape, codec)
+    return np.ascontiguousarray(w, dtype=np.float32)
+
+
+def check_block(shape: tuple[int, ...], codec: Codec) -> None:
+    """Raise ShapeError unless the last axis is a multiple of the codec's block."""
+    if not shape or shape[-1] % codec.block_size:
+        n = shape[-1] if shape else 0
+        raise ShapeError(
+            f"{codec.name}: rows of {n} weights are not a multiple of the block size {codec.block_size}; "
+            "choose a type with a smaller block (Q8_0, Q4_0: 32; F16: 1)"
+        )
+
+
+def raise_non_finite(w: F32, what: str) -> None:
+    """Raise NonFiniteError naming the first NaN or infinity in w; return if there is none."""
+    bad = ~np.isfinite(w)
+    if bad.any():
+        index = tuple(int(i) for i in np.unravel_index(int(np.argmax(bad)), w.shape))
+        raise NonFiniteError(f"{what}: weight {list(index)} is {w[index]}; the checkpoint is damaged or overflowed", index)
+
+
+class GgmlCodec(Codec):
+    """A ggml block type: one part, `data`: u8[..., row_bytes], the bytes of a GGUF tensor.
+
+    The numbers live in compiled kernels; a type is a name. Ids, block and type sizes come from
+    the `gguf` package, or from the arguments for types that it does not know yet.
+    """
+
+    row_local = True
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        takes_importance: bool = False,
+        needs_importance: bool = False,
+        size: tuple[int, int, int] | None = None,
+    ) -> None:
+        if size is None:
+            kind = gguf.GGMLQuantizationType[name]
+            size = (int(kind), *gguf.GGML_QUANT_SIZES[kind])
+        self.name = name
+        self.ggml_type, self.block_size, self.type_size = size
+        self.takes_importance = takes_importance
+        self.needs_importance = needs_importance
+
+    def layout(self, shape: tuple[int, ...]) -> dict[str, TensorInfo]:
+        """One part, `data`: u8[..., row_bytes]."""
+        check_block(shape, self)
+        return {"data": TensorInfo(np.dtype(np.uint8), (*shape[:-1], shape[-1] // self.block_size * self.type_size))}
+
+    def encode(self, w: F32, importance: F32 | None = None, *, threads: int = 1) -> Parts:
+        """Quantize w: f32[..., in] with the compiled kernel; see `Codec.encode`."""
+        w = check_weights(w, self)
+        info = self.layout(w.shape)["data"]
+        data = np.empty(info.shape, info.dtype)
+        rows, out = w.reshape(-1, w.shape[-1]), data.reshape(-1, info.shape[-1])
+        try:
+            if importance is None or not self.takes_importance:
+                native.call_rows(self.name, "encode", [rows], [], [out], threads)
+            else:
+                per = check_importance(importance, w.shape, self)
+                step = rows.shape[0] // len(per)
+                for i, q in enumerate(per):
+                    span = slice(i * step, (i + 1) * step)
+                    native.call_rows(self.name, "encode", [rows[span]], [q], [out[span]], threads)
+        except native.KernelError as e:
+            if e.code == native.ENONFINITE:
+                raise_non_finite(w, self.name)
+            raise
+        return {"data": data}
+
+    def decode(self, parts: Parts, shape: tuple[int, ...], *, threads: int = 1) -> F32:
+        """f32[shape]; bit-equal to ggml's and gguf-py's dequantization."""
+        info = self.layout(shape)["data"]
+        data = np.ascontiguousarray(parts["data"]).reshape(-1, info.shape[-1])
+        w = np.empty(shape, np.float32)
+        native.call_rows(self.name, "decode", [data], [], [w.reshape(-1, shape[-1])], threads)
+        return w
+
+
+def check_importance(importance: F32, shape: tuple[int, ...], codec: Codec) -> F32:
+    """Importance as f32[n, in]: one row for the whole tensor, or one per leading index (experts)."""
+    q = np.ascontiguousarray(to_numpy(importance), dtype=np.float32)
+    n_in = shape[-1]
+    leading = int(np.prod(shape[:-2], dtype=np.int64))
+    if q.shape[-1:] != (n_in,) or q.size not in (n_in, leading * n_in):
+        raise ShapeError(
+            f"{codec.name}: importance of shape {list(q.shape)} does not fit weights {list(shape)}; give one value per column"
+        )
+    if not np.isfinite(q).all() or (q < 0).any():
+        raise NonFiniteError(f"{codec.name}: importance must be finite and not negative", ())
+    return q.reshape(-1, n_in)
+
+
+_registry: dict[str, Codec] = {}
+_C = TypeVar("_C", bound="type[Codec] | Codec")
+
+
+def register(codec: _C) -> _C:
+    """Make a codec known by its name. Takes an instance or a class (usable as a decorator).
+
+    Raises UnsupportedError if another codec has that name.
+    """
+    instance = codec() if isinstance(codec, type) else codec
+    known = _registry.get(instance.name)
+    if known is not None and type(known).__qualname__ != type(instance).__qualname__:
+        raise UnsupportedError(f"a codec named {instance.name} is already registered by {type(known).__module__}")
+    _registry[instance.name] = instance
+    return codec
+
+
+@cache
+def _discover() -> None:
+    package = importlib.import_module(__package__)
+    for module in pkgutil.iter_modules(package.__path__):
+        if module.name != "base":
+            importlib.import_module(f"{__package__}.{module.name}")
+    for point in entry_points(group="quantforge.codecs"):
+        register(point.load())
+
+
+def names() -> list[str]:
+    """Names of all codecs, in registration order."""
+    _discover()
+    return list(_registry)
+
+
+def get(name: str | Codec) -> Codec:
+    """The codec of that name (any case). Raises UnsupportedError naming the nearest ones."""
+    if isinstance(name, Codec):
+        return name
+    _discover()
+    folded = {k.lower(): v for k, v in _registry.items()}
+    try:
+        return _registry.get(name) or folded[name.lower()]
+    except KeyError:
+        raise UnsupportedError(f"unknown type {name}{nearest(name, _registry)}; `quantforge types` lists all") from None
+
+
+def by_ggml_type(ggml_type: int) -> Codec | None:
+    """The codec with that GGUF type id, or None."""
+    _discover()
+    return next((c for c in _registry.values() if c.ggml_type == ggml_type), None)

@@ -1,0 +1,75 @@
+"""Plain arrays: floats (F32, F16, BF16, F64, fp8) and the integers that GGUF files may hold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gguf
+import numpy as np
+
+from .. import native
+from ..arrays import BF16, F8_E4M3, F8_E5M2, F32, Array, Parts, TensorInfo
+from .base import Codec, check_weights, raise_non_finite, register
+
+
+class PlainCodec(Codec):
+    """One number per weight: part `data`, an array of `dtype` in the tensor's own shape."""
+
+    row_local = True
+
+    def __init__(self, name: str, dtype: np.dtype[Any]) -> None:
+        self.name = name
+        self.dtype = dtype
+        kind = getattr(gguf.GGMLQuantizationType, name, None)
+        self.ggml_type = None if kind is None else int(kind)
+
+    def layout(self, shape: tuple[int, ...]) -> dict[str, TensorInfo]:
+        """One part, `data`: dtype[shape]."""
+        return {"data": TensorInfo(self.dtype, shape)}
+
+    def encode(self, w: F32, importance: F32 | None = None, *, threads: int = 1) -> Parts:
+        """Round to nearest even. Importance does not matter here."""
+        w = check_weights(w, self)
+        if native.has(self.name, "encode"):
+            out = np.empty(w.shape, self.dtype)
+            try:
+                native.call_rows(self.name, "encode", [_rows(w)], [], [_bytes(out)], threads)
+            except native.KernelError as e:
+                if e.code == native.ENONFINITE:
+                    raise_non_finite(w, self.name)
+                raise
+            return {"data": out}
+        raise_non_finite(w, self.name)
+        return {"data": w.astype(self.dtype)}
+
+    def decode(self, parts: Parts, shape: tuple[int, ...], *, threads: int = 1) -> F32:
+        """Exact widening to f32 (F64 and 64-bit integers round)."""
+        data = parts["data"].reshape(shape)
+        if native.has(self.name, "decode"):
+            w = np.empty(shape, np.float32)
+            native.call_rows(self.name, "decode", [_bytes(np.ascontiguousarray(data))], [], [_rows(w)], threads)
+            return w
+        return data.astype(np.float32)
+
+
+def _rows(w: Array) -> Array:
+    return w.reshape(-1, w.shape[-1]) if w.ndim else w.reshape(1, 1)
+
+
+def _bytes(a: Array) -> Array:
+    return _rows(a).view(np.uint8)
+
+
+for _name, _dtype in {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": BF16,
+    "F64": np.dtype(np.float64),
+    "F8_E4M3": F8_E4M3,
+    "F8_E5M2": F8_E5M2,
+    "I8": np.dtype(np.int8),
+    "I16": np.dtype(np.int16),
+    "I32": np.dtype(np.int32),
+    "I64": np.dtype(np.int64),
+}.items():
+    register(PlainCodec(_name, _dtype))

@@ -1,0 +1,68 @@
+"""The exception tree: every error that quantforge raises on purpose.
+
+    QuantForgeError
+    ├── FormatError        a file is not what it says it is (has .path and .offset)
+    ├── ShapeError         a tensor's shape does not fit the codec or architecture
+    ├── NonFiniteError     NaN or infinity in a weight (has .index)
+    ├── UnsupportedError   valid input that quantforge does not handle
+    ├── RecipeError        options that name nothing, contradict or cannot be met
+    ├── CalibrationError   calibration text or statistics unfit for use
+    └── NativeError        the compiled kernels are missing or failed
+
+Messages are one line; they name the thing, the limit and the way out.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from os import PathLike, fspath
+
+
+class QuantForgeError(Exception):
+    """Base of every deliberate error."""
+
+
+class FormatError(QuantForgeError):
+    """A file breaks its format's rules; `offset` is the byte where that was seen, if known."""
+
+    def __init__(self, path: str | PathLike[str], message: str, offset: int | None = None) -> None:
+        self.path = fspath(path)
+        self.offset = offset
+        at = "" if offset is None else f" at byte {offset}"
+        super().__init__(f"{self.path}{at}: {message}")
+
+
+class ShapeError(QuantForgeError):
+    """A shape that a codec or architecture cannot take."""
+
+
+class NonFiniteError(QuantForgeError):
+    """NaN or infinity where a finite weight is needed; `index` is the first one's position."""
+
+    def __init__(self, message: str, index: tuple[int, ...]) -> None:
+        self.index = index
+        super().__init__(message)
+
+
+class UnsupportedError(QuantForgeError):
+    """Valid input outside of what quantforge handles."""
+
+
+class RecipeError(QuantForgeError):
+    """Options that match nothing, contradict each other or cannot be met."""
+
+
+class CalibrationError(QuantForgeError):
+    """Calibration text or statistics that cannot be used."""
+
+
+class NativeError(QuantForgeError):
+    """The compiled kernels are missing, of another version, or reported a failure."""
+
+
+def nearest(name: str, known: Iterable[str], n: int = 3) -> str:
+    """A hint ` (did you mean A, B?)` with the known names closest to `name`, or an empty string."""
+    names = {k.lower(): k for k in known}
+    close = difflib.get_close_matches(name.lower(), names, n=n, cutoff=0.5)
+    return f" (did you mean {', '.join(names[c] for c in close)}?)" if close else ""

@@ -1,0 +1,147 @@
+"""The one binding to the compiled kernels (kernels/quantforge.h), through ctypes.
+
+ctypes releases the GIL during a call, so threads over rows run in parallel. The environment
+variable QUANTFORGE_ISA forces an instruction set (scalar, avx2, avx512, neon).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from .arrays import BF16, Array
+from .errors import NativeError
+
+ABI = 1
+OK, ESHAPE, EDTYPE, ENONFINITE, ENOMEM, EDEVICE = range(6)
+_REASONS = {
+    ESHAPE: "the arrays' shapes do not fit the kernel",
+    EDTYPE: "the arrays' dtypes do not fit the kernel",
+    ENONFINITE: "NaN or infinity in the input",
+    ENOMEM: "out of memory",
+    EDEVICE: "the device reported an error",
+}
+_DTYPES = ["u1", "i1", "u2", "i2", "u4", "i4", "i8", "f2", BF16, "f4", "f8"]
+_DTYPE_CODES = {np.dtype(d): i for i, d in enumerate(_DTYPES)}
+
+
+class _Array(ctypes.Structure):
+    _fields_ = (("data", ctypes.c_void_p), ("shape", ctypes.c_int64 * 4), ("ndim", ctypes.c_int32), ("dtype", ctypes.c_int32))
+
+
+_Fn = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(_Array), ctypes.c_int, ctypes.POINTER(_Array), ctypes.c_int, ctypes.c_void_p)
+
+
+class _Kernel(ctypes.Structure):
+    _fields_ = (("codec", ctypes.c_char_p), ("op", ctypes.c_char_p), ("fn", _Fn))
+
+
+class _Table(ctypes.Structure):
+    _fields_ = (("abi", ctypes.c_int32), ("n", ctypes.c_int32), ("isa", ctypes.c_char_p), ("kernels", ctypes.POINTER(_Kernel)))
+
+
+class KernelError(NativeError):
+    """A kernel returned an error code (`.code`, one of this module's constants)."""
+
+    def __init__(self, what: str, code: int) -> None:
+        self.code = code
+        super().__init__(f"kernel {what}: {_REASONS.get(code, f'error {code}')}")
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    path = Path(__file__).with_name("_cpu.so")
+    try:
+        lib = ctypes.CDLL(str(path))
+    except OSError as e:
+        raise NativeError(
+            f"cannot load quantforge's compiled kernels ({e}); reinstall with a C++17 compiler present "
+            "(Debian/Ubuntu: apt-get install g++; macOS: xcode-select --install), in a checkout: make build"
+        ) from None
+    lib.qf_open.restype = ctypes.POINTER(_Table)
+    lib.qf_open.argtypes = [ctypes.c_char_p]
+    lib.qf_isa.restype = ctypes.c_char_p
+    lib.qf_isa.argtypes = [ctypes.c_int]
+    return lib
+
+
+def isas() -> list[str]:
+    """The instruction sets that this build has and this CPU can run, best first."""
+    found: list[str] = []
+    while (isa := _library().qf_isa(len(found))) is not None:
+        found.append(isa.decode())
+    return found
+
+
+@cache
+def _table(isa: str | None) -> tuple[str, dict[tuple[str, str], ctypes._FuncPointer]]:
+    table = _library().qf_open(isa.encode() if isa else None)
+    if not table:
+        raise NativeError(
+            f"QUANTFORGE_ISA={isa}: not an instruction set of this build and CPU; choose one of {', '.join(isas())}"
+        )
+    t = table.contents
+    if t.abi != ABI:
+        raise NativeError(f"the compiled kernels are of ABI {t.abi}, this quantforge wants {ABI}; rebuild (make build)")
+    return t.isa.decode(), {(t.kernels[i].codec.decode(), t.kernels[i].op.decode()): t.kernels[i].fn for i in range(t.n)}
+
+
+def isa() -> str:
+    """The instruction set in use."""
+    return _table(os.environ.get("QUANTFORGE_ISA") or None)[0]
+
+
+def has(codec: str, op: str) -> bool:
+    """True if a compiled kernel for that codec and operation exists."""
+    return (codec, op) in _table(os.environ.get("QUANTFORGE_ISA") or None)[1]
+
+
+def _describe(arrays: Sequence[Array]) -> ctypes.Array[_Array]:
+    descriptors = (_Array * max(1, len(arrays)))()
+    for d, a in zip(descriptors, arrays, strict=False):
+        assert a.flags.c_contiguous and a.ndim <= 4
+        d.data, d.ndim, d.dtype = a.ctypes.data, a.ndim, _DTYPE_CODES[a.dtype]
+        d.shape[: a.ndim] = a.shape
+    return descriptors
+
+
+def call(codec: str, op: str, inputs: Sequence[Array], outputs: Sequence[Array]) -> None:
+    """Run one kernel on dense arrays. Raises KernelError, or NativeError if there is none."""
+    name, kernels = _table(os.environ.get("QUANTFORGE_ISA") or None)
+    try:
+        fn = kernels[codec, op]
+    except KeyError:
+        raise NativeError(f"no compiled {op} kernel for {codec} in the {name} unit") from None
+    code = fn(_describe(inputs), len(inputs), _describe(outputs), len(outputs), None)
+    if code != OK:
+        raise KernelError(f"{codec} {op}", code)
+
+
+def call_rows(
+    codec: str, op: str, rowwise: Sequence[Array], shared: Sequence[Array], outputs: Sequence[Array], threads: int = 1
+) -> None:
+    """Run a kernel over row ranges in `threads` threads.
+
+    rowwise and outputs: arrays [rows, ...] that are cut along axis 0; shared: passed whole, after
+    the row-wise inputs. Results do not depend on `threads`.
+    """
+    rows = outputs[0].shape[0]
+    n = max(1, min(threads, rows))
+    if n == 1:
+        call(codec, op, [*rowwise, *shared], outputs)
+        return
+    cuts = [rows * i // n for i in range(n + 1)]
+
+    def part(i: int) -> None:
+        a, b = cuts[i], cuts[i + 1]
+        call(codec, op, [*(x[a:b] for x in rowwise), *shared], [y[a:b] for y in outputs])
+
+    with ThreadPoolExecutor(n) as pool:
+        for done in [pool.submit(part, i) for i in range(n)]:
+            done.result()

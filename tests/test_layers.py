@@ -1,0 +1,96 @@
+"""Imports go strictly down the layers of docs/architecture.md."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import quantforge
+
+PACKAGE = Path(quantforge.__file__).parent
+LAYERS = [
+    {"arrays", "native"},
+    {"codecs", "archs", "metrics", "tokenizer"},
+    {"formats", "methods", "runtime", "nn"},
+    {"recipes", "calibrate", "importance", "report"},
+    {"convert", "evaluate"},
+    {"cli", "__init__", "__main__", "demo"},
+]
+FREE = {"errors"}
+HEAVY = {"torch", "transformers"}
+MAY_BE_HEAVY = {"methods", "runtime", "calibrate", "nn"}
+
+MODULES = sorted(p.relative_to(PACKAGE) for p in PACKAGE.rglob("*.py") if "data" not in p.relative_to(PACKAGE).parts)
+
+
+def unit(path: Path) -> str:
+    """The module or sub-package directly below quantforge."""
+    return path.parts[0].removesuffix(".py")
+
+
+def level(name: str) -> int:
+    for i, names in enumerate(LAYERS):
+        if name in names:
+            return i
+    raise AssertionError(f"{name} has no layer: add it to docs/architecture.md and to this test")
+
+
+def imports(path: Path) -> set[tuple[str, ...]]:
+    """Dotted paths below quantforge of what `path` imports, wherever in the file, type-checking blocks aside."""
+    package = ("quantforge", *path.parts[:-1])
+    found: set[tuple[str, ...]] = set()
+
+    class Visitor(ast.NodeVisitor):
+        def visit_If(self, node: ast.If) -> None:
+            if not (isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"):
+                self.generic_visit(node)
+
+        def visit_Import(self, node: ast.Import) -> None:
+            found.update(tuple(a.name.split(".")) for a in node.names)
+
+        def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            base += tuple(node.module.split(".")) if node.module else ()
+            found.update((*base, a.name) for a in node.names)
+
+    Visitor().visit(ast.parse((PACKAGE / path).read_text()))
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_imports_go_down(path: Path) -> None:
+    me = unit(path)
+    for target in imports(path):
+        if target[0] != "quantforge" or len(target) < 2:
+            continue
+        other = target[1]
+        if not (PACKAGE / other).is_dir() and not (PACKAGE / f"{other}.py").exists():
+            continue  # a name defined in quantforge/__init__.py
+        if other in FREE:
+            continue
+        if other == me:
+            inside = target[2] if len(target) > 2 else ""
+            is_module = (PACKAGE / other / f"{inside}.py").exists() and inside != path.stem
+            assert not is_module or inside == "base" or path.stem == "__init__", f"{path} imports its sibling {'.'.join(target)}"
+            continue
+        assert level(other) < level(me), f"{path} (layer {level(me)}) imports {other} (layer {level(other)})"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_heavy_imports_only_where_allowed(path: Path) -> None:
+    tree = ast.parse((PACKAGE / path).read_text())
+    top = {n for node in tree.body if isinstance(node, ast.Import) for n in (a.name.split(".")[0] for a in node.names)}
+    top |= {
+        node.module.split(".")[0] for node in tree.body if isinstance(node, ast.ImportFrom) and node.module and not node.level
+    }
+    if unit(path) not in MAY_BE_HEAVY:
+        assert not top & HEAVY, f"{path} imports {top & HEAVY} at module level"
+
+
+def test_import_does_not_load_torch() -> None:
+    code = "import sys, quantforge, quantforge.cli; assert not {'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -13,12 +13,15 @@ import quantforge
 
 PACKAGE = Path(quantforge.__file__).parent
 LAYERS = [
-    {"arrays", "native"},
+    {"arrays"},
+    {"native"},
     {"codecs", "archs", "metrics", "tokenizer"},
     {"formats", "methods", "runtime", "nn"},
     {"recipes", "calibrate", "importance", "report"},
     {"convert", "evaluate"},
-    {"cli", "__init__", "__main__", "demo"},
+    {"__init__"},
+    {"cli", "demo"},
+    {"__main__"},
 ]
 FREE = {"errors"}
 HEAVY = {"torch", "transformers"}

@@ -38,6 +38,8 @@ class Codec(ABC):
     """Type id in GGUF files; None: no GGUF file can hold this codec."""
     needs_importance: bool = False
     """True where llama.cpp refuses to encode without importance."""
+    encodes: bool = True
+    """False where only decoding is possible."""
     row_local: bool = False
     """True if the parts of rows a:b depend on rows a:b alone and every part has the tensor's
     leading axes, so that tensors can be encoded in tiles of rows, in parallel."""
@@ -300,3 +302,13 @@ def by_ggml_type(ggml_type: int) -> Codec | None:
     """The codec with that GGUF type id, or None."""
     _discover()
     return next((c for c in _registry.values() if c.ggml_type == ggml_type), None)
+
+
+def quantize(w: Any, codec: str | Codec, *, importance: Any = None, threads: int = 1) -> Encoded:
+    """Quantize one tensor: w: [..., in], NumPy array or torch tensor; importance: f32[in] (mean x²).
+
+    Raises UnsupportedError (unknown codec), ShapeError, NonFiniteError.
+    """
+    codec = get(codec)
+    w = check_weights(w, codec)
+    return Encoded(codec, w.shape, codec.encode(w, importance, threads=threads))

@@ -41,6 +41,11 @@ class Source(ABC):
     weights: Mapping[str, Stored]
     """Every tensor by its name in the file, in file order."""
 
+    @property
+    @abstractmethod
+    def total_bytes(self) -> int:
+        """Size on disk of the weight files."""
+
     @abstractmethod
     def read(self, name: str) -> Encoded:
         """The stored tensor; parts are views of a memory map where the format allows."""

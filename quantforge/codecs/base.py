@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
 
 import gguf
 import numpy as np
@@ -21,6 +21,9 @@ from ..errors import NonFiniteError, ShapeError, UnsupportedError, nearest
 
 if TYPE_CHECKING:
     import torch
+
+Params: TypeAlias = "dict[str, torch.Tensor]"
+Codes: TypeAlias = "torch.Tensor"
 
 
 class Codec(ABC):
@@ -75,36 +78,37 @@ class GridCodec(Codec):
 
     What error-feedback and learned methods need: fix the block parameters with `fit`, then
     `round` columns one vector at a time while later columns are still changing.
-    `params` and `codes` are dicts of torch tensors whose leading axis is `out`, so that they
-    can be indexed by row.
+    Params (a dict) and Codes hold what is stored, as integers and f16; their leading axis is
+    `out`, so that rows can be indexed: `{k: p[rows] for k, p in params.items()}`.
+    `at` is a column of the matrix, a multiple of `vector`; blocks may be entered anywhere.
     """
 
     vector: ClassVar[int] = 1
     """Columns that are rounded together: 1, or 4/8 for codebook types."""
 
     @abstractmethod
-    def fit(self, w: torch.Tensor, importance: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    def fit(self, w: torch.Tensor, importance: torch.Tensor | None = None) -> Params:
         """Choose the parameters (scales, mins) of every block of w: f32[out, in].
 
         importance: f32[in] or f32[out, in].  Parameters are the *stored* ones: already rounded
-        to what the file can hold.
+        to what the file can hold. Raises ShapeError, NonFiniteError.
         """
 
     @abstractmethod
-    def round(self, w: torch.Tensor, params: dict[str, torch.Tensor], at: int = 0) -> torch.Tensor:
-        """Codes of columns at:at+w.shape[1] under fixed params; integer tensor [out, n]."""
+    def round(self, w: torch.Tensor, params: Params, at: int = 0) -> Codes:
+        """Nearest codes of columns at:at+n under fixed params; w: f32[out, n] -> integers [out, n/vector]."""
 
     @abstractmethod
-    def expand(self, codes: torch.Tensor, params: dict[str, torch.Tensor], at: int = 0) -> torch.Tensor:
+    def expand(self, codes: Codes, params: Params, at: int = 0) -> torch.Tensor:
         """f32[out, n]: exactly what `decode` gives for these codes at columns at:at+n."""
 
     @abstractmethod
-    def pack(self, codes: torch.Tensor, params: dict[str, torch.Tensor]) -> Parts:
-        """Stored parts of a whole matrix."""
+    def pack(self, codes: Codes, params: Params) -> Parts:
+        """Stored parts of a whole matrix, as NumPy arrays."""
 
     @abstractmethod
-    def unpack(self, parts: Parts, shape: tuple[int, ...]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Inverse of `pack`: (codes, params)."""
+    def unpack(self, parts: Parts, shape: tuple[int, ...]) -> tuple[Codes, Params]:
+        """Inverse of `pack`: (codes, params) on the CPU; shape: (out, in)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

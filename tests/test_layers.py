@@ -16,7 +16,7 @@ LAYERS = [
     {"arrays"},
     {"native"},
     {"codecs", "archs", "metrics", "tokenizer"},
-    {"formats", "methods", "runtime", "nn"},
+    {"formats", "methods", "runtime", "nn", "presets"},
     {"recipes", "calibrate", "importance", "report"},
     {"plan"},
     {"convert", "evaluate"},

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import importlib
+import logging
+import math
+import pkgutil
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cache
+from typing import Any, TypeAlias
 
+import gguf
 import numpy as np
 from numpy.typing import NDArray
 
 from ..arrays import F32
+from ..errors import ShapeError, UnsupportedError, nearest
 
-Config = Mapping[str, Any]
+logger = logging.getLogger(__name__)
+
+Config: TypeAlias = Mapping[str, Any]
+Shape: TypeAlias = tuple[int, ...]
+
+# What gguf's tables were when first imported: building a TensorNameMap for some architectures
+# (Arctic) changes the class's own table, and with it every map built later in the process.
+_BLOCK_NAMES = dict(gguf.TensorNameMap.block_mappings_cfg)
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,12 +34,17 @@ class Transform:
     """A change between the checkpoint's numbers and GGUF's that works row by row, with its inverse.
 
     `gguf[i] = value(checkpoint[rows[i]])`; None: unchanged. Rows are those of the tensor with
-    all axes before the last merged (for 1-D tensors, its elements).
+    all axes before the last merged (for 1-D tensors, its elements). `value` is elementwise.
     """
 
     rows: NDArray[np.int64] | None = None
     value: Callable[[F32], F32] | None = None
     inverse_value: Callable[[F32], F32] | None = None
+
+    @property
+    def inverse(self) -> Transform:
+        """The transform from GGUF's numbers back to the checkpoint's."""
+        return Transform(None if self.rows is None else np.argsort(self.rows), self.inverse_value, self.value)
 
 
 IDENTITY = Transform()
@@ -36,11 +56,13 @@ class Weight:
 
     name: str
     """GGUF name, "blk.0.attn_q.weight"."""
-    shape: tuple[int, ...]
+    shape: Shape
     """[out, in], or [experts, out, in], or [n]."""
     sources: tuple[str, ...]
-    """Tensors of the checkpoint that it is made of: one, or several stacked on a new first axis."""
+    """Tensors of the checkpoint that it is made of: one, or several stacked on a new first axis; none if constant."""
     transform: Transform = field(default=IDENTITY)
+    constant: F32 | None = None
+    """The tensor itself where it is computed from the config (rope_freqs) instead of read."""
 
     @property
     def role(self) -> str:
@@ -52,3 +74,409 @@ class Weight:
     def layer(self) -> int | None:
         """Layer number, or None outside the blocks."""
         return int(self.name.split(".", 2)[1]) if self.name.startswith("blk.") else None
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """What an architecture says about one role."""
+
+    dims: tuple[str, ...]
+    """Names of `Arch.sizes`, outermost first: ("q", "embd")."""
+    bias: bool | str = False
+    """Is there a bias of size dims[0]: yes, no, or the config key that says so."""
+    tied: str = ""
+    """The config key that says that this tensor is another one's copy and is not stored."""
+    transform: Callable[[Config], Transform] | None = None
+    """From the hyperparameters; applies to the weight and to the bias."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScaleGroup:
+    """Linears that share an input, and the op whose output channels can take a scale out of it."""
+
+    source: str
+    targets: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Arch:
+    """One architecture as data; a module of this package holds one as `ARCH`."""
+
+    hf: tuple[str, ...]
+    """config.json "architectures"."""
+    gguf: gguf.MODEL_ARCH
+    tensors: Mapping[str, Tensor]
+    """Every role that llama.cpp loads for it, by GGUF stem."""
+    scale_groups: tuple[ScaleGroup, ...] = ()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """What transformers assumes for keys that config.json leaves out."""
+    metadata_keys: Mapping[str, tuple[str, type]] = field(default_factory=dict)
+    """GGUF key (of gguf.Keys, with {arch}) -> config key and type, in the order in which they are written."""
+    required: Mapping[str, Any] = field(default_factory=dict)
+    """Config values that llama.cpp's graph has built in; another value is refused."""
+    rope_types: frozenset[str] = frozenset({"default", "linear", "dynamic", "yarn"})
+    generated: Callable[[Config], Iterable[Weight]] | None = None
+    """Tensors that are computed from the hyperparameters."""
+    skipped: re.Pattern[str] = re.compile(r"\.(rotary_emb\.inv_freq|attention\.(masked_)?bias)$")
+    """Buffers of the checkpoint that no model file needs."""
+
+    @property
+    def name(self) -> str:
+        """GGUF's name, `general.architecture`: "llama"."""
+        return str(gguf.MODEL_ARCH_NAMES[self.gguf])
+
+    def hyperparameters(self, config: Config) -> dict[str, Any]:
+        """config.json with this architecture's defaults filled in, `rope` in one form, and values checked.
+
+        Raises UnsupportedError for a missing or mistyped value and for what llama.cpp cannot run.
+        """
+        given = {k: v for k, v in {**config, **(config.get("text_config") or {})}.items() if v is not None}
+        h: dict[str, Any] = {**self.defaults, **given}
+        for key in ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size"):
+            _number(h, key, int)
+        h.setdefault("num_key_value_heads", h["num_attention_heads"])
+        heads, kv = h["num_attention_heads"], _number(h, "num_key_value_heads", int)
+        if heads % kv:
+            raise UnsupportedError(f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv}")
+        if "head_dim" not in h and h["hidden_size"] % heads:
+            raise UnsupportedError(
+                f"config.json: hidden_size {h['hidden_size']} is not a multiple of num_attention_heads {heads}"
+            )
+        h["key_length"] = _number(h, "head_dim", int) if "head_dim" in h else h["hidden_size"] // heads
+        if h["key_length"] % 2:
+            raise UnsupportedError(f"config.json: a head size of {h['key_length']} is odd; rotary embedding needs pairs")
+        for key, value in self.required.items():
+            if h.get(key, value) != value:
+                raise UnsupportedError(
+                    f"config.json: {key} = {h[key]!r}: llama.cpp runs {self.name} models only with {key} = {value!r}"
+                )
+        h["rope"] = _rope(h)
+        if h["rope"]["rope_type"] not in self.rope_types:
+            raise UnsupportedError(
+                f"config.json: rope scaling {h['rope']['rope_type']!r}: llama.cpp runs {self.name} models with "
+                f"{', '.join(sorted(self.rope_types))}"
+            )
+        return h
+
+    def sizes(self, h: Config) -> dict[str, int]:
+        """The dimensions that tensor shapes are written in."""
+        head = h["key_length"]
+        return {
+            "vocab": h["vocab_size"],
+            "embd": h["hidden_size"],
+            "ff": h["intermediate_size"],
+            "head": head,
+            "q": h["num_attention_heads"] * head,
+            "kv": h["num_key_value_heads"] * head,
+            "experts": h.get("num_local_experts", h.get("num_experts", 0)),
+            "expert_ff": h.get("moe_intermediate_size", h["intermediate_size"]),
+        }
+
+    def weights(self, config: Config, tensors: Mapping[str, Shape]) -> list[Weight]:
+        """The tensors of the GGUF file: first the computed ones, then the checkpoint's, in the order of `tensors`.
+
+        tensors: checkpoint name -> shape. Buffers and tied copies are left out; experts that the
+        checkpoint stores one by one are gathered. Raises ShapeError naming missing or unknown
+        tensors and shapes that contradict the config.
+        """
+        h = self.hyperparameters(config)
+        expected = self._expected(h, len(tensors))
+        names = _names(self.gguf, h["num_hidden_layers"])
+        tied = {f"{r}.weight" for r, t in self.tensors.items() if t.tied and h.get(t.tied)}
+
+        sources: dict[str, dict[int, str]] = {}  # GGUF name -> expert -> checkpoint name
+        unknown = []
+        for source in tensors:
+            if self.skipped.search(source):
+                continue
+            # One expert's "…experts.7.up_proj.weight" is a slice of GGUF's "…experts.up_proj.weight".
+            expert = re.search(r"\.experts\.(\d+)\.", source)
+            whole = source if expert is None else source[: expert.start(1)] + source[expert.end(1) + 1 :]
+            name = names.get_name(whole, try_suffixes=(".weight", ".bias"))
+            if name in tied:
+                continue
+            if name not in expected:
+                unknown.append(source)
+                continue
+            gathered = sources.setdefault(name, {})
+            index = int(expert.group(1)) if expert else -1
+            if index in gathered:
+                raise ShapeError(f"{source} and {gathered[index]} are both {name}: remove one from the checkpoint")
+            gathered[index] = source
+        if unknown:
+            raise ShapeError(f"the checkpoint has tensors that a {self.hf[0]} with this config.json has not: {_some(unknown)}")
+        if missing := [_checkpoint_name(names, name) for name in expected if name not in sources]:
+            raise ShapeError(f"the checkpoint lacks tensors that config.json asks for: {_some(missing)}")
+
+        found = [] if self.generated is None else list(self.generated(h))
+        for name, gathered in sources.items():
+            tensor, shape = expected[name]
+            parts = tuple(gathered[i] for i in sorted(gathered))
+            part_shape = shape
+            if -1 not in gathered:
+                part_shape = shape[1:]
+                if sorted(gathered) != list(range(shape[0])):
+                    raise ShapeError(f"{name}: the checkpoint has {len(parts)} of the {shape[0]} experts that config.json states")
+            for part in parts:
+                if tuple(tensors[part]) != part_shape:
+                    raise ShapeError(f"{part}: shape {list(tensors[part])}, but config.json makes it {list(part_shape)}")
+            transform = tensor.transform(h) if tensor.transform else IDENTITY
+            found.append(Weight(name, shape, parts, transform))
+        return found
+
+    def _expected(self, h: Config, n_tensors: int) -> dict[str, tuple[Tensor, Shape]]:
+        layers = h["num_hidden_layers"]
+        if layers > n_tensors:
+            raise ShapeError(f"config.json: num_hidden_layers = {layers}, but the checkpoint has {n_tensors} tensors in all")
+        sizes = self.sizes(h)
+        patterns = {p.rsplit(".", 1)[-1]: p for p in (gguf.TENSOR_NAMES[t] for t in gguf.MODEL_TENSORS[self.gguf])}
+        expected = {}
+        for role, tensor in self.tensors.items():
+            if tensor.tied and h.get(tensor.tied):
+                continue
+            shape = tuple(sizes[d] for d in tensor.dims)
+            suffixes = {".weight": shape}
+            if h.get(tensor.bias, False) if isinstance(tensor.bias, str) else tensor.bias:
+                suffixes[".bias"] = shape[:1]
+            pattern = patterns[role]
+            for bid in range(layers if "{bid}" in pattern else 1):
+                for suffix, s in suffixes.items():
+                    expected[pattern.format(bid=bid) + suffix] = (tensor, s)
+        return expected
+
+    def metadata(self, config: Config, generation_config: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """GGUF's key-value pairs that follow from config.json and generation_config.json.
+
+        int: UINT32, float: FLOAT32, NumPy scalars: their own type. Tokenizer, file type and the
+        model's name and licence are not among them.
+        """
+        h = self.hyperparameters(config)
+        window = h.get("sliding_window")
+        if window and h.get("use_sliding_window", True) and window < h.get("max_position_embeddings", 0):
+            logger.warning("config.json: llama.cpp's %s graph has no sliding_window (%s): it attends to all", self.name, window)
+        found: dict[str, Any] = {gguf.Keys.General.ARCHITECTURE: self.name}
+        found.update(_sampling(generation_config or {}))
+        for pattern, (key, kind) in self.metadata_keys.items():
+            if kind is dict:
+                found.update({k.format(arch=self.name): v for k, v in _rope_metadata(h[key]).items()})
+            elif key in h:
+                found[pattern.format(arch=self.name)] = _number(h, key, kind)
+        if h.get("is_causal") is False:
+            found[gguf.Keys.Attention.CAUSAL.format(arch=self.name)] = False
+        return found
+
+
+class _NameMap(gguf.TensorNameMap):
+    """gguf's map from checkpoint names to GGUF names, built on a copy of its table."""
+
+    def __init__(self, arch: gguf.MODEL_ARCH, n_blocks: int) -> None:
+        self.block_mappings_cfg = dict(_BLOCK_NAMES)
+        super().__init__(arch, n_blocks)
+
+
+def _names(arch: gguf.MODEL_ARCH, n_blocks: int) -> gguf.TensorNameMap:
+    return _NameMap(arch, n_blocks)
+
+
+def _checkpoint_name(names: gguf.TensorNameMap, name: str) -> str:
+    """The Hugging Face spelling of a GGUF name, for messages."""
+    stem, dot, suffix = name.rpartition(".")
+    spellings = [k for k, (_, v) in names.mapping.items() if v == stem and k.startswith(("model.", "lm_head"))]
+    return (spellings[0] if spellings else stem) + dot + suffix
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def _number(h: Mapping[str, Any], key: str, kind: type[Any]) -> Any:
+    """The config value as int or float; positive where it is an int."""
+    value: Any = h.get(key)
+    if value is None:
+        raise UnsupportedError(f"config.json lacks {key}")
+    allowed: Any = (int, float) if kind is float else kind
+    if isinstance(value, bool) or not isinstance(value, allowed) or (kind is int and not 0 < value < 2**31):
+        raise UnsupportedError(f"config.json: {key} = {value!r} is not a {'positive integer' if kind is int else 'number'}")
+    return kind(value)
+
+
+def _rope(h: Mapping[str, Any]) -> dict[str, Any]:
+    """Rope settings of either config generation in the newer form: rope_type, rope_theta and the scaling's numbers."""
+    given = h.get("rope_parameters") or h.get("rope_scaling") or {}
+    given = given.get("full_attention") or given
+    rope = {k: v for k, v in given.items() if v is not None}
+    rope.setdefault("rope_type", rope.get("type", "default"))
+    rope["rope_type"] = str(rope["rope_type"]).lower()
+    rope.setdefault("rope_theta", h.get("rope_theta", 10000.0))
+    kind = rope["rope_type"]
+    if kind in ("linear", "yarn", "llama3") and not isinstance(rope.get("factor"), (int, float)):
+        raise UnsupportedError(f"config.json: rope scaling {kind!r} lacks a numeric factor")
+    if kind in ("yarn", "llama3"):
+        # Some configs keep the pretraining length outside of the scaling's own dict.
+        outside = h.get("original_max_position_embeddings", h.get("max_position_embeddings"))
+        rope["original_max_position_embeddings"] = h.get(
+            "original_max_position_embeddings", rope.get("original_max_position_embeddings", outside)
+        )
+    if rope.get("partial_rotary_factor", h.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise UnsupportedError("config.json: partial_rotary_factor other than 1 does not fit this architecture in llama.cpp")
+    for key, value in rope.items():
+        if key.endswith(("theta", "factor", "embeddings", "fast", "slow")) and (
+            isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0
+        ):
+            raise UnsupportedError(f"config.json: rope {key} = {value!r} is not a number")
+    return rope
+
+
+def _rope_metadata(rope: Mapping[str, Any]) -> dict[str, Any]:
+    k = gguf.Keys.Rope
+    kind = rope["rope_type"]
+    found: dict[str, Any] = {}
+    if kind in ("linear", "yarn"):
+        found[k.SCALING_TYPE] = gguf.RopeScalingType[kind.upper()].value
+        found[k.SCALING_FACTOR] = float(rope["factor"])
+    if kind == "yarn":
+        if rope.get("truncate", True) is not True:
+            raise UnsupportedError("config.json: yarn rope scaling with truncate = false does not exist in llama.cpp")
+        found[k.SCALING_ORIG_CTX_LEN] = int(rope["original_max_position_embeddings"])
+        names = {
+            "extrapolation_factor": k.SCALING_YARN_EXT_FACTOR,
+            "attention_factor": k.SCALING_YARN_ATTN_FACTOR,
+            "beta_fast": k.SCALING_YARN_BETA_FAST,
+            "beta_slow": k.SCALING_YARN_BETA_SLOW,
+        }
+        found.update({name: float(rope[key]) for key, name in names.items() if key in rope})
+    if kind == "dynamic":
+        logger.warning("config.json: dynamic rope scaling is not part of GGUF; it matters only beyond max_position_embeddings")
+    found[k.FREQ_BASE] = float(rope["rope_theta"])
+    return found
+
+
+def llama3_rope_factors(rope: Mapping[str, Any], dim: int) -> F32:
+    """By how much Llama 3's scaling divides each rotary frequency: f32[dim / 2].
+
+    Source: Llama 3.1's apply_scaling; low frequencies by `factor`, high ones by 1, between them a
+    linear blend in units of the pretraining context per wavelength.
+    """
+    factor, context = float(rope["factor"]), float(rope["original_max_position_embeddings"])
+    low, high = float(rope.get("low_freq_factor", 1.0)), float(rope.get("high_freq_factor", 4.0))
+    if low == high:
+        raise UnsupportedError(f"config.json: llama3 rope scaling with low_freq_factor = high_freq_factor = {low}")
+    freqs = (1.0 / (float(rope["rope_theta"]) ** (np.arange(0, dim, 2, dtype=np.float32) / dim))).astype(np.float32)
+    turns = context / (2 * math.pi / freqs.astype(np.float64))
+    smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return np.asarray(1.0 / ((1.0 - smooth) / factor + smooth), np.float32)
+
+
+def rope_freqs(h: Config) -> list[Weight]:
+    """The tensor in which llama.cpp takes Llama 3's rope scaling, if the model has one."""
+    if h["rope"]["rope_type"] != "llama3":
+        return []
+    factors = llama3_rope_factors(h["rope"], h["key_length"])
+    name = gguf.TENSOR_NAMES[gguf.MODEL_TENSOR.ROPE_FREQS] + ".weight"
+    return [Weight(name, factors.shape, (), constant=factors)]
+
+
+def interleave_rope(heads_key: str) -> Callable[[Config], Transform]:
+    """Rows from transformers' rotary layout (halves) to Meta's (pairs), which llama.cpp's llama graph rotates."""
+
+    def transform(h: Config) -> Transform:
+        heads, dim = h[heads_key], h["key_length"]
+        rows = np.arange(heads * dim, dtype=np.int64).reshape(heads, 2, dim // 2)
+        return Transform(rows=rows.swapaxes(1, 2).reshape(-1))
+
+    return transform
+
+
+_g = gguf.Keys.General
+_SAMPLING: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "sequence": (_g.SAMPLING_SEQUENCE, str),
+    "top_k": (_g.SAMPLING_TOP_K, np.int32),
+    "top_p": (_g.SAMPLING_TOP_P, float),
+    "min_p": (_g.SAMPLING_MIN_P, float),
+    "xtc_probability": (_g.SAMPLING_XTC_PROBABILITY, float),
+    "xtc_threshold": (_g.SAMPLING_XTC_THRESHOLD, float),
+    "temperature": (_g.SAMPLING_TEMP, float),
+    "penalty_last_n": (_g.SAMPLING_PENALTY_LAST_N, np.int32),
+    "penalty_repeat": (_g.SAMPLING_PENALTY_REPEAT, float),
+    "mirostat": (_g.SAMPLING_MIROSTAT, np.int32),
+    "mirostat_tau": (_g.SAMPLING_MIROSTAT_TAU, float),
+    "mirostat_eta": (_g.SAMPLING_MIROSTAT_ETA, float),
+}
+
+
+def _sampling(generation_config: Mapping[str, Any]) -> dict[str, Any]:
+    found = {}
+    for key, (name, kind) in _SAMPLING.items():
+        value = generation_config.get(key)
+        if value is None:
+            continue
+        if kind is not str and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise UnsupportedError(f"generation_config.json: {key} = {value!r} is not a number")
+        found[name] = kind(value)
+    return found
+
+
+_llm, _att, _rp = gguf.Keys.LLM, gguf.Keys.Attention, gguf.Keys.Rope
+METADATA: dict[str, tuple[str, type]] = {
+    _llm.BLOCK_COUNT: ("num_hidden_layers", int),
+    _llm.CONTEXT_LENGTH: ("max_position_embeddings", int),
+    _llm.EMBEDDING_LENGTH: ("hidden_size", int),
+    _llm.FEED_FORWARD_LENGTH: ("intermediate_size", int),
+    _att.HEAD_COUNT: ("num_attention_heads", int),
+    _att.HEAD_COUNT_KV: ("num_key_value_heads", int),
+    _rp.FREQ_BASE: ("rope", dict),
+    _att.LAYERNORM_RMS_EPS: ("rms_norm_eps", float),
+    _att.KEY_LENGTH: ("head_dim", int),
+    _att.VALUE_LENGTH: ("head_dim", int),
+}
+"""What nearly every decoder states; an architecture adds its own after these."""
+
+DECODER: dict[str, Tensor] = {
+    "token_embd": Tensor(("vocab", "embd")),
+    "output_norm": Tensor(("embd",)),
+    "output": Tensor(("vocab", "embd"), tied="tie_word_embeddings"),
+    "attn_norm": Tensor(("embd",)),
+    "attn_q": Tensor(("q", "embd")),
+    "attn_k": Tensor(("kv", "embd")),
+    "attn_v": Tensor(("kv", "embd")),
+    "attn_output": Tensor(("embd", "q")),
+    "ffn_norm": Tensor(("embd",)),
+    "ffn_gate": Tensor(("ff", "embd")),
+    "ffn_up": Tensor(("ff", "embd")),
+    "ffn_down": Tensor(("embd", "ff")),
+}
+"""A pre-norm decoder with gated MLP, without biases; architectures override roles and add to them."""
+
+DECODER_SCALE_GROUPS = (
+    ScaleGroup("attn_norm", ("attn_q", "attn_k", "attn_v")),
+    ScaleGroup("attn_v", ("attn_output",)),
+    ScaleGroup("ffn_norm", ("ffn_gate", "ffn_up")),
+    ScaleGroup("ffn_up", ("ffn_down",)),
+)
+
+
+@cache
+def supported() -> dict[str, Arch]:
+    """Every architecture by its name in config.json."""
+    package = importlib.import_module(__package__)
+    found = {}
+    for module in pkgutil.iter_modules(package.__path__):
+        if module.name != "base":
+            arch: Arch = importlib.import_module(f"{__package__}.{module.name}").ARCH
+            found.update(dict.fromkeys(arch.hf, arch))
+    return found
+
+
+def find(config: Config) -> Arch:
+    """The architecture that config.json names. Raises UnsupportedError listing the supported ones."""
+    names = config.get("architectures")
+    known = supported()
+    if not isinstance(names, list) or not names:
+        raise UnsupportedError(f'config.json names no "architectures"; supported: {", ".join(sorted(known))}')
+    for name in names:
+        if name in known:
+            return known[name]
+    raise UnsupportedError(
+        f"architecture {names[0]} is not supported{nearest(str(names[0]), known)}; supported: {', '.join(sorted(known))}"
+    )

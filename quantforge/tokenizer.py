@@ -1,0 +1,621 @@
+"""Tokenizer files of a checkpoint (tokenizer.json, tokenizer.model) as GGUF's tokenizer.* metadata.
+
+Byte-level BPE becomes GGUF's model "gpt2", SentencePiece BPE its model "llama". Templates are
+carried over as text and never rendered.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import re
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from string import ascii_letters, digits
+from typing import Any
+
+import gguf
+import numpy as np
+
+from .errors import FormatError, UnsupportedError, nearest
+
+logger = logging.getLogger(__name__)
+
+_K = gguf.Keys.Tokenizer
+_T = gguf.TokenType
+
+# ---- pre-tokenizer kinds ---------------------------------------------------------------------
+
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_SPACES = r"\s*[\r\n]|\s+(?!\S)|\s+"
+_WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_CASED = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+%s"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*%s"
+)
+_LLAMA3 = rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}"
+_QWEN2 = rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}"
+_GPT4O = _CASED % (_CONTRACTIONS + "?", _CONTRACTIONS + "?") + rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
+_DEEPSEEK3 = (
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+    rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_SPACES}"
+)
+_BLOOM = r" ?[^(\s|[.,!?…。，、।۔،])]+"
+_CJK = "[一-龥ࠀ-一가-퟿]+"
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """A pre-tokenizer of llama.cpp: the regexes that split the text one after the other."""
+
+    name: str
+    splits: tuple[str, ...]
+    ignore_merges: bool = False
+    adds_bos: bool = False
+    """Does llama.cpp put BOS first unless add_bos_token says otherwise?"""
+
+
+# Source: llama.cpp src/llama-vocab.cpp (which name selects which regexes, merges and BOS handling)
+# and the original patterns of the models' tokenizer.json; written in the form of _canonical.
+_KINDS = (
+    _Kind("gpt-2", (_GPT2,)),
+    _Kind("llama-bpe", (_LLAMA3,), ignore_merges=True, adds_bos=True),
+    _Kind("smaug-bpe", (_LLAMA3,)),
+    _Kind("qwen2", (_QWEN2,)),
+    _Kind(
+        "qwen35",
+        (rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_SPACES}",),
+    ),
+    _Kind("smollm", (r"\p{N}", _GPT2)),
+    _Kind(
+        "tekken",
+        (_CASED % ("", "") + rf"|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}",),
+        ignore_merges=True,
+        adds_bos=True,
+    ),
+    _Kind("gpt-4o", (_GPT4O,)),
+    _Kind("tiny_aya", (r"\d{1,3}(?=(?:\d{3})*\b)", _GPT4O)),
+    _Kind("falcon", (r"[\p{P}$+<=>^~|`]+", _GPT2, r"[0-9][0-9][0-9]")),
+    _Kind("deepseek-v3", (r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", _DEEPSEEK3)),
+    _Kind("deepseek-coder", (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, r"\p{N}")),
+    _Kind(
+        "deepseek-llm",
+        (
+            r"[\r\n]",
+            r"\s?[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-ώᾀ-ᾴ"
+            r"ᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲"
+            r"𐳀-𐳲𑢠-𑣟𞤀-𞥃]+",
+            r"\s?[!-/:-~！-／：-～‘-‟　-。]+",
+            r"\s+$",
+            _CJK,
+            r"\p{N}+",
+        ),
+    ),
+    _Kind("bloom", (_BLOOM,)),
+    _Kind("viking", (_BLOOM, r"\p{N}")),
+    _Kind("superbpe", (r"\p{N}+", r"(?=(\d{3})+(?!\d))")),
+    _Kind("seed-coder", (rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_SPACES}",)),
+    _Kind(
+        "jais-2",
+        (
+            rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]"
+            r"|\s{512}(?!\S)|\s{256}(?!\S)|\s{128}(?!\S)|\s{64}(?!\S)|\s{32}(?!\S)|\s{16}(?!\S)|\s{8}(?!\S)|\s{4}(?!\S)"
+            r"|\s{1,2}(?!\S)|\s{1}",
+        ),
+    ),
+    _Kind(
+        "exaone-moe",
+        (
+            rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?(?:\p{{L}}\p{{M}}*(?: \p{{L}}\p{{M}}*)*)+|\p{{N}}"
+            rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]?|{_SPACES}",
+        ),
+    ),
+)
+
+# Other names that llama.cpp accepts, for --pre-tokenizer; those that add BOS by themselves.
+# fmt: off
+_OTHER_NAMES = frozenset((
+    "default", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "mpt", "starcoder", "phi-2",
+    "jina-es", "jina-de", "gigachat", "jina-v2-es", "jina-v2-de", "a.x-4.0", "mellum", "modern-bert", "jina-v1-en",
+    "jina-v2-code", "roberta-bpe", "refact", "command-r", "deepseek-r1-qwen", "kormo", "stablelm2", "olmo", "dbrx",
+    "poro-chat", "glm4", "chatglm-bpe", "jais", "codeshell", "gpt3-finnish", "exaone", "exaone4", "chameleon", "minerva-7b",
+    "megrez", "llama4", "kanana2", "trillion", "granite-docling", "bailingmoe", "bailingmoe2", "llada-moe", "hunyuan",
+    "hunyuan-dense", "joyai-llm", "grok-2", "afmoe", "minimax-m2", "solar-open", "youtu", "kimi-k2",
+))
+# fmt: on
+_ADDS_BOS = {k.name for k in _KINDS if k.adds_bos}
+_ADDS_BOS |= {"llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "chameleon"}
+
+
+def _canonical(regex: str) -> str:
+    """The regex in one of several spellings that split every text alike."""
+    for old, new in (
+        ("\r", r"\r"),
+        ("\n", r"\n"),
+        (r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])", _CONTRACTIONS),
+        (r"'(?i:[sdmt]|ll|ve|re)", _CONTRACTIONS),
+        (r"(?i:'s|'t|'re|'ve|'m|'d|'ll)", _CONTRACTIONS),
+        # \s* gives back one newline and takes all before it: one or more is the same.
+        (r"\s*[\r\n]+", r"\s*[\r\n]"),
+        (r"\p{N}{1}", r"\p{N}"),
+        # Possessive quantifiers before a disjoint class.
+        ("]?+", "]?"),
+        ("]++", "]+"),
+        (r"\p{N}{1,3}+", r"\p{N}{1,3}"),
+        (r"\s++", r"\s+"),
+    ):
+        regex = regex.replace(old, new)
+    return regex
+
+
+def _splits(pre_tokenizer: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """tokenizer.json's pre-tokenizer as a sequence of canonical regexes. Raises UnsupportedError."""
+    if not isinstance(pre_tokenizer, Mapping):
+        return ()
+    kind = pre_tokenizer.get("type")
+    if kind == "Sequence":
+        return tuple(s for step in pre_tokenizer.get("pretokenizers", ()) for s in _splits(step))
+    if kind == "ByteLevel":
+        return (_GPT2,) if pre_tokenizer.get("use_regex", True) else ()
+    if kind == "Digits":
+        return (r"\p{N}" if pre_tokenizer.get("individual_digits") else r"\p{N}+",)
+    if kind == "Punctuation" and pre_tokenizer.get("behavior") == "Contiguous":
+        return (r"[\p{P}$+<=>^~|`]+",)
+    if kind == "Split":
+        pattern = pre_tokenizer.get("pattern") or {}
+        regex = _canonical(pattern["Regex"]) if "Regex" in pattern else re.escape(str(pattern.get("String", "")))
+        # "keep what matches, drop the rest" is the same where the regex matches everything
+        isolates = pre_tokenizer.get("behavior") == "Isolated" or (
+            pre_tokenizer.get("behavior") == "Removed" and pre_tokenizer.get("invert") and regex.endswith(r"\s+")
+        )
+        return (regex if isolates else f"{pre_tokenizer.get('behavior')}({regex})",)
+    return (f"{kind}({json.dumps({k: v for k, v in pre_tokenizer.items() if k != 'type'}, ensure_ascii=False)})",)
+
+
+def _kind_of(tokenizer: Mapping[str, Any]) -> _Kind:
+    """The pre-tokenizer of llama.cpp that splits as this tokenizer.json does. Raises UnsupportedError."""
+    splits = _splits(tokenizer.get("pre_tokenizer"))
+    ignore_merges = bool(tokenizer["model"].get("ignore_merges"))
+    normalizer = tokenizer.get("normalizer")
+    steps = normalizer.get("normalizers", [normalizer]) if normalizer else []
+    odd = [str(step.get("type")) for step in steps if step.get("type") != "NFC"]
+    if not odd:
+        for kind in _KINDS:
+            if kind.splits == splits and kind.ignore_merges == ignore_merges:
+                if steps:
+                    logger.warning("tokenizer.json normalizes text to NFC, llama.cpp does not: ids differ on decomposed text")
+                return kind
+    near = max(_KINDS, key=lambda k: difflib.SequenceMatcher(None, " ".join(k.splits), " ".join(splits), False).ratio())
+    shown = f"regex {' then '.join(splits) or '(none)'}, ignore_merges {str(ignore_merges).lower()}"
+    if odd:
+        shown += f", normalizer {' then '.join(odd)}"
+    raise UnsupportedError(
+        f"tokenizer.json: llama.cpp has no pre-tokenizer with {shown}; the nearest is {near.name}: "
+        f"--pre-tokenizer {near.name} to go on with it"
+    )
+
+
+# ---- reading the checkpoint's files ----------------------------------------------------------
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A JSON object, or an empty one where there is no such file. Raises FormatError."""
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise FormatError(path, f"not readable as JSON: {e}") from None
+    if not isinstance(found, dict):
+        raise FormatError(path, "not a JSON object")
+    return found
+
+
+def _text(value: Any) -> str | None:
+    """A token's text where files give either a string or an object with "content"."""
+    if isinstance(value, Mapping):
+        value = value.get("content")
+    return value if isinstance(value, str) else None
+
+
+@dataclass(slots=True)
+class _Files:
+    """Everything but the vocabulary itself."""
+
+    directory: Path
+    tokenizer: dict[str, Any]
+    config: dict[str, Any]
+    special_tokens: dict[str, Any]
+    added: dict[int, tuple[str, bool]]
+    """id -> text and "special" of tokens that are matched before the text is split."""
+
+    @classmethod
+    def read(cls, directory: Path) -> _Files:
+        tokenizer = _json(directory / "tokenizer.json")
+        config = _json(directory / "tokenizer_config.json")
+        special_tokens = _json(directory / "special_tokens_map.json")
+        added: dict[int, tuple[str, bool]] = {}
+        try:
+            for text, i in _json(directory / "added_tokens.json").items():
+                added[int(i)] = (text, False)
+            for key, entry in (config.get("added_tokens_decoder") or {}).items():
+                added[int(key)] = (entry["content"], bool(entry.get("special")))
+            for entry in tokenizer.get("added_tokens") or []:
+                added[int(entry["id"])] = (entry["content"], bool(entry.get("special")))
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
+            raise FormatError(directory, f"the list of added tokens is malformed: {e!r}") from None
+        # transformers makes every token that has a name (bos_token, ...) special
+        named = {t for d in (config, special_tokens) for k, v in d.items() if k.endswith("_token") and (t := _text(v))}
+        for d in (config, special_tokens):
+            for entry in d.get("additional_special_tokens") or d.get("extra_special_tokens") or []:
+                named.add(_text(entry) or "")
+        for i, (text, special) in added.items():
+            added[i] = (text, special or text in named)
+        return cls(directory, tokenizer, config, special_tokens, added)
+
+
+def _looks_special(text: str) -> bool:
+    """Control tokens that some models list as ordinary added ones."""
+    return (
+        text in ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
+        or (text.startswith("<|") and text.endswith("|>"))
+        or (text.startswith("<｜") and text.endswith("｜>"))
+        or (text.startswith("<unused") and text.endswith(">"))
+    )
+
+
+def _vocab_size(config: Mapping[str, Any]) -> int | None:
+    size = (config.get("text_config") or {}).get("vocab_size") or config.get("vocab_size")
+    return size if isinstance(size, int) else None
+
+
+@dataclass(slots=True)
+class _Vocabulary:
+    tokens: list[str]
+    types: np.ndarray[Any, np.dtype[np.int32]]
+    scores: np.ndarray[Any, np.dtype[np.float32]]
+
+    @classmethod
+    def empty(cls, size: int, score: float) -> _Vocabulary:
+        """`size` placeholders, for ids that the tokenizer leaves free below the embedding's rows."""
+        tokens = [f"[PAD{i}]" for i in range(size)]
+        return cls(tokens, np.full(size, _T.UNUSED, np.int32), np.full(size, score, np.float32))
+
+    def put(self, i: int, text: str, kind: int, score: float = 0.0) -> None:
+        self.tokens[i], self.types[i], self.scores[i] = text, kind, score
+
+    def put_added(self, added: Mapping[int, tuple[str, bool]], score: float = 0.0) -> None:
+        """Added tokens; llama.cpp looks for user-defined ones in the raw text, so ▁ becomes a space."""
+        for i, (text, special) in added.items():
+            control = special or _looks_special(text)
+            self.put(i, text if control else text.replace("▁", " "), _T.CONTROL if control else _T.USER_DEFINED, score)
+
+
+def _size_for(path: Path, highest: int, config: Mapping[str, Any]) -> int:
+    size = _vocab_size(config) or highest + 1
+    if highest >= size:
+        raise FormatError(path, f"token id {highest} is outside of the model's vocab_size {size} (config.json)")
+    return size
+
+
+# ---- byte-level BPE --------------------------------------------------------------------------
+
+
+def _bpe_vocab(files: _Files) -> dict[str, int]:
+    vocab = files.tokenizer["model"].get("vocab")
+    if not isinstance(vocab, dict) or not all(isinstance(i, int) and i >= 0 for i in vocab.values()):
+        raise FormatError(files.directory / "tokenizer.json", "model.vocab is not a map of tokens to ids")
+    return vocab
+
+
+def _merges(files: _Files) -> list[tuple[str, str]]:
+    """Merges in rank order; both spellings, "a b" and ["a", "b"], occur."""
+    found = []
+    for merge in files.tokenizer["model"].get("merges") or []:
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(p, str) for p in pair):
+            raise FormatError(files.directory / "tokenizer.json", f"merge {merge!r} is not a pair of tokens")
+        found.append((pair[0], pair[1]))
+    return found
+
+
+def _byte_level(files: _Files, config: Mapping[str, Any], pre_tokenizer: str | None) -> dict[str, Any]:
+    path = files.directory / "tokenizer.json"
+    pre = pre_tokenizer or _kind_of(files.tokenizer).name
+    vocab = _bpe_vocab(files)
+    merges = _merges(files)
+    if not merges:
+        raise FormatError(path, "model.merges is empty: llama.cpp cannot run a BPE tokenizer without merges")
+    if not files.tokenizer.get("added_tokens") and not vocab:
+        raise FormatError(path, "the vocabulary is empty")
+    out = _Vocabulary.empty(_size_for(path, max([*vocab.values(), *files.added], default=0), config), 0.0)
+    for text, i in vocab.items():
+        out.put(i, text, _T.NORMAL)
+    out.put_added(files.added)
+    found = {
+        _K.MODEL: "gpt2",
+        _K.PRE: pre,
+        _K.LIST: out.tokens,
+        _K.TOKEN_TYPE: out.types,
+        # A space inside a token would be the separator's twin; the byte alphabet has Ġ for it.
+        _K.MERGES: [" ".join(p.replace(" ", "Ġ") for p in pair) for pair in merges],
+    }
+    found.update(_special(files, config, out.tokens, adds_bos=pre in _ADDS_BOS))
+    if _adds_prefix_space(files.tokenizer.get("pre_tokenizer")):
+        logger.warning("tokenizer.json puts a space before the text; llama.cpp's byte-level BPE does not: first ids differ")
+    return found
+
+
+def _adds_prefix_space(pre_tokenizer: Mapping[str, Any] | None) -> bool:
+    if not pre_tokenizer:
+        return False
+    if pre_tokenizer.get("type") == "Sequence":
+        return any(_adds_prefix_space(p) for p in pre_tokenizer.get("pretokenizers", ()))
+    return pre_tokenizer.get("type") == "ByteLevel" and bool(pre_tokenizer.get("add_prefix_space"))
+
+
+# ---- SentencePiece BPE -----------------------------------------------------------------------
+
+
+def _fields(data: memoryview, path: Path, base: int) -> Iterator[tuple[int, int | memoryview, int]]:
+    """Protobuf fields of a message as number, value and offset: varints as int, others as bytes."""
+
+    def varint(at: int) -> tuple[int, int]:
+        value = shift = 0
+        while True:
+            if at >= len(data) or shift > 63:
+                raise FormatError(path, "truncated or malformed SentencePiece model", base + at)
+            byte = data[at]
+            value |= (byte & 127) << shift
+            at, shift = at + 1, shift + 7
+            if byte < 128:
+                return value, at
+
+    at = 0
+    while at < len(data):
+        tag, at = varint(at)
+        if tag & 7 == 0:
+            value, at = varint(at)
+            yield tag >> 3, value, base + at
+            continue
+        size = {1: 8, 5: 4}.get(tag & 7)
+        if tag & 7 == 2:
+            size, at = varint(at)
+        if size is None or size > len(data) - at:
+            raise FormatError(path, "truncated or malformed SentencePiece model", base + at)
+        yield tag >> 3, data[at : at + size], base + at
+        at += size
+
+
+@dataclass(slots=True)
+class _SentencePiece:
+    """What tokenizer.model (sentencepiece_model.proto) says that matters here."""
+
+    pieces: list[tuple[str, float, int]]
+    model_type: int = 1
+    normalizer: str = ""
+    add_dummy_prefix: bool = True
+    remove_extra_whitespaces: bool = True
+
+    @classmethod
+    def read(cls, path: Path) -> _SentencePiece:
+        found = cls([])
+        for number, value, at in _fields(memoryview(path.read_bytes()), path, 0):
+            if not isinstance(value, memoryview):
+                continue
+            if number == 1:
+                text, score, kind = "", 0.0, 1
+                for n, v, _ in _fields(value, path, at):
+                    if n == 1 and isinstance(v, memoryview):
+                        try:
+                            text = str(v, "utf-8")
+                        except UnicodeDecodeError:
+                            raise FormatError(path, f"piece {len(found.pieces)} is not UTF-8", at) from None
+                    elif n == 2 and isinstance(v, memoryview) and len(v) == 4:
+                        (score,) = struct.unpack("<f", v)
+                    elif n == 3 and isinstance(v, int):
+                        kind = v
+                found.pieces.append((text, score, kind))
+            elif number == 2:
+                found.model_type = next((v for n, v, _ in _fields(value, path, at) if n == 3 and isinstance(v, int)), 1)
+            elif number == 3:
+                for n, v, _ in _fields(value, path, at):
+                    if n == 1 and isinstance(v, memoryview):
+                        found.normalizer = str(v, "utf-8", "replace")
+                    elif n == 3:
+                        found.add_dummy_prefix = bool(v)
+                    elif n == 4:
+                        found.remove_extra_whitespaces = bool(v)
+        if not found.pieces:
+            raise FormatError(path, "not a SentencePiece model: it has no pieces")
+        if found.model_type != 2:
+            names = {1: "unigram", 3: "word", 4: "char"}
+            kind_name = names.get(found.model_type, f"type {found.model_type}")
+            raise UnsupportedError(f"{path}: a {kind_name} SentencePiece model; only BPE ones are handled")
+        return found
+
+
+# SentencePiece's piece types are GGUF's token types but for the numbers of user-defined and unknown.
+_PIECE_TYPES = {1: _T.NORMAL, 2: _T.UNKNOWN, 3: _T.CONTROL, 4: _T.USER_DEFINED, 5: _T.UNUSED, 6: _T.BYTE}
+
+
+def _sentencepiece(files: _Files, config: Mapping[str, Any]) -> dict[str, Any]:
+    path = files.directory / "tokenizer.model"
+    model = _SentencePiece.read(path)
+    if model.normalizer not in ("", "identity") or model.remove_extra_whitespaces:
+        logger.warning(
+            "%s normalizes text (%s%s), llama.cpp does not: ids differ on such text",
+            path,
+            model.normalizer or "identity",
+            ", extra spaces removed" if model.remove_extra_whitespaces else "",
+        )
+    size = _vocab_size(config) or max(len(model.pieces), *(i + 1 for i in files.added), 0)
+    if len(model.pieces) > size:
+        logger.warning("%s: pieces from id %d on are outside of the model's vocabulary and left out", path, size)
+    out = _Vocabulary.empty(size, -10000.0)
+    for i, (text, score, kind) in enumerate(model.pieces[:size]):
+        user = kind == 4
+        out.put(i, text.replace("▁", " ") if user else text, _PIECE_TYPES.get(kind, _T.NORMAL), score)
+    out.put_added({i: t for i, t in files.added.items() if i < size and out.types[i] not in (_T.UNKNOWN, _T.BYTE)}, -1000.0)
+    return _llama_keys(files, config, out, model.add_dummy_prefix)
+
+
+def _llama_json(files: _Files, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A SentencePiece BPE that is only there as tokenizer.json (byte fallback, merges, ▁ for spaces)."""
+    path = files.directory / "tokenizer.json"
+    vocab, merges = _bpe_vocab(files), _merges(files)
+    unk = files.tokenizer["model"].get("unk_token")
+    out = _Vocabulary.empty(_size_for(path, max([*vocab.values(), *files.added], default=0), config), -10000.0)
+    # llama.cpp merges the pair whose result scores best: the rank of its first merge, negated, as
+    # SentencePiece scores its own pieces. (float32 counts exactly up to 2^24.)
+    score: dict[str, float] = {}
+    for rank, (a, b) in enumerate(merges):
+        score.setdefault(a + b, -float(rank))
+    for text, i in vocab.items():
+        kind = _T.NORMAL
+        if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", text):
+            kind = _T.BYTE
+        elif text == unk:
+            kind = _T.UNKNOWN
+        out.put(i, text, kind, score.get(text, -float(len(merges)) if kind == _T.NORMAL else 0.0))
+    out.put_added({i: t for i, t in files.added.items() if t[0] != unk}, -1000.0)
+    return _llama_keys(files, config, out, _spm_prefix(files.tokenizer))
+
+
+def _spm_prefix(tokenizer: Mapping[str, Any]) -> bool:
+    """Does this tokenizer.json put ▁ before the text: by normalizer, or by Metaspace?"""
+    normalizer = tokenizer.get("normalizer") or {}
+    if any(n.get("type") == "Prepend" for n in normalizer.get("normalizers", [normalizer])):
+        return True
+    pre = tokenizer.get("pre_tokenizer") or {}
+    return any(
+        p.get("type") == "Metaspace"
+        and p.get("prepend_scheme", "always" if p.get("add_prefix_space", True) else "never") != "never"
+        for p in pre.get("pretokenizers", [pre])
+    )
+
+
+def _llama_keys(files: _Files, config: Mapping[str, Any], out: _Vocabulary, prefix: bool) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        _K.MODEL: "llama",
+        _K.PRE: "default",
+        _K.LIST: out.tokens,
+        _K.SCORES: out.scores,
+        _K.TOKEN_TYPE: out.types,
+    }
+    found.update(_special(files, config, out.tokens, adds_bos=True))
+    if not prefix:
+        found[_K.ADD_PREFIX] = False
+    return found
+
+
+# ---- special tokens and chat templates -------------------------------------------------------
+
+_IDS = {
+    "bos": _K.BOS_ID,
+    "eos": _K.EOS_ID,
+    "unk": _K.UNK_ID,
+    "sep": _K.SEP_ID,
+    "pad": _K.PAD_ID,
+    "mask": _K.MASK_ID,
+    "eot": _K.EOT_ID,
+    "eom": _K.EOM_ID,
+}
+_ADDS = {"bos": _K.ADD_BOS, "eos": _K.ADD_EOS, "sep": _K.ADD_SEP}
+
+
+def _special(files: _Files, config: Mapping[str, Any], tokens: list[str], adds_bos: bool) -> dict[str, Any]:
+    """Ids of special tokens, which of them are added to a text, and the chat template.
+
+    adds_bos: what llama.cpp would do with a file that does not say.
+    """
+    vocab = gguf.SpecialVocab(files.directory, load_merges=False, n_vocab=len(tokens))
+    ids, adds = dict(vocab.special_token_ids), dict(vocab.add_special_token)
+    where = {text: i for i, text in enumerate(tokens)}
+    for name in _IDS:
+        text = _text(files.config.get(f"{name}_token")) or _text(files.special_tokens.get(f"{name}_token"))
+        if name not in ids and text in where:
+            ids[name] = where[text]
+    if adds_bos and "bos" not in adds and files.tokenizer:
+        adds["bos"] = _template_starts_with(files.tokenizer.get("post_processor"))
+    found: dict[str, Any] = {_IDS[name]: i for name, i in ids.items() if name in _IDS}
+    found.update({_ADDS[name]: bool(flag) for name, flag in adds.items() if name in _ADDS})
+    if isinstance(prefix := files.config.get("add_prefix_space"), bool):
+        found[_K.ADD_PREFIX] = prefix
+    found.update(_templates(files, vocab.chat_template))
+    return found
+
+
+def _template_starts_with(post_processor: Mapping[str, Any] | None) -> bool:
+    """Does the post-processor put a special token before a text?"""
+    if not post_processor:
+        return False
+    for processor in post_processor.get("processors", [post_processor]):
+        single = processor.get("single") or [{}]
+        if processor.get("type") == "TemplateProcessing" and "SpecialToken" in single[0]:
+            return True
+    return False
+
+
+def _templates(files: _Files, template: Any) -> dict[str, Any]:
+    if template is None and (path := files.directory / "chat_template.jinja").is_file():
+        template = path.read_text(encoding="utf-8")
+    if isinstance(template, str):
+        return {_K.CHAT_TEMPLATE: template}
+    found: dict[str, Any] = {}
+    names = []
+    for choice in template or []:
+        name = "".join(c if c in ascii_letters + digits else "_" for c in str(choice.get("name", "")))
+        text = choice.get("template")
+        if not name or not isinstance(text, str):
+            continue
+        if name == "default":
+            found[_K.CHAT_TEMPLATE] = text
+        else:
+            names.append(name)
+            found[_K.CHAT_TEMPLATE_N.format(name=name)] = text
+    if names:
+        found[_K.CHAT_TEMPLATES] = names
+    return found
+
+
+def metadata(directory: str | Path, config: Mapping[str, Any], *, pre_tokenizer: str | None = None) -> dict[str, Any]:
+    """All tokenizer.* keys for the GGUF file of the checkpoint in `directory`.
+
+    pre_tokenizer: llama.cpp's name of the byte-level pre-tokenizer, instead of recognising it.
+    Values: str, bool, int (UINT32), list[str], int32 and float32 arrays. Raises FormatError for
+    malformed files, UnsupportedError for tokenizers that GGUF or llama.cpp cannot express.
+    """
+    directory = Path(directory)
+    if pre_tokenizer is not None:
+        known = _OTHER_NAMES | {k.name for k in _KINDS}
+        if pre_tokenizer not in known:
+            raise UnsupportedError(
+                f"--pre-tokenizer {pre_tokenizer}: llama.cpp has none of that name{nearest(pre_tokenizer, known)}"
+            )
+    files = _Files.read(directory)
+    if (directory / "tokenizer.model").is_file() and _is_sentencepiece(files.tokenizer):
+        return _sentencepiece(files, config)
+    if not files.tokenizer:
+        raise FormatError(directory, "no tokenizer.json and no tokenizer.model: copy the model's tokenizer files there")
+    model = files.tokenizer.get("model")
+    if not isinstance(model, dict):
+        raise FormatError(directory / "tokenizer.json", "it has no model")
+    if model.get("type", "BPE") != "BPE":
+        raise UnsupportedError(f"tokenizer.json: {model['type']} tokenizers are not handled, only BPE")
+    try:
+        if _is_sentencepiece(files.tokenizer):
+            return _llama_json(files, config)
+        return _byte_level(files, config, pre_tokenizer)
+    except (AttributeError, KeyError, TypeError) as e:
+        raise FormatError(directory / "tokenizer.json", f"malformed: {e!r}") from e
+
+
+def _is_sentencepiece(tokenizer: Mapping[str, Any]) -> bool:
+    """No tokenizer.json, or one of Llama's kind: byte fallback instead of a byte alphabet."""
+    model = tokenizer.get("model")
+    return not isinstance(model, Mapping) or bool(model.get("byte_fallback"))

@@ -7,6 +7,7 @@
     ├── UnsupportedError   valid input that quantforge does not handle
     ├── RecipeError        options that name nothing, contradict or cannot be met
     ├── CalibrationError   calibration text or statistics unfit for use
+    ├── OutputError        the result cannot be written: disk full, no permission (has .path)
     └── NativeError        the compiled kernels are missing or failed
 
 Messages are one line; they name the thing, the limit and the way out.
@@ -55,6 +56,14 @@ class RecipeError(QuantForgeError):
 
 class CalibrationError(QuantForgeError):
     """Calibration text or statistics that cannot be used."""
+
+
+class OutputError(QuantForgeError):
+    """The result cannot be written at `path`; nothing is left there."""
+
+    def __init__(self, path: str | PathLike[str], message: str) -> None:
+        self.path = fspath(path)
+        super().__init__(f"{self.path}: {message}")
 
 
 class NativeError(QuantForgeError):

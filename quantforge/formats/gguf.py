@@ -1,0 +1,519 @@
+"""GGUF files: versions 2 and 3 are read, split files as one; version 3 is written.
+
+Metadata values keep their exact type both ways, by this convention:
+
+    UINT32, FLOAT32, BOOL, STRING       int, float, bool, str (bytes that are not UTF-8: surrogateescape)
+    other scalars                       NumPy scalars of that dtype: np.int32(5), np.uint64(7)
+    arrays of numbers or bools          1-D NumPy arrays of that dtype
+    arrays of strings, of arrays        lists
+
+For writing, a Python int outside of UINT32 becomes INT32, INT64 or UINT64, whichever is the first
+to hold it; a list of ints becomes an array of the first of INT32, UINT32, INT64, UINT64 to hold
+all, a list of floats FLOAT32, an empty list an array of strings.
+
+Tensor shapes are in NumPy's order, [..., out, in]: GGUF's dimensions reversed. A codec's part `data`
+is the tensor; further parts are sibling tensors, `blk.0.ffn_up.scale` beside `blk.0.ffn_up.weight`.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, NoReturn
+
+import gguf
+import numpy as np
+
+from .. import codecs
+from ..arrays import SAFETENSORS_DTYPES, Array, TensorInfo
+from ..codecs import Codec, Encoded
+from ..errors import FormatError, ShapeError, UnsupportedError, nearest
+from .base import FileSink, Header, MappedFile, Placement, Sink, Slot, Source, Stored, shards
+
+name = "gguf"
+
+_MAGIC = b"GGUF"
+_VERSIONS = (2, 3)
+_ALIGNMENT = 32  # where general.alignment does not say otherwise
+_MAX_ALIGNMENT = 1 << 21
+# Limits of the reader, generous multiples of the largest known files' figures.
+_MAX_HEADER = 1 << 28  # bytes before the tensor data
+_MAX_STRING = 1 << 26  # bytes
+_MAX_NAME = (1 << 16) - 1  # bytes of a key or a tensor's name
+_MAX_ELEMENTS = 1 << 23  # array elements of all metadata
+_MAX_DEPTH = 4  # arrays within arrays
+_MAX_DIMS = 4
+_GGML_NAME = 63  # bytes of a tensor's name that ggml stores; longer ones it refuses
+
+_U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
+_T = gguf.GGUFValueType
+_DTYPES: dict[int, np.dtype[Any]] = {
+    _T.UINT8: np.dtype("<u1"),
+    _T.INT8: np.dtype("<i1"),
+    _T.UINT16: np.dtype("<u2"),
+    _T.INT16: np.dtype("<i2"),
+    _T.UINT32: np.dtype("<u4"),
+    _T.INT32: np.dtype("<i4"),
+    _T.FLOAT32: np.dtype("<f4"),
+    _T.BOOL: np.dtype(np.bool_),
+    _T.UINT64: np.dtype("<u8"),
+    _T.INT64: np.dtype("<i8"),
+    _T.FLOAT64: np.dtype("<f8"),
+}
+_DTYPES = {int(k): v for k, v in _DTYPES.items()}
+_TYPES = {v: k for k, v in _DTYPES.items()}
+_STRING, _ARRAY = int(_T.STRING), int(_T.ARRAY)
+_NATIVE = frozenset((int(_T.UINT32), int(_T.FLOAT32), int(_T.BOOL)))  # read as Python int, float, bool
+_MIN_BYTES = {**{k: v.itemsize for k, v in _DTYPES.items()}, _STRING: 8, _ARRAY: 12}
+_INTEGER_RANGES = [(np.dtype(d), int(np.iinfo(d).min), int(np.iinfo(d).max)) for d in (np.int32, np.uint32, np.int64, np.uint64)]
+
+
+# ---- reading
+
+
+class _Cursor:
+    """Checked reads from the header of a file."""
+
+    def __init__(self, file: MappedFile) -> None:
+        self.path, self.bytes, self.pos = file.path, file.bytes, 0
+        self.size, self.end = file.size, min(file.size, _MAX_HEADER)
+        self.elements = 0
+
+    def fail(self, message: str, offset: int | None = None) -> NoReturn:
+        raise FormatError(self.path, message, self.pos if offset is None else offset)
+
+    def take(self, n: int, what: str) -> int:
+        """Advance over n bytes; returns where they begin."""
+        at = self.pos
+        if n > self.end - at:
+            if n <= self.size - at:
+                self.fail(f"the header goes on beyond {_MAX_HEADER} bytes")
+            self.fail(f"truncated: {what} takes {n} bytes, {self.size - at} are left")
+        self.pos = at + n
+        return at
+
+    def u32(self, what: str) -> int:
+        return int(_U32.unpack_from(self.bytes, self.take(4, what))[0])
+
+    def u64(self, what: str) -> int:
+        return int(_U64.unpack_from(self.bytes, self.take(8, what))[0])
+
+    def count(self, what: str, least: int) -> int:
+        """A number of items of at least `least` bytes each."""
+        n = self.u64(f"the number of {what}")
+        if n * least > self.size - self.pos:
+            self.fail(f"{n} {what} cannot fit into the {self.size - self.pos} bytes left", self.pos - 8)
+        return n
+
+    def name(self, what: str) -> str:
+        n = self.u64(f"the length of {what}")
+        if not 0 < n <= _MAX_NAME:
+            self.fail(f"{what} of {n} bytes; 1 to {_MAX_NAME} are allowed", self.pos - 8)
+        at = self.take(n, what)
+        try:
+            text = self.bytes[at : self.pos].decode()
+        except UnicodeDecodeError as e:
+            self.fail(f"{what} is not UTF-8", at + e.start)
+        if "\0" in text:
+            self.fail(f"{what} has a NUL character", at)
+        return text
+
+    def strings(self, n: int) -> list[str]:
+        # the loop of a vocabulary of 256k: everything local, one test per string
+        data, unpack, pos, end = self.bytes, _U64.unpack_from, self.pos, self.end
+        found = []
+        for _ in range(n):
+            start = pos + 8
+            if start > end:
+                break
+            size = unpack(data, pos)[0]
+            if size > _MAX_STRING or size > end - start:
+                break
+            pos = start + size
+            found.append(str(data[start:pos], "utf-8", "surrogateescape"))
+        self.pos = pos
+        if len(found) < n:
+            size = self.u64("the length of a string")
+            if size > _MAX_STRING:
+                self.fail(f"a string of {size} bytes; the limit is {_MAX_STRING}", pos)
+            self.take(size, "a string")
+        return found
+
+    def numbers(self, kind: int, n: int) -> Array:
+        dtype = _DTYPES[kind]
+        at = self.take(n * dtype.itemsize, f"{n} values of type {_T(kind).name}")
+        if dtype == np.bool_:
+            octets = np.frombuffer(self.bytes, np.uint8, n, at)
+            if n and octets.max() > 1:
+                self.fail("a bool is neither 0 nor 1", at + int(np.argmax(octets > 1)))
+        return np.frombuffer(self.bytes, dtype, n, at).copy()
+
+    def value(self, kind: int, depth: int = 0) -> Any:
+        if kind in _DTYPES:
+            scalar = self.numbers(kind, 1)[0]
+            return scalar.item() if kind in _NATIVE else scalar
+        if kind == _STRING:
+            return self.strings(1)[0]
+        if kind != _ARRAY:
+            self.fail(f"unknown value type {kind}", self.pos - 4)
+        if depth == _MAX_DEPTH:
+            self.fail(f"arrays nested more than {_MAX_DEPTH} deep")
+        item = self.u32("an array's type")
+        if item not in _MIN_BYTES:
+            self.fail(f"unknown value type {item} of an array", self.pos - 4)
+        n = self.count("array elements", _MIN_BYTES[item])
+        self.elements += n
+        if self.elements > _MAX_ELEMENTS:
+            self.fail(f"more than {_MAX_ELEMENTS} array elements in the metadata", self.pos - 8)
+        if item in _DTYPES:
+            return self.numbers(item, n)
+        return self.strings(n) if item == _STRING else [self.value(_ARRAY, depth + 1) for _ in range(n)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    file: MappedFile
+    offset: int
+    stored: Stored
+
+
+@cache
+def _plain(dtype: np.dtype[Any]) -> Codec | None:
+    """The codec of a GGUF tensor that holds an array of `dtype`."""
+    found = next((n for n, d in SAFETENSORS_DTYPES.items() if d == dtype), None)
+    codec = codecs.get(found) if found in codecs.names() else None
+    return codec if codec is not None and codec.ggml_type is not None else None
+
+
+def _sibling(tensor: str, part: str) -> str:
+    return f"{tensor.removesuffix('.weight')}.{part}"
+
+
+def _padded(n: int, alignment: int) -> int:
+    return n + -n % alignment
+
+
+def _check_alignment(value: object) -> int | None:
+    """The alignment, or None if it is not one."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.uint32)):
+        return None
+    n = int(value)
+    return n if 8 <= n <= _MAX_ALIGNMENT and not n & (n - 1) else None
+
+
+def _read_header(file: MappedFile) -> tuple[dict[str, Any], dict[str, _Tensor]]:
+    """Metadata and tensors of one file, everything checked."""
+    c = _Cursor(file)
+    if file.bytes[:4] != _MAGIC:
+        c.fail(f"not a GGUF file: it begins with {file.bytes[:4]!r}", 0)
+    c.take(4, "the magic")
+    version = c.u32("the version")
+    if version not in _VERSIONS:
+        if not version & 0xFFFF:
+            c.fail("a big-endian GGUF file; only little-endian ones are read", 4)
+        c.fail(f"GGUF version {version}; versions {' and '.join(map(str, _VERSIONS))} are read", 4)
+    n_tensors = c.count("tensors", 8 + 1 + 4 + 8 + 4 + 8)
+    n_metadata = c.count("metadata pairs", 8 + 1 + 4 + 1)
+    metadata: dict[str, Any] = {}
+    alignment = _ALIGNMENT
+    for _ in range(n_metadata):
+        at = c.pos
+        key = c.name("a metadata key")
+        if key in metadata:
+            c.fail(f"metadata key {key} appears twice", at)
+        kind = c.u32(f"the type of {key}")
+        metadata[key] = c.value(kind)
+        if key == "general.alignment":
+            found = _check_alignment(metadata[key])
+            if found is None:
+                c.fail(f"general.alignment is {metadata[key]}; it must be a power of two, UINT32, 8 to {_MAX_ALIGNMENT}", at)
+            alignment = found
+
+    infos = [_read_info(c, alignment) for _ in range(n_tensors)]
+    seen: set[str] = set()
+    for tensor, at, _, _ in infos:
+        if tensor in seen:
+            c.fail(f"tensor {tensor} appears twice", at)
+        seen.add(tensor)
+    data = _padded(c.pos, alignment)
+    tensors: dict[str, _Tensor] = {}
+    end, before = data, ""
+    for tensor, at, relative, stored in sorted(infos, key=lambda info: info[2]):
+        offset = data + relative
+        if offset < end:
+            c.fail(f"tensor {tensor} begins at byte {offset}, within tensor {before}", at)
+        end, before = offset + stored.nbytes, tensor
+        if end > file.size:
+            c.fail(f"truncated or damaged: tensor {tensor} ends at byte {end}, the file at {file.size}", at)
+        tensors[tensor] = _Tensor(file, offset, stored)
+    return metadata, tensors
+
+
+def _read_info(c: _Cursor, alignment: int) -> tuple[str, int, int, Stored]:
+    """Name, where that was read, offset from the start of the data, codec and shape of the next tensor."""
+    at = c.pos
+    tensor = c.name("a tensor's name")
+    n_dims = c.u32(f"the number of dimensions of {tensor}")
+    if not 1 <= n_dims <= _MAX_DIMS:
+        c.fail(f"tensor {tensor} has {n_dims} dimensions; 1 to {_MAX_DIMS} are allowed", c.pos - 4)
+    dims = [c.u64(f"the dimensions of {tensor}") for _ in range(n_dims)]
+    if 0 in dims:
+        c.fail(f"tensor {tensor} has a dimension of 0", c.pos - 8 * n_dims)
+    kind = c.u32(f"the type of {tensor}")
+    codec = codecs.by_ggml_type(kind)
+    if codec is None:
+        known = {int(t): t.name for t in gguf.GGMLQuantizationType}
+        if kind in known:
+            c.fail(f"tensor {tensor} is of type {known[kind]}, which quantforge does not read", c.pos - 4)
+        c.fail(f"tensor {tensor} is of unknown type {kind}", c.pos - 4)
+    offset = c.u64(f"the offset of {tensor}")
+    if offset % alignment:
+        c.fail(f"tensor {tensor} is at offset {offset}, which is not a multiple of the alignment {alignment}", c.pos - 8)
+    stored = Stored(codec, tuple(reversed(dims)))
+    try:
+        n = codec.layout(stored.shape)["data"].nbytes
+    except ShapeError as e:
+        c.fail(f"tensor {tensor}: {e}", at)
+    if n > c.size:
+        c.fail(f"truncated or damaged: tensor {tensor} takes {n} bytes, the whole file has {c.size}", at)
+    return tensor, at, offset, stored
+
+
+class GgufSource(Source):
+    """A GGUF file, or a set of split files, mapped into memory."""
+
+    format = name
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._files = [MappedFile(path)]
+        first, tensors = _read_header(self._files[0])
+        count = _split_field(path, first, "count")
+        if count is not None and count > 1:
+            first, tensors = self._open_splits(shards(path, count))
+        self.config = {k: v for k, v in first.items() if not k.startswith("split.")}
+        self._parts = _gather(tensors)
+        self.weights = {k: Stored(tensors[k].stored.codec, tensors[k].stored.shape) for k in self._parts}
+
+    def _open_splits(self, paths: list[Path]) -> tuple[dict[str, Any], dict[str, _Tensor]]:
+        self._files = [MappedFile(p) for p in paths]
+        config: dict[str, Any] = {}
+        tensors: dict[str, _Tensor] = {}
+        total = None
+        for i, file in enumerate(self._files):
+            metadata, found = _read_header(file)
+            if _split_field(file.path, metadata, "no") != i or _split_field(file.path, metadata, "count") != len(paths):
+                raise FormatError(file.path, f"not file {i + 1} of {len(paths)}: its split.no or split.count says otherwise")
+            for tensor, place in found.items():
+                if tensor in tensors:
+                    raise FormatError(file.path, f"tensor {tensor} is also in {tensors[tensor].file.path.name}")
+                tensors[tensor] = place
+            config = metadata if i == 0 else config
+            total = _split_field(file.path, metadata, "tensors.count") if i == 0 else total
+        if total is not None and total != len(tensors):
+            raise FormatError(paths[0], f"split.tensors.count is {total}, the {len(paths)} files have {len(tensors)} tensors")
+        return config, tensors
+
+    def read(self, name: str) -> Encoded:
+        """The stored tensor; its parts are views of the file."""
+        stored, layout = self._stored(name), self.weights[name].codec.layout(self.weights[name].shape)
+        parts: dict[str, Array] = {}
+        for part, info in layout.items():
+            place = self._parts[name].get(part)
+            parts[part] = np.ones(info.shape, info.dtype) if place is None else place.file.array(place.offset, info)
+        return Encoded(stored.codec, stored.shape, parts)
+
+    def release(self, name: str) -> None:
+        """Tell the system that this tensor's pages are not needed any more."""
+        self._stored(name)
+        for place in self._parts[name].values():
+            place.file.release(place.offset, place.stored.nbytes)
+
+    def close(self) -> None:
+        """Unmap the files."""
+        for file in self._files:
+            file.close()
+
+    def _stored(self, tensor: str) -> Stored:
+        try:
+            return self.weights[tensor]
+        except KeyError:
+            raise FormatError(self.path, f"no tensor named {tensor}{nearest(tensor, self.weights)}") from None
+
+
+def _split_field(path: Path, metadata: Mapping[str, Any], field: str) -> int | None:
+    value = metadata.get(f"split.{field}")
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise FormatError(path, f"split.{field} is {value!r}, not an integer")
+    return int(value)
+
+
+def _gather(tensors: Mapping[str, _Tensor]) -> dict[str, dict[str, _Tensor]]:
+    """Tensor -> part -> place. Siblings that are parts are not tensors of their own; where one is missing
+    it is all ones: writers leave out scales of 1."""
+    parts: dict[str, dict[str, _Tensor]] = {k: {"data": v} for k, v in tensors.items()}
+    for tensor, place in tensors.items():
+        layout = place.stored.codec.layout(place.stored.shape)
+        for part, info in layout.items():
+            sibling = tensors.get(_sibling(tensor, part))
+            if part == "data" or sibling is None:
+                continue
+            if sibling.stored.codec is not _plain(info.dtype) or sibling.stored.nbytes != info.nbytes:
+                raise FormatError(
+                    sibling.file.path,
+                    f"tensor {_sibling(tensor, part)} is {sibling.stored.codec.name}{list(sibling.stored.shape)}; "
+                    f"{tensor} ({place.stored.codec.name}) needs {info.dtype}{list(info.shape)}",
+                    sibling.offset,
+                )
+            parts[tensor][part] = sibling
+            del parts[_sibling(tensor, part)]
+    return parts
+
+
+def recognises(path: Path) -> bool:
+    """True for a file that begins with GGUF or is named .gguf."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as f:
+        return f.read(4) == _MAGIC or path.suffix == ".gguf"
+
+
+def open(path: Path) -> Source:
+    """Open a GGUF file; of split files, any one stands for all. Raises FormatError."""
+    return GgufSource(path)
+
+
+# ---- writing
+
+
+def _string(text: str, key: str) -> bytes:
+    try:
+        data = text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        raise UnsupportedError(f"metadata {key}: {text[:40]!r} has a surrogate that UTF-8 cannot hold") from None
+    return _U64.pack(len(data)) + data
+
+
+def _integer_dtype(values: list[int], key: str, choices: list[int]) -> np.dtype[Any]:
+    for i in choices:
+        dtype, low, high = _INTEGER_RANGES[i]
+        if low <= min(values) and max(values) <= high:
+            return dtype
+    raise UnsupportedError(f"metadata {key}: {values[0]} does not fit into 64 bits")
+
+
+def _array(value: Array | list[Any] | tuple[Any, ...], key: str) -> bytes:
+    """Type, count and elements of an array."""
+    if not isinstance(value, np.ndarray):
+        kinds = {bool if isinstance(v, np.bool_) else type(v) for v in value}
+        if all(isinstance(v, str) for v in value):
+            return _U32.pack(_STRING) + _U64.pack(len(value)) + b"".join(_string(v, key) for v in value)
+        if all(isinstance(v, (list, tuple, np.ndarray)) for v in value):
+            return _U32.pack(_ARRAY) + _U64.pack(len(value)) + b"".join(_array(v, key) for v in value)
+        if kinds == {int}:
+            value = np.array(value, _integer_dtype(list(value), key, [0, 1, 2, 3]))
+        elif kinds <= {int, float}:
+            value = _floats(value, key)
+        elif len(kinds) == 1 and isinstance(value[0], (np.generic, bool)):
+            value = np.array(value)
+        else:
+            raise UnsupportedError(f"metadata {key}: a list of {' and '.join(sorted(k.__name__ for k in kinds))}; give one type")
+    kind = _TYPES.get(value.dtype.newbyteorder("<"))
+    if kind is None or value.ndim != 1:
+        raise UnsupportedError(f"metadata {key}: GGUF has no arrays of {value.dtype}{list(value.shape)}")
+    return _U32.pack(kind) + _U64.pack(len(value)) + value.astype(_DTYPES[kind]).tobytes()
+
+
+def _floats(values: Any, key: str) -> Array:
+    exact = np.array(values, np.float64)
+    with np.errstate(over="ignore"):
+        rounded = exact.astype(np.float32)
+    if (np.isinf(rounded) & np.isfinite(exact)).any():
+        raise UnsupportedError(f"metadata {key}: too large for FLOAT32; give np.float64")
+    return rounded
+
+
+def _value(value: Any, key: str) -> bytes:
+    """Type and bytes of a metadata value, by the convention above."""
+    if isinstance(value, str):
+        return _U32.pack(_STRING) + _string(value, key)
+    if isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.ndim):
+        return _U32.pack(_ARRAY) + _array(value, key)
+    if isinstance(value, bool):
+        scalar = np.array(value)
+    elif isinstance(value, (np.generic, np.ndarray)):
+        scalar = np.asarray(value)
+    elif isinstance(value, int):
+        scalar = np.array(value, _integer_dtype([value], key, [1, 0, 2, 3]))
+    elif isinstance(value, float):
+        scalar = _floats(value, key)
+    else:
+        raise UnsupportedError(f"metadata {key}: GGUF cannot hold a {type(value).__name__}")
+    kind = _TYPES.get(scalar.dtype.newbyteorder("<"))
+    if kind is None:
+        raise UnsupportedError(f"metadata {key}: GGUF has no type for {scalar.dtype}")
+    return _U32.pack(kind) + scalar.astype(_DTYPES[kind]).tobytes()
+
+
+def _place(header: Header) -> Placement:
+    alignment = _check_alignment(header.metadata.get("general.alignment", _ALIGNMENT))
+    if alignment is None:
+        raise UnsupportedError(f"general.alignment must be a power of two from 8 to {_MAX_ALIGNMENT}")
+    slots: dict[str, dict[str, Slot]] = {}
+    infos: dict[str, bytes] = {}
+    relative: list[tuple[str, str, int, TensorInfo]] = []
+    offset = 0
+    for tensor, stored in header.tensors.items():
+        if stored.codec.ggml_type is None:
+            raise UnsupportedError(f"tensor {tensor}: GGUF files cannot hold {stored.codec.name}; choose a ggml type")
+        layout = stored.codec.layout(stored.shape)
+        for part, info in layout.items():
+            own, kind, shape = tensor, stored.codec.ggml_type, stored.shape
+            if part != "data":
+                plain = _plain(info.dtype)
+                if plain is None or plain.ggml_type is None:
+                    raise UnsupportedError(f"tensor {tensor}: GGUF has no type for {stored.codec.name}'s {part} ({info.dtype})")
+                own, kind, shape = _sibling(tensor, part), plain.ggml_type, info.shape
+            if own in infos or (part != "data" and own in header.tensors):
+                raise UnsupportedError(f"tensor {own} is both a tensor and {stored.codec.name}'s {part} of {tensor}")
+            infos[own] = _info(own, shape, kind, offset)
+            relative.append((tensor, part, offset, info))
+            offset += _padded(info.nbytes, alignment)
+    head = b"".join(
+        (
+            _MAGIC,
+            _U32.pack(_VERSIONS[-1]),
+            _U64.pack(len(infos)),
+            _U64.pack(len(header.metadata)),
+            *(_string(k, k) + _value(v, k) for k, v in header.metadata.items()),
+            *infos.values(),
+        )
+    )
+    data = _padded(len(head), alignment)
+    for tensor, part, at, info in relative:
+        slots.setdefault(tensor, {})[part] = Slot("", data + at, info)
+    return Placement({"": head}, {"": data + offset}, slots)
+
+
+def _info(tensor: str, shape: tuple[int, ...], kind: int, offset: int) -> bytes:
+    if not 1 <= len(shape) <= _MAX_DIMS or 0 in shape:
+        raise UnsupportedError(f"tensor {tensor}: shape {list(shape)}; GGUF holds 1 to {_MAX_DIMS} dimensions, none of them 0")
+    encoded = _string(tensor, tensor)
+    if not 8 < len(encoded) <= 8 + _GGML_NAME:
+        raise UnsupportedError(f"tensor {tensor}: a name of {len(encoded) - 8} bytes; ggml takes 1 to {_GGML_NAME}")
+    return encoded + struct.pack(f"<I{len(shape)}QIQ", len(shape), *reversed(shape), kind, offset)
+
+
+def size(header: Header) -> int:
+    """The exact bytes of the file that `create` would write."""
+    return _place(header).nbytes
+
+
+def create(path: Path, header: Header) -> Sink:
+    """Begin a GGUF version 3 file. Raises UnsupportedError for what GGUF cannot hold, OutputError."""
+    return FileSink(path, header.tensors, _place(header))

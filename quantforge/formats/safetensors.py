@@ -1,0 +1,420 @@
+"""Safetensors: a lone file or a Hugging Face directory is read, a directory is written.
+
+Tensors of plain codecs are ordinary safetensors. Any other codec's are stored part by part, as
+`NAME.PART`, and listed in config.json, which is how they are found again:
+
+    "quantization_config": {"quant_method": "quantforge", "version": 1,
+                            "tensors": {NAME: {"codec": "my-int3", "shape": [out, in]}}}
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from .. import codecs
+from ..arrays import SAFETENSORS_DTYPES, TensorInfo
+from ..codecs import Encoded
+from ..errors import FormatError, QuantForgeError, UnsupportedError, nearest
+from .base import FileSink, Header, MappedFile, Placement, Sink, Slot, Source, Stored, shards
+
+name = "safetensors"
+
+_MAX_HEADER = 100_000_000  # bytes; the reference's limit
+_MAX_CONFIG = 1 << 26  # bytes of a config.json or an index
+_MAX_DIMS = 64  # NumPy's limit
+_MAX_DIM = (1 << 63) - 1
+_VERSION = 1
+_SINGLE, _INDEX, _CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+_DTYPE_NAMES = {dtype: dtype_name for dtype_name, dtype in SAFETENSORS_DTYPES.items()}
+
+
+# ---- reading
+
+
+class _DuplicateKey(ValueError):
+    pass
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        raise _DuplicateKey(next(k for k, _ in pairs if k in seen or seen.add(k)))  # type: ignore[func-returns-value]
+    return found
+
+
+def _parse(path: Path, data: bytes, base: int = 0) -> dict[str, Any]:
+    """A JSON object; `base` is where `data` begins in the file."""
+    try:
+        text = data.decode()
+        found = json.loads(text, object_pairs_hook=_unique)
+    except UnicodeDecodeError as e:
+        raise FormatError(path, "the JSON is not UTF-8", base + e.start) from None
+    except json.JSONDecodeError as e:
+        at = base + len(e.doc[: e.pos].encode())
+        raise FormatError(path, f"not valid JSON: {e.msg}", at) from None
+    except _DuplicateKey as e:
+        raise FormatError(path, f"{str(e)!r} appears twice in one JSON object", base) from None
+    except (ValueError, RecursionError) as e:
+        why = "nested too deep" if isinstance(e, RecursionError) else "a number has too many digits"
+        raise FormatError(path, f"unreadable JSON: {why}", base) from None
+    if not isinstance(found, dict):
+        raise FormatError(path, "the JSON is not an object", base)
+    return found
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    file = MappedFile(path)
+    try:
+        if file.size > _MAX_CONFIG:
+            raise FormatError(path, f"{file.size} bytes; the limit for this file is {_MAX_CONFIG}")
+        return _parse(path, file.bytes[:])
+    finally:
+        file.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    file: MappedFile
+    offset: int
+    dtype: str
+    info: TensorInfo
+
+
+def _read_header(file: MappedFile) -> dict[str, _Tensor]:
+    """The tensors of one file in the order of their bytes, everything checked."""
+
+    def fail(message: str, offset: int = 0) -> NoReturn:
+        raise FormatError(file.path, message, offset)
+
+    if file.size < 8:
+        fail(f"truncated: {file.size} bytes are too few for a safetensors file")
+    length = int.from_bytes(file.bytes[:8], "little")
+    if length > _MAX_HEADER:
+        fail(f"not a safetensors file, or damaged: the header's length is given as {length}, the limit is {_MAX_HEADER}")
+    data = 8 + length
+    if data > file.size:
+        fail(f"truncated: the header ends at byte {data}, the file at {file.size}")
+    raw = file.bytes[8:data]
+    if raw[:1] != b"{":
+        fail("the header does not begin with {", 8)
+    entries = _parse(file.path, raw, 8)
+
+    def at(tensor: str) -> int:
+        return 8 + max(0, raw.find(json.dumps(tensor, ensure_ascii=False).encode("utf-8", "replace")))
+
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        fail("__metadata__ is not a map from strings to strings", at("__metadata__"))
+    infos = []
+    for tensor, entry in entries.items():
+        try:
+            infos.append((*_check_entry(tensor, entry), tensor))
+        except ValueError as e:
+            fail(f"tensor {tensor!r}: {e}", at(tensor))
+    infos.sort(key=lambda info: info[:2])
+    tensors: dict[str, _Tensor] = {}
+    end = 0
+    for begin, stop, dtype, info, tensor in infos:
+        if begin != end:
+            fail(f"tensor {tensor!r} begins at offset {begin} of the data, the one before ends at {end}", at(tensor))
+        if data + stop > file.size:
+            fail(f"truncated: tensor {tensor!r} ends at byte {data + stop}, the file at {file.size}", at(tensor))
+        tensors[tensor] = _Tensor(file, data + begin, dtype, info)
+        end = stop
+    if data + end != file.size:
+        fail(f"{file.size - data - end} bytes after the last tensor belong to none", data + end)
+    return tensors
+
+
+def _is_size(n: object) -> bool:
+    return type(n) is int and 0 <= n <= _MAX_DIM
+
+
+def _check_entry(tensor: str, entry: object) -> tuple[int, int, str, TensorInfo]:
+    """Begin, end, dtype's name, dtype and shape of a header's entry. Raises ValueError."""
+    try:
+        tensor.encode()
+    except UnicodeEncodeError:
+        raise ValueError("the name is not valid Unicode") from None
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError("its entry must have dtype, shape and data_offsets, nothing else")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in SAFETENSORS_DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(SAFETENSORS_DTYPES)}")
+    if not isinstance(shape, list) or len(shape) > _MAX_DIMS or not all(map(_is_size, shape)):
+        raise ValueError("its shape is not a list of sizes")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
+        raise ValueError("its data_offsets are not two sizes")
+    begin, end = offsets
+    info = TensorInfo(SAFETENSORS_DTYPES[dtype], tuple(shape))
+    if end - begin != info.nbytes:
+        raise ValueError(f"{dtype}{shape} takes {info.nbytes} bytes, its data_offsets {offsets} span {end - begin}")
+    if not info.nbytes and TensorInfo(info.dtype, tuple(n or 1 for n in shape)).nbytes > _MAX_DIM:
+        raise ValueError(f"its shape {shape} is too large")
+    return begin, end, dtype, info
+
+
+def _files(directory: Path) -> tuple[list[Path], dict[str, str]]:
+    """A checkpoint directory's shards, and its index: tensor -> file name (empty: none)."""
+    if (directory / _SINGLE).exists():
+        return [directory / _SINGLE], {}
+    if (directory / _INDEX).exists():
+        index = _read_json(directory / _INDEX).get("weight_map")
+        if not isinstance(index, dict) or not index or not all(isinstance(v, str) for v in index.values()):
+            raise FormatError(directory / _INDEX, "weight_map is not a map from tensors to file names")
+        paths = []
+        for file in dict.fromkeys(index.values()):
+            if not file or file in (".", "..") or re.search(r"[/\\\0]", file):
+                raise FormatError(directory / _INDEX, f"{file!r} is not the name of a file in this directory")
+            if not (directory / file).exists():
+                raise FormatError(directory / file, f"missing: {_INDEX} names this shard; fetch the whole checkpoint")
+            paths.append(directory / file)
+        return paths, index
+    found = sorted(directory.glob("*.safetensors"))
+    if not found:
+        raise FormatError(directory, "has no *.safetensors")
+    complete = shards(found[0])
+    if set(complete) != set(found):
+        extra = sorted(p.name for p in set(found) - set(complete))
+        raise FormatError(directory, f"{complete[0].name} and {extra[0]} are not one checkpoint; give the file you mean")
+    return complete, {}
+
+
+class SafetensorsSource(Source):
+    """A safetensors checkpoint, mapped into memory."""
+
+    format = name
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        directory = path if path.is_dir() else path.parent
+        paths, index = _files(path) if path.is_dir() else ([path], {})
+        self._files = [MappedFile(p) for p in paths]
+        tensors: dict[str, _Tensor] = {}
+        for file in self._files:
+            for tensor, place in _read_header(file).items():
+                if tensor in tensors:
+                    raise FormatError(file.path, f"tensor {tensor} is also in {tensors[tensor].file.path.name}")
+                tensors[tensor] = place
+        for tensor, shard in index.items():
+            if tensor not in tensors or tensors[tensor].file.path.name != shard:
+                raise FormatError(directory / shard, f"has no tensor {tensor}, which {_INDEX} promises; fetch it again")
+        config = directory / _CONFIG
+        self.config = _read_json(config) if config.exists() else {}
+        self._parts = {k: {"data": v} for k, v in tensors.items()}
+        self.weights = {k: _plain(v) for k, v in tensors.items()}
+        own = self.config.get("quantization_config")
+        if isinstance(own, dict) and own.get("quant_method") == "quantforge":
+            self._gather(config, own, tensors)
+
+    def _gather(self, config: Path, own: Mapping[str, Any], tensors: Mapping[str, _Tensor]) -> None:
+        """Make one tensor of those that are the parts of a quantforge codec."""
+        if own.get("version") != _VERSION:
+            raise FormatError(config, f"quantization_config is of version {own.get('version')!r}; {_VERSION} is read")
+        listed = own.get("tensors")
+        if not isinstance(listed, dict):
+            raise FormatError(config, "quantization_config has no map of tensors")
+        owner: dict[str, str] = {}  # file's tensor -> whole tensor
+        stored: dict[str, Stored] = {}
+        parts: dict[str, dict[str, _Tensor]] = {}
+        for tensor, entry in listed.items():
+            try:
+                stored[tensor] = Stored(codecs.get(entry["codec"]), tuple(entry["shape"]))
+                layout = stored[tensor].codec.layout(stored[tensor].shape)
+            except (KeyError, TypeError, AttributeError):
+                raise FormatError(config, f"quantization_config: tensor {tensor} needs a codec and a shape") from None
+            except UnsupportedError as e:
+                raise FormatError(config, f"tensor {tensor}: {e}; import what registers this codec first") from None
+            except QuantForgeError as e:
+                raise FormatError(config, f"tensor {tensor}: {e}") from None
+            parts[tensor] = {}
+            for part, info in layout.items():
+                place = tensors.get(f"{tensor}.{part}")
+                if place is None:
+                    if self.path.is_dir():
+                        raise FormatError(self.path, f"tensor {tensor}.{part} is missing: {stored[tensor].codec.name} needs it")
+                    break  # a lone shard of several: this tensor lives elsewhere
+                if place.info != info:
+                    raise FormatError(
+                        place.file.path,
+                        f"tensor {tensor}.{part} is {place.info.dtype}{list(place.info.shape)}, "
+                        f"{stored[tensor].codec.name} needs {info.dtype}{list(info.shape)}",
+                        place.offset,
+                    )
+                owner[f"{tensor}.{part}"] = tensor
+                parts[tensor][part] = place
+            else:
+                continue
+            del stored[tensor], parts[tensor]
+        weights: dict[str, Stored] = {}
+        for k in tensors:
+            whole = owner.get(k, k)
+            weights[whole] = stored[whole] if k in owner else self.weights[k]
+        self.weights = weights
+        self._parts = {k: parts.get(k) or {"data": tensors[k]} for k in weights}
+
+    def read(self, name: str) -> Encoded:
+        """The stored tensor; its parts are views of the file."""
+        stored = self._stored(name)
+        parts = {part: place.file.array(place.offset, place.info) for part, place in self._parts[name].items()}
+        return Encoded(stored.codec, stored.shape, parts)
+
+    def release(self, name: str) -> None:
+        """Tell the system that this tensor's pages are not needed any more."""
+        self._stored(name)
+        for place in self._parts[name].values():
+            place.file.release(place.offset, place.info.nbytes)
+
+    def close(self) -> None:
+        """Unmap the files."""
+        for file in self._files:
+            file.close()
+
+    def _stored(self, tensor: str) -> Stored:
+        try:
+            return self.weights[tensor]
+        except KeyError:
+            raise FormatError(self.path, f"no tensor named {tensor}{nearest(tensor, self.weights)}") from None
+
+
+def _plain(tensor: _Tensor) -> Stored:
+    return Stored(codecs.get(tensor.dtype), tensor.info.shape)
+
+
+def recognises(path: Path) -> bool:
+    """True for a directory with *.safetensors or their index, and a file that is named or begins like one."""
+    if path.is_dir():
+        return (path / _INDEX).exists() or next(path.glob("*.safetensors"), None) is not None
+    if not path.is_file():
+        return False
+    with path.open("rb") as f:
+        start = f.read(9)
+    return path.suffix == ".safetensors" or (start[8:] == b"{" and int.from_bytes(start[:8], "little") <= _MAX_HEADER)
+
+
+def open(path: Path) -> Source:
+    """Open a checkpoint directory or a .safetensors file. Raises FormatError."""
+    return SafetensorsSource(path)
+
+
+# ---- writing
+
+
+def _dump(value: Any) -> bytes:
+    def plain(x: Any) -> Any:
+        if isinstance(x, (np.generic, np.ndarray)):
+            return x.tolist()
+        raise UnsupportedError(f"config: JSON cannot hold a {type(x).__name__}")
+
+    return (json.dumps(value, indent=2, ensure_ascii=False, default=plain) + "\n").encode("utf-8", "replace")
+
+
+def _config(header: Header, quantized: Mapping[str, Stored]) -> dict[str, Any]:
+    """header.metadata with our own quantization_config, or without one where there is none any more."""
+    config = dict(header.metadata)
+    before = config.get("quantization_config")
+    if isinstance(before, dict) and before.get("quant_method") == "quantforge":
+        del config["quantization_config"]
+    if quantized:
+        config["quantization_config"] = {
+            "quant_method": "quantforge",
+            "version": _VERSION,
+            "tensors": {k: {"codec": v.codec.name, "shape": list(v.shape)} for k, v in quantized.items()},
+        }
+    return config
+
+
+def _shard(entries: Mapping[str, Mapping[str, TensorInfo]]) -> tuple[bytes, dict[str, int], int]:
+    """Head, the entries' offsets and total size of one file."""
+    infos = {k: info for parts in entries.values() for k, info in parts.items()}
+    # widest first keeps every tensor aligned
+    order = sorted(infos, key=lambda k: -infos[k].dtype.itemsize)
+    description: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    relative, end = {}, 0
+    for k in order:
+        info = infos[k]
+        relative[k] = end
+        end += info.nbytes
+        description[k] = {"dtype": _DTYPE_NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [relative[k], end]}
+    text = json.dumps(description, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > _MAX_HEADER:
+        raise UnsupportedError(
+            f"a safetensors header of {len(text)} bytes; the limit is {_MAX_HEADER}: choose a smaller shard size"
+        )
+    data = 8 + len(text)
+    return len(text).to_bytes(8, "little") + text, {k: data + v for k, v in relative.items()}, data + end
+
+
+def _place(header: Header, max_shard_size: int) -> Placement:
+    entries: dict[str, dict[str, TensorInfo]] = {}  # tensor -> name in the file -> dtype and shape
+    quantized: dict[str, Stored] = {}
+    taken: dict[str, str] = {}
+    for tensor, stored in header.tensors.items():
+        layout = stored.codec.layout(stored.shape)
+        if stored.codec.name in SAFETENSORS_DTYPES:
+            entries[tensor] = {tensor: layout["data"]}
+        else:
+            quantized[tensor] = stored
+            entries[tensor] = {f"{tensor}.{part}": info for part, info in layout.items()}
+        for k, info in entries[tensor].items():
+            if k in taken or k == "__metadata__":
+                raise UnsupportedError(f"tensor {tensor}: {k} is already the name of {taken.get(k, 'the metadata')}")
+            if info.dtype not in _DTYPE_NAMES:
+                raise UnsupportedError(f"tensor {tensor}: safetensors cannot hold {stored.codec.name}'s {k} of {info.dtype}")
+            taken[k] = tensor
+
+    groups: list[dict[str, dict[str, TensorInfo]]] = [{}]
+    filled = 0
+    for tensor, parts in entries.items():
+        n = sum(info.nbytes for info in parts.values())
+        if groups[-1] and filled + n > max_shard_size:
+            groups.append({})
+            filled = 0
+        groups[-1][tensor] = parts
+        filled += n
+
+    heads: dict[str, bytes] = {}
+    sizes: dict[str, int] = {}
+    slots: dict[str, dict[str, Slot]] = {}
+    weight_map: dict[str, str] = {}
+    for i, group in enumerate(groups, 1):
+        file = _SINGLE if len(groups) == 1 else f"model-{i:05}-of-{len(groups):05}.safetensors"
+        heads[file], offsets, sizes[file] = _shard(group)
+        for tensor, parts in group.items():
+            names = zip(header.tensors[tensor].codec.layout(header.tensors[tensor].shape), parts.items(), strict=True)
+            slots[tensor] = {part: Slot(file, offsets[k], info) for part, (k, info) in names}
+            weight_map.update(dict.fromkeys(parts, file))
+    extra = dict(header.files)
+    for file in extra:
+        if not file or file in (".", "..", _CONFIG, _INDEX) or file in heads or re.search(r"[/\\\0]", file):
+            raise UnsupportedError(f"{file!r} cannot be the name of a file beside the weights")
+    if config := _config(header, quantized):
+        extra[_CONFIG] = _dump(config)
+    if len(groups) > 1:
+        total = sum(info.nbytes for parts in entries.values() for info in parts.values())
+        extra[_INDEX] = _dump({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+    heads.update(extra)
+    sizes.update({k: len(v) for k, v in extra.items()})
+    return Placement(heads, sizes, slots)
+
+
+def size(header: Header, max_shard_size: int = 5_000_000_000) -> int:
+    """The exact bytes of all files that `create` would write."""
+    return _place(header, max_shard_size).nbytes
+
+
+def create(path: Path, header: Header, max_shard_size: int = 5_000_000_000) -> Sink:
+    """Begin a checkpoint directory with files of at most `max_shard_size` bytes of tensors (one tensor may exceed it).
+
+    Raises UnsupportedError for what safetensors cannot hold, OutputError.
+    """
+    return FileSink(path, header.tensors, _place(header, max_shard_size), directory=True)

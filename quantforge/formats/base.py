@@ -24,7 +24,7 @@ from typing_extensions import Self
 
 from ..arrays import Array, Parts, TensorInfo
 from ..codecs import Codec, Encoded
-from ..errors import FormatError, OutputError, UnsupportedError
+from ..errors import FormatError, OutputError, UnsupportedError, nearest
 
 
 @dataclass(frozen=True, slots=True)
@@ -358,6 +358,54 @@ class MappedFile:
         """Unmap; where arrays still view the file, that happens when the last one is gone."""
         with suppress(BufferError):
             self.bytes.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a stored part stands: the file, the byte, dtype and shape. Checked: it is inside of the file."""
+
+    file: MappedFile
+    offset: int
+    info: TensorInfo
+
+
+class MappedSource(Source):
+    """A source whose parts stand in mapped files. Subclasses set path, config, weights, `_files` and `_places`."""
+
+    _files: list[MappedFile]
+    _places: Mapping[str, Mapping[str, Place]]
+    """Tensor -> part -> place. A part without a place is all ones."""
+
+    @property
+    def total_bytes(self) -> int:
+        """Size on disk of the weight files."""
+        return sum(file.size for file in self._files)
+
+    def read(self, name: str) -> Encoded:
+        """The stored tensor; its parts are read-only views of the files."""
+        stored = self._stored(name)
+        parts: Parts = {}
+        for part, info in stored.codec.layout(stored.shape).items():
+            place = self._places[name].get(part)
+            parts[part] = np.ones(info.shape, info.dtype) if place is None else place.file.array(place.offset, info)
+        return Encoded(stored.codec, stored.shape, parts)
+
+    def release(self, name: str) -> None:
+        """Tell the system that this tensor's pages are not needed any more."""
+        self._stored(name)
+        for place in self._places[name].values():
+            place.file.release(place.offset, place.info.nbytes)
+
+    def close(self) -> None:
+        """Unmap the files."""
+        for file in self._files:
+            file.close()
+
+    def _stored(self, tensor: str) -> Stored:
+        try:
+            return self.weights[tensor]
+        except KeyError:
+            raise FormatError(self.path, f"no tensor named {tensor}{nearest(tensor, self.weights)}") from None
 
 
 _LFS = b"version https://git-lfs"

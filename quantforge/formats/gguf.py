@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
@@ -29,9 +28,9 @@ import numpy as np
 
 from .. import codecs
 from ..arrays import SAFETENSORS_DTYPES, Array, TensorInfo
-from ..codecs import Codec, Encoded
-from ..errors import FormatError, ShapeError, UnsupportedError, nearest
-from .base import FileSink, Header, MappedFile, Placement, Sink, Slot, Source, Stored, shards
+from ..codecs import Codec
+from ..errors import FormatError, ShapeError, UnsupportedError
+from .base import FileSink, Header, MappedFile, MappedSource, Place, Placement, Sink, Slot, Source, Stored, shards
 
 name = "gguf"
 
@@ -173,13 +172,6 @@ class _Cursor:
         return self.strings(n) if item == _STRING else [self.value(_ARRAY, depth + 1) for _ in range(n)]
 
 
-@dataclass(frozen=True, slots=True)
-class _Tensor:
-    file: MappedFile
-    offset: int
-    stored: Stored
-
-
 @cache
 def _plain(dtype: np.dtype[Any]) -> Codec | None:
     """The codec of a GGUF tensor that holds an array of `dtype`."""
@@ -204,7 +196,7 @@ def _check_alignment(value: object) -> int | None:
     return n if 8 <= n <= _MAX_ALIGNMENT and not n & (n - 1) else None
 
 
-def _read_header(file: MappedFile) -> tuple[dict[str, Any], dict[str, _Tensor]]:
+def _read_header(file: MappedFile) -> tuple[dict[str, Any], dict[str, tuple[Stored, Place]]]:
     """Metadata and tensors of one file, everything checked."""
     c = _Cursor(file)
     if file.bytes[:4] != _MAGIC:
@@ -239,16 +231,17 @@ def _read_header(file: MappedFile) -> tuple[dict[str, Any], dict[str, _Tensor]]:
             c.fail(f"tensor {tensor} appears twice", at)
         seen.add(tensor)
     data = _padded(c.pos, alignment)
-    tensors: dict[str, _Tensor] = {}
+    tensors: dict[str, tuple[Stored, Place]] = {}
     end, before = data, ""
     for tensor, at, relative, stored in sorted(infos, key=lambda info: info[2]):
         offset = data + relative
         if offset < end:
             c.fail(f"tensor {tensor} begins at byte {offset}, within tensor {before}", at)
-        end, before = offset + stored.nbytes, tensor
+        info = stored.codec.layout(stored.shape)["data"]
+        end, before = offset + info.nbytes, tensor
         if end > file.size:
             c.fail(f"truncated or damaged: tensor {tensor} ends at byte {end}, the file at {file.size}", at)
-        tensors[tensor] = _Tensor(file, offset, stored)
+        tensors[tensor] = (stored, Place(file, offset, info))
     return metadata, tensors
 
 
@@ -282,7 +275,7 @@ def _read_info(c: _Cursor, alignment: int) -> tuple[str, int, int, Stored]:
     return tensor, at, offset, stored
 
 
-class GgufSource(Source):
+class GgufSource(MappedSource):
     """A GGUF file, or a set of split files, mapped into memory."""
 
     format = name
@@ -295,13 +288,13 @@ class GgufSource(Source):
         if count is not None and count > 1:
             first, tensors = self._open_splits(shards(path, count))
         self.config = {k: v for k, v in first.items() if not k.startswith("split.")}
-        self._parts = _gather(tensors)
-        self.weights = {k: Stored(tensors[k].stored.codec, tensors[k].stored.shape) for k in self._parts}
+        self._places = _gather(tensors)
+        self.weights = {k: tensors[k][0] for k in self._places}
 
-    def _open_splits(self, paths: list[Path]) -> tuple[dict[str, Any], dict[str, _Tensor]]:
+    def _open_splits(self, paths: list[Path]) -> tuple[dict[str, Any], dict[str, tuple[Stored, Place]]]:
         self._files = [MappedFile(p) for p in paths]
         config: dict[str, Any] = {}
-        tensors: dict[str, _Tensor] = {}
+        tensors: dict[str, tuple[Stored, Place]] = {}
         total = None
         for i, file in enumerate(self._files):
             metadata, found = _read_header(file)
@@ -309,39 +302,13 @@ class GgufSource(Source):
                 raise FormatError(file.path, f"not file {i + 1} of {len(paths)}: its split.no or split.count says otherwise")
             for tensor, place in found.items():
                 if tensor in tensors:
-                    raise FormatError(file.path, f"tensor {tensor} is also in {tensors[tensor].file.path.name}")
+                    raise FormatError(file.path, f"tensor {tensor} is also in {tensors[tensor][1].file.path.name}")
                 tensors[tensor] = place
             config = metadata if i == 0 else config
             total = _split_field(file.path, metadata, "tensors.count") if i == 0 else total
         if total is not None and total != len(tensors):
             raise FormatError(paths[0], f"split.tensors.count is {total}, the {len(paths)} files have {len(tensors)} tensors")
         return config, tensors
-
-    def read(self, name: str) -> Encoded:
-        """The stored tensor; its parts are views of the file."""
-        stored, layout = self._stored(name), self.weights[name].codec.layout(self.weights[name].shape)
-        parts: dict[str, Array] = {}
-        for part, info in layout.items():
-            place = self._parts[name].get(part)
-            parts[part] = np.ones(info.shape, info.dtype) if place is None else place.file.array(place.offset, info)
-        return Encoded(stored.codec, stored.shape, parts)
-
-    def release(self, name: str) -> None:
-        """Tell the system that this tensor's pages are not needed any more."""
-        self._stored(name)
-        for place in self._parts[name].values():
-            place.file.release(place.offset, place.stored.nbytes)
-
-    def close(self) -> None:
-        """Unmap the files."""
-        for file in self._files:
-            file.close()
-
-    def _stored(self, tensor: str) -> Stored:
-        try:
-            return self.weights[tensor]
-        except KeyError:
-            raise FormatError(self.path, f"no tensor named {tensor}{nearest(tensor, self.weights)}") from None
 
 
 def _split_field(path: Path, metadata: Mapping[str, Any], field: str) -> int | None:
@@ -353,26 +320,26 @@ def _split_field(path: Path, metadata: Mapping[str, Any], field: str) -> int | N
     return int(value)
 
 
-def _gather(tensors: Mapping[str, _Tensor]) -> dict[str, dict[str, _Tensor]]:
+def _gather(tensors: Mapping[str, tuple[Stored, Place]]) -> dict[str, dict[str, Place]]:
     """Tensor -> part -> place. Siblings that are parts are not tensors of their own; where one is missing
     it is all ones: writers leave out scales of 1."""
-    parts: dict[str, dict[str, _Tensor]] = {k: {"data": v} for k, v in tensors.items()}
-    for tensor, place in tensors.items():
-        layout = place.stored.codec.layout(place.stored.shape)
-        for part, info in layout.items():
-            sibling = tensors.get(_sibling(tensor, part))
-            if part == "data" or sibling is None:
+    places = {k: {"data": place} for k, (_, place) in tensors.items()}
+    for tensor, (stored, _) in tensors.items():
+        for part, info in stored.codec.layout(stored.shape).items():
+            sibling = _sibling(tensor, part)
+            if part == "data" or sibling not in tensors:
                 continue
-            if sibling.stored.codec is not _plain(info.dtype) or sibling.stored.nbytes != info.nbytes:
+            found, place = tensors[sibling]
+            if found.codec is not _plain(info.dtype) or place.info.nbytes != info.nbytes:
                 raise FormatError(
-                    sibling.file.path,
-                    f"tensor {_sibling(tensor, part)} is {sibling.stored.codec.name}{list(sibling.stored.shape)}; "
-                    f"{tensor} ({place.stored.codec.name}) needs {info.dtype}{list(info.shape)}",
-                    sibling.offset,
+                    place.file.path,
+                    f"tensor {sibling} is {found.codec.name}{list(found.shape)}; "
+                    f"{tensor} ({stored.codec.name}) needs {info.dtype}{list(info.shape)}",
+                    place.offset,
                 )
-            parts[tensor][part] = sibling
-            del parts[_sibling(tensor, part)]
-    return parts
+            places[tensor][part] = place
+            del places[sibling]
+    return places
 
 
 def recognises(path: Path) -> bool:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,9 +19,8 @@ import numpy as np
 
 from .. import codecs
 from ..arrays import SAFETENSORS_DTYPES, TensorInfo
-from ..codecs import Encoded
-from ..errors import FormatError, QuantForgeError, UnsupportedError, nearest
-from .base import FileSink, Header, MappedFile, Placement, Sink, Slot, Source, Stored, shards
+from ..errors import FormatError, QuantForgeError, UnsupportedError
+from .base import FileSink, Header, MappedFile, MappedSource, Place, Placement, Sink, Slot, Source, Stored, shards
 
 name = "safetensors"
 
@@ -80,15 +78,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         file.close()
 
 
-@dataclass(frozen=True, slots=True)
-class _Tensor:
-    file: MappedFile
-    offset: int
-    dtype: str
-    info: TensorInfo
-
-
-def _read_header(file: MappedFile) -> dict[str, _Tensor]:
+def _read_header(file: MappedFile) -> dict[str, Place]:
     """The tensors of one file in the order of their bytes, everything checked."""
 
     def fail(message: str, offset: int = 0) -> NoReturn:
@@ -120,14 +110,14 @@ def _read_header(file: MappedFile) -> dict[str, _Tensor]:
         except ValueError as e:
             fail(f"tensor {tensor!r}: {e}", at(tensor))
     infos.sort(key=lambda info: info[:2])
-    tensors: dict[str, _Tensor] = {}
+    tensors: dict[str, Place] = {}
     end = 0
-    for begin, stop, dtype, info, tensor in infos:
+    for begin, stop, info, tensor in infos:
         if begin != end:
             fail(f"tensor {tensor!r} begins at offset {begin} of the data, the one before ends at {end}", at(tensor))
         if data + stop > file.size:
             fail(f"truncated: tensor {tensor!r} ends at byte {data + stop}, the file at {file.size}", at(tensor))
-        tensors[tensor] = _Tensor(file, data + begin, dtype, info)
+        tensors[tensor] = Place(file, data + begin, info)
         end = stop
     if data + end != file.size:
         fail(f"{file.size - data - end} bytes after the last tensor belong to none", data + end)
@@ -138,8 +128,8 @@ def _is_size(n: object) -> bool:
     return type(n) is int and 0 <= n <= _MAX_DIM
 
 
-def _check_entry(tensor: str, entry: object) -> tuple[int, int, str, TensorInfo]:
-    """Begin, end, dtype's name, dtype and shape of a header's entry. Raises ValueError."""
+def _check_entry(tensor: str, entry: object) -> tuple[int, int, TensorInfo]:
+    """Begin, end, dtype and shape of a header's entry. Raises ValueError."""
     try:
         tensor.encode()
     except UnicodeEncodeError:
@@ -159,7 +149,7 @@ def _check_entry(tensor: str, entry: object) -> tuple[int, int, str, TensorInfo]
         raise ValueError(f"{dtype}{shape} takes {info.nbytes} bytes, its data_offsets {offsets} span {end - begin}")
     if not info.nbytes and TensorInfo(info.dtype, tuple(n or 1 for n in shape)).nbytes > _MAX_DIM:
         raise ValueError(f"its shape {shape} is too large")
-    return begin, end, dtype, info
+    return begin, end, info
 
 
 def _files(directory: Path) -> tuple[list[Path], dict[str, str]]:
@@ -188,7 +178,7 @@ def _files(directory: Path) -> tuple[list[Path], dict[str, str]]:
     return complete, {}
 
 
-class SafetensorsSource(Source):
+class SafetensorsSource(MappedSource):
     """A safetensors checkpoint, mapped into memory."""
 
     format = name
@@ -198,7 +188,7 @@ class SafetensorsSource(Source):
         directory = path if path.is_dir() else path.parent
         paths, index = _files(path) if path.is_dir() else ([path], {})
         self._files = [MappedFile(p) for p in paths]
-        tensors: dict[str, _Tensor] = {}
+        tensors: dict[str, Place] = {}
         for file in self._files:
             for tensor, place in _read_header(file).items():
                 if tensor in tensors:
@@ -209,13 +199,13 @@ class SafetensorsSource(Source):
                 raise FormatError(directory / shard, f"has no tensor {tensor}, which {_INDEX} promises; fetch it again")
         config = directory / _CONFIG
         self.config = _read_json(config) if config.exists() else {}
-        self._parts = {k: {"data": v} for k, v in tensors.items()}
+        self._places = {k: {"data": v} for k, v in tensors.items()}
         self.weights = {k: _plain(v) for k, v in tensors.items()}
         own = self.config.get("quantization_config")
         if isinstance(own, dict) and own.get("quant_method") == "quantforge":
             self._gather(config, own, tensors)
 
-    def _gather(self, config: Path, own: Mapping[str, Any], tensors: Mapping[str, _Tensor]) -> None:
+    def _gather(self, config: Path, own: Mapping[str, Any], tensors: Mapping[str, Place]) -> None:
         """Make one tensor of those that are the parts of a quantforge codec."""
         if own.get("version") != _VERSION:
             raise FormatError(config, f"quantization_config is of version {own.get('version')!r}; {_VERSION} is read")
@@ -224,7 +214,7 @@ class SafetensorsSource(Source):
             raise FormatError(config, "quantization_config has no map of tensors")
         owner: dict[str, str] = {}  # file's tensor -> whole tensor
         stored: dict[str, Stored] = {}
-        parts: dict[str, dict[str, _Tensor]] = {}
+        parts: dict[str, dict[str, Place]] = {}
         for tensor, entry in listed.items():
             try:
                 stored[tensor] = Stored(codecs.get(entry["codec"]), tuple(entry["shape"]))
@@ -259,34 +249,11 @@ class SafetensorsSource(Source):
             whole = owner.get(k, k)
             weights[whole] = stored[whole] if k in owner else self.weights[k]
         self.weights = weights
-        self._parts = {k: parts.get(k) or {"data": tensors[k]} for k in weights}
-
-    def read(self, name: str) -> Encoded:
-        """The stored tensor; its parts are views of the file."""
-        stored = self._stored(name)
-        parts = {part: place.file.array(place.offset, place.info) for part, place in self._parts[name].items()}
-        return Encoded(stored.codec, stored.shape, parts)
-
-    def release(self, name: str) -> None:
-        """Tell the system that this tensor's pages are not needed any more."""
-        self._stored(name)
-        for place in self._parts[name].values():
-            place.file.release(place.offset, place.info.nbytes)
-
-    def close(self) -> None:
-        """Unmap the files."""
-        for file in self._files:
-            file.close()
-
-    def _stored(self, tensor: str) -> Stored:
-        try:
-            return self.weights[tensor]
-        except KeyError:
-            raise FormatError(self.path, f"no tensor named {tensor}{nearest(tensor, self.weights)}") from None
+        self._places = {k: parts.get(k) or {"data": tensors[k]} for k in weights}
 
 
-def _plain(tensor: _Tensor) -> Stored:
-    return Stored(codecs.get(tensor.dtype), tensor.info.shape)
+def _plain(tensor: Place) -> Stored:
+    return Stored(codecs.get(_DTYPE_NAMES[tensor.info.dtype]), tensor.info.shape)
 
 
 def recognises(path: Path) -> bool:

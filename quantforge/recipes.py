@@ -353,6 +353,8 @@ def _layers(path: str | Path, where: str, value: Any) -> tuple[slice, ...]:
             found.append(slice(at, at + 1 or None))
         else:
             found.append(slice(*(int(g) if g else None for g in match.group(2, 3, 4))))
+    if not found:
+        raise RecipeError(f"{path}: {where}: no layers; leave the key out for all layers")
     return tuple(found)
 
 

@@ -12,6 +12,7 @@ QF_INLINE vf set1(float x) { return {_mm256_set1_ps(x)}; }
 QF_INLINE vi set1(int32_t x) { return {_mm256_set1_epi32(x)}; }
 QF_INLINE vf load(const float *p) { return {_mm256_loadu_ps(p)}; }
 QF_INLINE vi load(const int32_t *p) { return {_mm256_loadu_si256((const __m256i *)p)}; }
+QF_INLINE vi load(const uint8_t *p) { return {_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p))}; }
 QF_INLINE void store(float *p, vf a) { _mm256_storeu_ps(p, a.v); }
 QF_INLINE void store(int32_t *p, vi a) { _mm256_storeu_si256((__m256i *)p, a.v); }
 QF_INLINE vi lane_index() { return {_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)}; }

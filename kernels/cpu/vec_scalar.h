@@ -11,6 +11,7 @@ QF_INLINE vf set1(float x) { return {x}; }
 QF_INLINE vi set1(int32_t x) { return {x}; }
 QF_INLINE vf load(const float *p) { return {*p}; }
 QF_INLINE vi load(const int32_t *p) { return {*p}; }
+QF_INLINE vi load(const uint8_t *p) { return {*p}; }                                   // W bytes, widened
 QF_INLINE void store(float *p, vf a) { *p = a.v; }
 QF_INLINE void store(int32_t *p, vi a) { *p = a.v; }
 QF_INLINE vi lane_index() { return {0}; }

@@ -344,7 +344,7 @@ def _byte_level(files: _Files, config: Mapping[str, Any], pre_tokenizer: str | N
         # A space inside a token would be the separator's twin; the byte alphabet has Ġ for it.
         _K.MERGES: [" ".join(p.replace(" ", "Ġ") for p in pair) for pair in merges],
     }
-    found.update(_special(files, config, out.tokens, adds_bos=pre in _ADDS_BOS))
+    found.update(_special(files, config, out, adds_bos=pre in _ADDS_BOS))
     if _adds_prefix_space(files.tokenizer.get("pre_tokenizer")):
         logger.warning("tokenizer.json puts a space before the text; llama.cpp's byte-level BPE does not: first ids differ")
     return found
@@ -507,7 +507,7 @@ def _llama_keys(files: _Files, config: Mapping[str, Any], out: _Vocabulary, pref
         _K.SCORES: out.scores,
         _K.TOKEN_TYPE: out.types,
     }
-    found.update(_special(files, config, out.tokens, adds_bos=True))
+    found.update(_special(files, config, out, adds_bos=True))
     if not prefix:
         found[_K.ADD_PREFIX] = False
     return found
@@ -528,44 +528,91 @@ _IDS = {
 _ADDS = {"bos": _K.ADD_BOS, "eos": _K.ADD_EOS, "sep": _K.ADD_SEP}
 
 
-def _special(files: _Files, config: Mapping[str, Any], tokens: list[str], adds_bos: bool) -> dict[str, Any]:
+def _special(files: _Files, config: Mapping[str, Any], out: _Vocabulary, adds_bos: bool) -> dict[str, Any]:
     """Ids of special tokens, which of them are added to a text, and the chat template.
 
     adds_bos: what llama.cpp would do with a file that does not say.
     """
-    vocab = gguf.SpecialVocab(files.directory, load_merges=False, n_vocab=len(tokens))
-    ids, adds = dict(vocab.special_token_ids), dict(vocab.add_special_token)
-    where = {text: i for i, text in enumerate(tokens)}
-    for name in _IDS:
-        text = _text(files.config.get(f"{name}_token")) or _text(files.special_tokens.get(f"{name}_token"))
-        if name not in ids and text in where:
-            ids[name] = where[text]
-    if adds_bos and "bos" not in adds and files.tokenizer:
-        adds["bos"] = _template_starts_with(files.tokenizer.get("post_processor"))
-    found: dict[str, Any] = {_IDS[name]: i for name, i in ids.items() if name in _IDS}
-    found.update({_ADDS[name]: bool(flag) for name, flag in adds.items() if name in _ADDS})
+    text = {n: t for n in (*_IDS, "cls") for d in (files.special_tokens, files.config) if (t := _text(d.get(f"{n}_token")))}
+    if "cls" in text:
+        text.setdefault("bos", text["cls"])
+    if "sep" in text:
+        text.setdefault("eos", text["sep"])
+    adds = _added_by_template(files.tokenizer.get("post_processor"), text)
+    for name in _ADDS:
+        if isinstance(flag := files.config.get(f"add_{name}_token"), bool):
+            adds[name] = flag
+    if adds_bos and files.tokenizer:
+        adds.setdefault("bos", False)
+
+    where = {t: i for i, t in enumerate(out.tokens) if out.types[i] != _T.UNUSED}
+    found: dict[str, Any] = {}
+    for name, key in _IDS.items():
+        stated = {**config, **(config.get("text_config") or {})}.get(f"{name}_token_id")
+        if isinstance(stated, list) and stated:  # several end tokens: the first is the one to write
+            stated = stated[0]
+        number = where.get(text.get(name, ""), stated)
+        if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < len(out.tokens):
+            found[key] = number
+    found.update({_ADDS[name]: flag for name, flag in adds.items()})
     if isinstance(prefix := files.config.get("add_prefix_space"), bool):
         found[_K.ADD_PREFIX] = prefix
-    found.update(_templates(files, vocab.chat_template))
+    found.update(_templates(files))
     return found
 
 
-def _template_starts_with(post_processor: Mapping[str, Any] | None) -> bool:
-    """Does the post-processor put a special token before a text?"""
-    if not post_processor:
-        return False
-    for processor in post_processor.get("processors", [post_processor]):
-        single = processor.get("single") or [{}]
-        if processor.get("type") == "TemplateProcessing" and "SpecialToken" in single[0]:
-            return True
-    return False
+def _added_by_template(post_processor: Mapping[str, Any] | None, text: dict[str, str]) -> dict[str, bool]:
+    """Which of bos, eos, sep the post-processor puts around a text; names that it alone defines go into `text`."""
+
+    def token(step: Mapping[str, Any]) -> str | None:
+        return (step.get("SpecialToken") or {}).get("id")
+
+    adds: dict[str, bool] = {}
+    for processor in (post_processor or {}).get("processors") or [post_processor or {}]:
+        if processor.get("type") == "RobertaProcessing":
+            adds |= {"bos": True, "eos": True, "sep": True}
+            text.setdefault("cls", processor["cls"][0])
+            text.setdefault("sep", processor["sep"][0])
+        if processor.get("type") != "TemplateProcessing":
+            continue
+        single, pair = processor.get("single") or [], list(processor.get("pair") or [])
+        first = token(single[0]) if len(single) > 1 else None
+        last = token(single[-1]) if len(single) > 1 else None
+        if first:
+            adds["bos"] = first in (text.setdefault("bos", first), text.get("cls"))
+            if not adds["bos"]:
+                logger.warning("tokenizer.json puts %r first, which is not the bos_token: llama.cpp will not", first)
+        if last:
+            if (old := text.setdefault("eos", last)) != last:
+                text["eot"], text["eos"] = old, last  # the turn's end stays known as such
+            adds["eos"] = True
+        if first and pair and token(pair[0]) == first:
+            del pair[0]
+        if last and pair and token(pair[-1]) == last:
+            del pair[-1]
+        if between := [token(step) for step in pair[1:-1]]:
+            ends = (text.get("sep"), text.get("eos"))
+            adds["sep"] = (between[0] in ends and not last) or (len(between) == 2 and between[1] in ends)
+            if adds["sep"] and "eos" in text:
+                text.setdefault("sep", text["eos"])
+    return adds
 
 
-def _templates(files: _Files, template: Any) -> dict[str, Any]:
-    if template is None and (path := files.directory / "chat_template.jinja").is_file():
-        template = path.read_text(encoding="utf-8")
+def _templates(files: _Files) -> dict[str, Any]:
+    """The chat template, or several by name, as text."""
+    template = files.config.get("chat_template")
+    jinja = files.directory / "chat_template.jinja"
+    if template is None and jinja.is_file():
+        template = jinja.read_text(encoding="utf-8")
+        if others := sorted((files.directory / "additional_chat_templates").glob("*.jinja")):
+            template = [{"name": "default", "template": template}]
+            template += [{"name": o.stem, "template": o.read_text(encoding="utf-8")} for o in others]
+    elif template is None:
+        template = _json(files.directory / "chat_template.json").get("chat_template")
     if isinstance(template, str):
         return {_K.CHAT_TEMPLATE: template}
+    if isinstance(template, Mapping):
+        template = [{"name": name, "template": text} for name, text in template.items()]
     found: dict[str, Any] = {}
     names = []
     for choice in template or []:
@@ -598,24 +645,20 @@ def metadata(directory: str | Path, config: Mapping[str, Any], *, pre_tokenizer:
                 f"--pre-tokenizer {pre_tokenizer}: llama.cpp has none of that name{nearest(pre_tokenizer, known)}"
             )
     files = _Files.read(directory)
-    if (directory / "tokenizer.model").is_file() and _is_sentencepiece(files.tokenizer):
-        return _sentencepiece(files, config)
-    if not files.tokenizer:
-        raise FormatError(directory, "no tokenizer.json and no tokenizer.model: copy the model's tokenizer files there")
-    model = files.tokenizer.get("model")
-    if not isinstance(model, dict):
-        raise FormatError(directory / "tokenizer.json", "it has no model")
-    if model.get("type", "BPE") != "BPE":
-        raise UnsupportedError(f"tokenizer.json: {model['type']} tokenizers are not handled, only BPE")
     try:
         if _is_sentencepiece(files.tokenizer):
-            return _llama_json(files, config)
+            if (directory / "tokenizer.model").is_file():
+                return _sentencepiece(files, config)
+            if files.tokenizer:
+                return _llama_json(files, config)
+            raise FormatError(directory, "no tokenizer.json and no tokenizer.model: copy the model's tokenizer files there")
+        if (kind := files.tokenizer["model"].get("type", "BPE")) != "BPE":
+            raise UnsupportedError(f"{directory / 'tokenizer.json'}: {kind} tokenizers are not handled, only BPE")
         return _byte_level(files, config, pre_tokenizer)
-    except (AttributeError, KeyError, TypeError) as e:
+    except (AttributeError, IndexError, KeyError, TypeError) as e:
         raise FormatError(directory / "tokenizer.json", f"malformed: {e!r}") from e
 
 
 def _is_sentencepiece(tokenizer: Mapping[str, Any]) -> bool:
     """No tokenizer.json, or one of Llama's kind: byte fallback instead of a byte alphabet."""
-    model = tokenizer.get("model")
-    return not isinstance(model, Mapping) or bool(model.get("byte_fallback"))
+    return not tokenizer or bool(tokenizer["model"].get("byte_fallback"))

@@ -321,7 +321,7 @@ def _rope(h: Mapping[str, Any]) -> dict[str, Any]:
     if rope.get("partial_rotary_factor", h.get("partial_rotary_factor", 1.0)) != 1.0:
         raise UnsupportedError("config.json: partial_rotary_factor other than 1 does not fit this architecture in llama.cpp")
     for key, value in rope.items():
-        if key.endswith(("theta", "factor", "embeddings", "fast", "slow")) and (
+        if key.endswith(("theta", "factor", "embeddings", "fast", "slow", "mscale", "mscale_all_dim")) and (
             isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0
         ):
             raise UnsupportedError(f"config.json: rope {key} = {value!r} is not a number")
@@ -346,10 +346,27 @@ def _rope_metadata(rope: Mapping[str, Any]) -> dict[str, Any]:
             "beta_slow": k.SCALING_YARN_BETA_SLOW,
         }
         found.update({name: float(rope[key]) for key, name in names.items() if key in rope})
+        # llama.cpp's dense graphs do not look at yarn_attn_factor: they take YaRN's own magnitude times attn_factor.
+        own, wanted = _yarn_magnitude(rope["factor"]), _yarn_attention_factor(rope)
+        if not math.isclose(wanted, own):
+            found[k.SCALING_ATTN_FACTOR] = wanted / own
     if kind == "dynamic":
         logger.warning("config.json: dynamic rope scaling is not part of GGUF; it matters only beyond max_position_embeddings")
     found[k.FREQ_BASE] = float(rope["rope_theta"])
     return found
+
+
+def _yarn_magnitude(factor: float, mscale: float = 1.0) -> float:
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _yarn_attention_factor(rope: Mapping[str, Any]) -> float:
+    """What transformers multiplies cosines and sines by (modeling_rope_utils, from YaRN and DeepSeek-V2)."""
+    if "attention_factor" in rope:
+        return float(rope["attention_factor"])
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        return _yarn_magnitude(rope["factor"], rope["mscale"]) / _yarn_magnitude(rope["factor"], rope["mscale_all_dim"])
+    return _yarn_magnitude(rope["factor"])
 
 
 def llama3_rope_factors(rope: Mapping[str, Any], dim: int) -> F32:

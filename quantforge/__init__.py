@@ -1,1 +1,80 @@
-"""quantforge: convert any language-model checkpoint into any other, quantized as well as the science allows."""
+"""quantforge: convert any language-model checkpoint into any other, quantized as well as the science allows.
+
+import quantforge as qf
+
+report = qf.convert("model/", "out.gguf", recipe="Q4_K_M", importance="imatrix.gguf")
+e = qf.quantize(w, "Q4_K", importance=imp)   # e.decode(), e.bpw, e.parts, e.tobytes()
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .codecs import Codec, Encoded, GridCodec, quantize, register
+    from .conversion import Report, convert
+    from .errors import (
+        CalibrationError,
+        FormatError,
+        NativeError,
+        NonFiniteError,
+        QuantForgeError,
+        RecipeError,
+        ShapeError,
+        UnsupportedError,
+    )
+    from .formats import open_path as open
+    from .importance import Importance
+    from .importance import read as read_importance
+    from .planning import Plan, plan
+    from .recipes import Recipe
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CalibrationError",
+    "Codec",
+    "Encoded",
+    "FormatError",
+    "GridCodec",
+    "Importance",
+    "NativeError",
+    "NonFiniteError",
+    "Plan",
+    "QuantForgeError",
+    "Recipe",
+    "RecipeError",
+    "Report",
+    "ShapeError",
+    "UnsupportedError",
+    "__version__",
+    "convert",
+    "open",
+    "plan",
+    "quantize",
+    "read_importance",
+    "register",
+]
+
+# Names are looked up when first used: `quantforge --help` loads neither NumPy nor gguf.
+_HOMES = {
+    **dict.fromkeys(("Codec", "Encoded", "GridCodec", "quantize", "register"), ("codecs", "")),
+    **dict.fromkeys(("Report", "convert"), ("conversion", "")),
+    **dict.fromkeys(("Plan", "plan"), ("planning", "")),
+    "Importance": ("importance", ""),
+    "Recipe": ("recipes", ""),
+    "open": ("formats", "open_path"),
+    "read_importance": ("importance", "read"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, attribute = _HOMES.get(name, ("errors", ""))
+    value = getattr(import_module(f".{module}", __name__), attribute or name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,8 +1,304 @@
 """The command line: parse, call one API function, print its report."""
 
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
 import click
 
+from .errors import QuantForgeError, RecipeError
 
-@click.group()
-def main() -> None:
+if TYPE_CHECKING:
+    from .conversion import Progress
+    from .planning import Plan
+
+# Only click and the exception tree are imported here: `quantforge --help` answers at once.
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class _OneLineFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return f"{record.levelname.lower()}: {record.getMessage()}"
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="quantforge", message="quantforge %(version)s")
+@click.option("-v", "--verbose", is_flag=True, help="Log what is done, and show tracebacks.")
+@click.pass_context
+def group(context: click.Context, verbose: bool) -> None:
     """Convert any language-model checkpoint into any other, quantized as well as the science allows."""
+    context.obj = {"verbose": verbose}
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_OneLineFormatter())
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler], force=True)
+
+
+def main() -> None:
+    """Entry point: every failure is one line on stderr and an exit code other than 0."""
+    verbose = "-v" in sys.argv or "--verbose" in sys.argv
+    try:
+        code = group.main(standalone_mode=False)
+    except click.ClickException as e:
+        if verbose or isinstance(e, click.UsageError):
+            e.show()
+        else:
+            click.echo(f"error: {e.format_message()}", err=True)
+        sys.exit(e.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted; nothing was written", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(141)
+    except (QuantForgeError, OSError, MemoryError) as e:
+        if verbose:
+            raise
+        click.echo(f"error: {e or type(e).__name__}".replace("\n", " "), err=True)
+        sys.exit(1)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _size(n: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if n < 1000 or unit == "GB":
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.2f} {unit}"
+        n /= 1000
+    raise AssertionError
+
+
+def _split_rule(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> list[tuple[str, str]]:
+    rules = []
+    for value in values:
+        pattern, equals, kind = value.rpartition("=")
+        if not equals or not pattern or not kind:
+            raise click.BadParameter(f"{value!r}: write REGEX=TYPE, as in 'attn_v=Q8_0'")
+        rules.append((pattern, kind))
+    return rules
+
+
+def recipe_options(command: F) -> F:
+    """The options that choose which tensor gets which type."""
+    options = [
+        click.option("--type", "-t", "kind", metavar="T", help="Preset (Q4_K_M, Q4_0, ...) or type; default Q4_K_M."),
+        click.option("--recipe", metavar="FILE", type=click.Path(dir_okay=False), help="A recipe file (TOML)."),
+        click.option(
+            "--tensor-type",
+            "tensor_types",
+            metavar="RE=T",
+            multiple=True,
+            callback=_split_rule,
+            help="Type for the tensors whose name matches; repeatable, the first match wins.",
+        ),
+        click.option("--output-tensor-type", metavar="T", help="Type of the output tensor."),
+        click.option("--token-embedding-type", metavar="T", help="Type of the token embedding."),
+        click.option("--pure", is_flag=True, help="The same type for every weight matrix: no mixture."),
+        click.option("--keep-output", is_flag=True, help="Leave the output tensor unquantized."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+
+    @wraps(command)
+    def wrapped(
+        *args: Any,
+        kind: str | None,
+        recipe: str | None,
+        tensor_types: list[tuple[str, str]],
+        output_tensor_type: str | None,
+        token_embedding_type: str | None,
+        pure: bool,
+        keep_output: bool,
+        **kwargs: Any,
+    ) -> Any:
+        from . import recipes
+
+        if kind and recipe:
+            raise RecipeError("--type and --recipe exclude each other: name the base preset inside the recipe file")
+        chosen = recipes.get(recipe or kind or "Q4_K_M").with_rules(
+            tensor_types=tensor_types,
+            output_tensor_type=output_tensor_type,
+            token_embedding_type=token_embedding_type,
+            pure=pure,
+            keep_output=keep_output,
+        )
+        return command(*args, recipe=chosen, **kwargs)
+
+    return wrapped  # type: ignore[return-value]
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[Progress], None] | None]:
+    """A progress bar on a terminal; nothing when piped."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.fields[tensors]}/{task.fields[total_tensors]} tensors"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%  {task.fields[written]}  {task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TextColumn("eta"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[name]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None, tensors=0, total_tensors=0, written="", rate="", name="")
+
+        def show(p: Any) -> None:
+            elapsed = bar.tasks[0].elapsed or 0.0
+            rate = f"{p.weights / elapsed / 1e6:.0f} M weights/s" if elapsed > 0.2 else ""
+            bar.update(
+                task,
+                total=p.total_weights,
+                completed=p.weights,
+                tensors=p.tensors,
+                total_tensors=p.total_tensors,
+                written=_size(p.bytes),
+                rate=rate,
+                name=p.name,
+            )
+
+        yield show
+
+
+def _print_plan(plan: Plan) -> None:
+    width = max((len(t.name) for t in plan.tensors), default=4)
+    for t in plan.tensors:
+        note = f"  {t.note}" if t.note else ""
+        shape = "×".join(map(str, t.shape))
+        click.echo(f"{t.name:<{width}}  {shape:>14}  {t.source_codec.name:>5} → {t.codec.name:<8} {t.nbytes:>14,}{note}")
+    for warning in plan.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    click.echo(
+        f"{len(plan.tensors)} tensors, {plan.total_bytes:,} bytes ({_size(plan.total_bytes)}), {plan.bpw:.3f} bits per weight"
+    )
+
+
+@group.command()
+@click.argument("model", type=click.Path())
+@click.argument("out", type=click.Path())
+@recipe_options
+@click.option("--imatrix", metavar="FILE", type=click.Path(dir_okay=False), help="Importance matrix (llama.cpp's GGUF or .dat).")
+@click.option(
+    "--threads", metavar="N", type=click.IntRange(1), help="Threads; default: all CPUs. Output bytes do not depend on it."
+)
+@click.option("--pre-tokenizer", metavar="NAME", help="Value of tokenizer.ggml.pre where the tokenizer's is not recognised.")
+@click.option("--allow-requantize", is_flag=True, help="Quantize tensors that are quantized already.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and the exact size; read no tensor data, write nothing.")
+@click.option("--force", is_flag=True, help="Overwrite an existing output.")
+@click.option("--report", metavar="FILE.json", type=click.Path(dir_okay=False), help="Write a report with each tensor's error.")
+@click.option("--json", "as_json", is_flag=True, help="Print the plan or the report as JSON.")
+def convert(
+    model: str,
+    out: str,
+    recipe: Any,
+    imatrix: str | None,
+    threads: int | None,
+    pre_tokenizer: str | None,
+    allow_requantize: bool,
+    dry_run: bool,
+    force: bool,
+    report: str | None,
+    as_json: bool,
+) -> None:
+    """Convert MODEL (a directory, a .safetensors or .gguf file) to OUT (a .gguf file, or a directory of safetensors)."""
+    from . import convert as run
+    from . import plan as make_plan
+
+    options: dict[str, Any] = {"allow_requantize": allow_requantize, "pre_tokenizer": pre_tokenizer}
+    if dry_run:
+        plan = make_plan(model, out, recipe, imatrix, **options)
+        if as_json:
+            click.echo(json.dumps(plan.to_json(), ensure_ascii=False))
+        else:
+            _print_plan(plan)
+        return
+    with _progress() as progress:
+        done = run(
+            model,
+            out,
+            recipe,
+            imatrix,
+            threads=threads,
+            force=force,
+            measure=bool(report or as_json),
+            progress=progress,
+            **options,
+        )
+    if report:
+        Path(report).write_text(json.dumps(done.to_json(), indent=1, ensure_ascii=False) + "\n")
+    if as_json:
+        click.echo(json.dumps(done.to_json(), ensure_ascii=False))
+        return
+    for note in sorted({t.note for t in done.tensors if t.note}):
+        click.echo(f"note: {note}", err=True)
+    click.echo(f"{done.path}: {done.recipe}, {_size(done.total_bytes)}, {done.bpw:.3f} bits per weight, {done.seconds:.1f} s")
+
+
+@group.command()
+@click.argument("path", type=click.Path())
+@click.option("--json", "as_json", is_flag=True, help="Everything as JSON.")
+@click.option("--tensors", is_flag=True, help="List the tensors.")
+@click.option("--hash", "hashes", is_flag=True, help="sha256 of each tensor's bytes (implies --tensors).")
+def inspect(path: str, as_json: bool, tensors: bool, hashes: bool) -> None:
+    """Show what is in a model: metadata, tensors, types, sizes."""
+    from .inspection import describe
+
+    found = describe(path, hashes=hashes)
+    if as_json:
+        click.echo(json.dumps(found, ensure_ascii=False))
+        return
+    for key, value in found["metadata"].items():
+        text = json.dumps(value, ensure_ascii=False)
+        if isinstance(value, list) and len(text) > 80:
+            text = f"[{len(value)} values] {text[:60]}..."
+        elif len(text) > 160:
+            text = f"{text[:150]}... ({len(text)} characters)"
+        click.echo(f"{key} = {text}")
+    if tensors or hashes:
+        width = max((len(t["name"]) for t in found["tensors"]), default=4)
+        for t in found["tensors"]:
+            digest = f"  {t['sha256']}" if hashes else ""
+            click.echo(f"{t['name']:<{width}}  {'×'.join(map(str, t['shape'])):>14}  {t['type']:<8} {t['bytes']:>14,}{digest}")
+    for kind, row in found["types"].items():
+        click.echo(f"{kind:<10} {row['tensors']:>5} tensors  {row['bytes']:>16,} bytes")
+    click.echo(f"{len(found['tensors'])} tensors, {found['total_bytes']:,} bytes, {found['bpw']:.3f} bits per weight")
+
+
+@group.command()
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def types(as_json: bool) -> None:
+    """List the types that tensors can be stored in."""
+    from .inspection import list_types
+
+    rows = list_types()
+    if as_json:
+        click.echo(json.dumps(rows))
+        return
+    click.echo(f"{'name':<10} {'block':>6} {'bytes':>6} {'bpw':>8} {'id':>4}")
+    for row in rows:
+        kind = "" if row["ggml_type"] is None else row["ggml_type"]
+        note = "  wants importance" if row["needs_importance"] else ""
+        click.echo(f"{row['name']:<10} {row['block_size']:>6} {row['type_size']:>6} {row['bpw']:>8.4f} {kind:>4}{note}")
+
+
+@group.command()
+@click.option(
+    "--out", metavar="DIR", type=click.Path(file_okay=False), default="demo-out", show_default=True, help="Where the files go."
+)
+@click.option("--prompt", metavar="TEXT", help="What llama.cpp is asked to complete.")
+def demo(out: str, prompt: str | None) -> None:
+    """Convert the shipped 5.8 M-parameter model to several types and let real llama.cpp speak with each."""
+    from .demo import PROMPT, run
+
+    run(Path(out), click.echo, prompt=prompt or PROMPT)

@@ -18,11 +18,12 @@ LAYERS = [
     {"codecs", "archs", "metrics", "tokenizer"},
     {"formats", "methods", "runtime", "nn", "presets"},
     {"recipes", "calibrate", "importance", "report"},
-    {"plan"},
-    {"convert", "evaluate"},
-    {"compare", "inspection"},
+    {"planning"},
+    {"conversion", "evaluation"},
+    {"scorecard", "inspection"},
     {"__init__"},
-    {"cli", "demo"},
+    {"demo"},
+    {"cli"},
     {"__main__"},
 ]
 FREE = {"errors"}

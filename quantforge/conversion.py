@@ -1,0 +1,346 @@
+"""Run a conversion: source → decode → arch transform → encode → sink, a tile of rows at a time."""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .archs.base import Weight
+from .arrays import F32, Parts
+from .codecs import Encoded
+from .codecs.plain import PlainCodec
+from .errors import FormatError, NonFiniteError
+from .formats import Sink, Source
+from .importance import Importance
+from .planning import Plan, PlannedTensor, count, plan
+from .recipes import Recipe
+
+log = logging.getLogger(__name__)
+
+TILE = 1 << 18
+"""Weights decoded and encoded at once by one thread: 1 MiB of f32, which stays in a core's cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorReport:
+    """What became of one tensor."""
+
+    name: str
+    type: str
+    source_type: str
+    shape: tuple[int, ...]
+    bytes: int
+    note: str | None
+    rel_rmse: float | None
+    """‖w − ŵ‖ / ‖w‖, where measured."""
+    weighted_rel_rmse: float | None
+    """The same with every column weighted by its importance, where there is importance."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a conversion did and what it cost."""
+
+    path: str
+    recipe: str
+    total_bytes: int
+    bpw: float
+    seconds: float
+    cpu_seconds: float
+    peak_rss_bytes: int
+    threads: int
+    tensors: Sequence[TensorReport]
+    warnings: Sequence[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Ready for json.dumps; `schema` names this layout."""
+        tensors = [{k: getattr(t, k) for k in TensorReport.__slots__} for t in self.tensors]
+        return {
+            "schema": "quantforge.convert/1",
+            **{k: getattr(self, k) for k in Report.__slots__ if k not in ("tensors", "warnings")},
+            "warnings": list(self.warnings),
+            "tensors": [{**t, "shape": list(t["shape"])} for t in tensors],
+        }
+
+
+@dataclass(slots=True)
+class Progress:
+    """Where a conversion stands; passed to the progress callback after each tile."""
+
+    tensors: int
+    total_tensors: int
+    weights: int
+    total_weights: int
+    bytes: int
+    name: str
+
+
+def convert(
+    model: str | Path | Source,
+    out: str | Path,
+    recipe: str | Path | Recipe = "Q4_K_M",
+    importance: str | Path | Importance | None = None,
+    *,
+    allow_requantize: bool = False,
+    pre_tokenizer: str | None = None,
+    threads: int | None = None,
+    force: bool = False,
+    measure: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+) -> Report:
+    """Convert a model; the output appears at `out` when it is complete, or not at all.
+
+    recipe: a preset ("Q4_K_M"), a type, a TOML file or a Recipe. importance: an imatrix file.
+    measure: also decode what was written and report each tensor's error. threads: all CPUs by
+    default; the output does not depend on it. progress: called after each tile of rows.
+    Raises what `plan` raises, and NonFiniteError (NaN or infinity: names tensor and index).
+    """
+    job = plan(model, out, recipe, importance, allow_requantize=allow_requantize, pre_tokenizer=pre_tokenizer)
+    try:
+        return run(job, out, threads=threads, force=force, measure=measure, progress=progress)
+    finally:
+        if not isinstance(model, Source):
+            job.source.close()
+
+
+def run(
+    job: Plan,
+    out: str | Path,
+    *,
+    threads: int | None = None,
+    force: bool = False,
+    measure: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+) -> Report:
+    """Carry out a plan. See `convert`."""
+    out = Path(out)
+    _check_output(job, out, force)
+    threads = threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else threads or os.cpu_count() or 1
+    began, cpu = time.perf_counter(), time.process_time()
+    work = _Work(job, measure, progress)
+    with job.format.create(out, job.header) as sink:
+        with ThreadPoolExecutor(threads, "quantforge") as pool:
+            try:
+                for worker in [pool.submit(work.drain, sink) for _ in range(threads)]:
+                    worker.result()
+            finally:
+                work.stop()
+        sink.commit()
+    for warning in job.warnings:
+        log.warning("%s", warning)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return Report(
+        path=str(out),
+        recipe=job.recipe,
+        total_bytes=job.total_bytes,
+        bpw=job.bpw,
+        seconds=time.perf_counter() - began,
+        cpu_seconds=time.process_time() - cpu,
+        peak_rss_bytes=peak,
+        threads=threads,
+        tensors=[
+            TensorReport(
+                t.name, t.codec.name, t.source_codec.name, tuple(t.shape), t.nbytes, t.note, *work.errors[i].ratios(measure)
+            )
+            for i, t in enumerate(job.tensors)
+        ],
+        warnings=job.warnings,
+    )
+
+
+def _check_output(job: Plan, out: Path, force: bool) -> None:
+    if out.exists() and not force:
+        raise FormatError(out, "exists already; --force overwrites it")
+    parent = out.resolve().parent
+    if not parent.is_dir():
+        raise FormatError(out, f"the directory {parent} does not exist")
+    if out.is_dir() and job.format.name == "gguf":
+        raise FormatError(out, "is a directory; name a file")
+    free = shutil.disk_usage(parent).free
+    if job.total_bytes > free:
+        raise FormatError(out, f"needs {job.total_bytes:,} bytes, {free:,} are free in {parent}")
+
+
+@dataclass(slots=True)
+class _Errors:
+    """Sums of squares over the tiles of one tensor."""
+
+    error: float = 0.0
+    norm: float = 0.0
+    weighted_error: float = 0.0
+    weighted_norm: float = 0.0
+    has_importance: bool = False
+
+    def add(self, w: F32, decoded: F32, q: F32 | None) -> tuple[float, float, float, float]:
+        delta = np.subtract(decoded, w, out=decoded)
+        if q is None:
+            return float(np.vdot(delta, delta)), float(np.vdot(w, w)), 0.0, 0.0
+        columns, norms = np.einsum("ij,ij->j", delta, delta), np.einsum("ij,ij->j", w, w)
+        return float(columns.sum()), float(norms.sum()), float(columns @ q), float(norms @ q)
+
+    def ratios(self, measured: bool) -> tuple[float | None, float | None]:
+        if not measured:
+            return None, None
+        plain_ratio = (self.error / self.norm) ** 0.5 if self.norm else 0.0
+        weighted = (self.weighted_error / self.weighted_norm) ** 0.5 if self.weighted_norm else 0.0
+        return plain_ratio, weighted if self.has_importance else None
+
+
+class _Work:
+    """The tiles of a plan, handed out to threads in order."""
+
+    def __init__(self, job: Plan, measure: bool, progress: Callable[[Progress], None] | None) -> None:
+        self.job, self.measure, self.progress = job, measure, progress
+        self.errors = [_Errors() for _ in job.tensors]
+        self._lock = threading.Lock()
+        self._tiles = self._cut()
+        self._left: dict[int, int] = {}
+        self._stopped = False
+        self._state = Progress(0, len(job.tensors), 0, sum(count(t.shape) for t in job.tensors), 0, "")
+
+    def _cut(self) -> Iterator[tuple[int, int, int]]:
+        """(tensor, first row, last row) of every tile, in file order."""
+        for i, t in enumerate(self.job.tensors):
+            rows = count(t.shape[:-1])
+            step = max(1, TILE // max(1, t.shape[-1]))
+            # a tile never spans two sources; a codec with parameters for the whole tensor gets it whole
+            within = rows // max(1, len(t.weight.sources))
+            cuts = [(i, a, min(a + step, b + within)) for b in range(0, rows, within) for a in range(b, b + within, step)]
+            if not t.codec.row_local:
+                cuts = [(i, 0, rows)]
+            self._left[i] = len(cuts)
+            yield from cuts
+
+    def stop(self) -> None:
+        with self._lock:
+            self._stopped = True
+
+    def drain(self, sink: Sink) -> None:
+        """Do tiles until there are none left, or another thread failed."""
+        while True:
+            with self._lock:
+                tile = None if self._stopped else next(self._tiles, None)
+            if tile is None:
+                return
+            try:
+                self._do(*tile, sink)
+            except BaseException:
+                self.stop()
+                raise
+
+    def _do(self, i: int, a: int, b: int, sink: Sink) -> None:
+        t = self.job.tensors[i]
+        q = self._importance(t, a, b)
+        parts, w = self._encode(t, a, b, q)
+        sink.write(t.name, parts, a)
+        sums = None
+        if self.measure and w is not None:
+            decoded = t.codec.decode(parts, w.shape)
+            n_in = w.shape[-1]
+            column_weights = q if q is not None and q.ndim == 1 else None
+            sums = self.errors[i].add(w.reshape(-1, n_in), decoded.reshape(-1, n_in), column_weights)
+        with self._lock:
+            e, s = self.errors[i], self._state
+            if sums is not None:
+                e.error += sums[0]
+                e.norm += sums[1]
+                e.weighted_error += sums[2]
+                e.weighted_norm += sums[3]
+                e.has_importance = column_weights is not None
+            self._left[i] -= 1
+            done = self._left[i] == 0
+            s.tensors += done
+            s.weights += (b - a) * t.shape[-1]
+            s.bytes += sum(p.nbytes for p in parts.values())
+            s.name = t.name
+            if self.progress is not None:
+                self.progress(s)
+        if done:
+            for name in t.weight.sources:
+                self.job.source.release(name)
+
+    def _importance(self, t: PlannedTensor, a: int, b: int) -> F32 | None:
+        """Importance of a tile: f32[in], or f32[experts, in] for a whole stacked tensor."""
+        q = self.job.importance.get(t.weight.name)
+        if q is None or q.ndim == 1:
+            return q
+        per_expert = count(t.weight.shape[:-1]) // len(q)
+        whole = b - a > per_expert
+        return q if whole else np.asarray(q[a // per_expert])
+
+    def _encode(self, t: PlannedTensor, a: int, b: int, q: F32 | None) -> tuple[Parts, F32 | None]:
+        """Stored parts of rows a:b, and the weights they stand for (None where bytes were copied)."""
+        stored = _stored_rows(self.job.source, t.weight, a, b)
+        if isinstance(stored, Encoded):
+            if stored.codec is t.codec and not isinstance(t.codec, PlainCodec) and t.weight.transform.value is None:
+                return stored.parts, None
+            w = stored.decode()
+        else:
+            w = stored
+        if t.weight.transform.value is not None:
+            w = t.weight.transform.value(w)
+        if not t.codec.row_local or len(t.shape) == 1:
+            w = w.reshape(t.shape)
+        try:
+            return t.codec.encode(w, q), w
+        except NonFiniteError as e:
+            if not e.index:
+                raise NonFiniteError(f"{t.weight.name}: {e}", ()) from None
+            row, column = (0, e.index[0]) if len(e.index) == 1 else (a + e.index[-2], e.index[-1])
+            value = w.reshape(-1, w.shape[-1])[e.index[-2] if len(e.index) > 1 else 0, column]
+            where, index = _origin(t.weight, row, column)
+            raise NonFiniteError(
+                f"{where}: weight {list(index)} is {value}; the checkpoint is damaged or overflowed", index
+            ) from None
+
+
+def _stored_rows(source: Source, weight: Weight, a: int, b: int) -> Encoded | F32:
+    """Rows a:b of a weight in GGUF's row order, still encoded where the codec can be cut by rows."""
+    if weight.constant is not None:
+        return weight.constant
+    n = len(weight.sources)
+    rows = count(weight.shape[:-1])
+    per = rows // n
+    order = weight.transform.rows
+    if b - a > per:  # the whole of a stacked tensor
+        return np.stack(
+            [
+                _decoded(_stored_rows(source, replace(weight, sources=(s,), shape=(per, weight.shape[-1])), 0, per))
+                for s in weight.sources
+            ]
+        )
+    at, first = divmod(a, per)
+    e = source.read(weight.sources[at])
+    if e.codec.row_local and len(e.shape) > 1:
+        return e.flat().rows(slice(first, first + b - a) if order is None else order[first : first + b - a])
+    w = e.decode()
+    if w.ndim == 1:
+        return w if order is None else w[order]
+    return w.reshape(-1, w.shape[-1])[slice(first, first + b - a) if order is None else order[first : first + b - a]]
+
+
+def _decoded(x: Encoded | F32) -> F32:
+    return x.decode() if isinstance(x, Encoded) else x
+
+
+def _origin(weight: Weight, row: int, column: int) -> tuple[str, tuple[int, ...]]:
+    """The checkpoint's own name and index of a weight."""
+    if not weight.sources:
+        return weight.name, (row, column)
+    order = weight.transform.rows
+    if len(weight.shape) == 1:
+        return weight.sources[0], (int(order[column]) if order is not None else column,)
+    at, row = divmod(row, count(weight.shape[:-1]) // len(weight.sources))
+    return weight.sources[at], (int(order[row]) if order is not None else row, column)

@@ -13,7 +13,7 @@ import quantforge
 
 PACKAGE = Path(quantforge.__file__).parent
 LAYERS = [
-    {"arrays"},
+    {"arrays", "grid"},
     {"native"},
     {"codecs", "archs", "metrics", "tokenizer"},
     {"formats", "methods", "runtime", "nn", "presets"},

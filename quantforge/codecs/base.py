@@ -18,6 +18,7 @@ import numpy as np
 from .. import native
 from ..arrays import F32, Parts, TensorInfo, to_numpy
 from ..errors import NonFiniteError, ShapeError, UnsupportedError, nearest
+from ..grid import AffineGrid
 
 if TYPE_CHECKING:
     import torch
@@ -241,6 +242,61 @@ class GgmlCodec(Codec):
         w = np.empty(shape, np.float32)
         native.call_rows(self.name, "decode", [data], [], [w.reshape(-1, shape[-1])], threads)
         return w
+
+
+class AffineCodec(GgmlCodec, GridCodec):
+    """A ggml type whose codes stand for evenly spaced numbers: a name and the table of its fields.
+
+    Params: d (and dmin, or m in the types without sub-blocks): f16[out, blocks]; sc, m:
+    u8[out, sub-blocks]. Codes: u8[out, in]. Signed integers are in offset binary.
+    """
+
+    def __init__(self, name: str, grid: AffineGrid, *, takes_importance: bool = True) -> None:
+        super().__init__(name, takes_importance=takes_importance)
+        self.grid = grid
+
+    def fit(self, w: torch.Tensor, importance: torch.Tensor | None = None) -> Params:
+        """Choose the stored scales and mins, minimising Σ importance (w − ŵ)²; see `GridCodec.fit`."""
+        check_matrix(w, importance, self)
+        return self.grid.fit(w, importance)
+
+    def round(self, w: torch.Tensor, params: Params, at: int = 0) -> Codes:
+        """Nearest codes: u8[out, n] of columns at:at+n."""
+        return self.grid.round(w, params, at)
+
+    def expand(self, codes: Codes, params: Params, at: int = 0) -> torch.Tensor:
+        """f32[out, n], bit-equal to `decode`."""
+        return self.grid.expand(codes, params, at)
+
+    def pack(self, codes: Codes, params: Params) -> Parts:
+        """One part, `data`: u8[out, row_bytes]."""
+        return {"data": to_numpy(self.grid.write(codes, params))}
+
+    def unpack(self, parts: Parts, shape: tuple[int, ...]) -> tuple[Codes, Params]:
+        """(codes, params) of `data`: u8[out, row_bytes]."""
+        import torch
+
+        rows, row_bytes = self.layout(shape)["data"].shape
+        data = np.require(parts["data"].reshape(rows, row_bytes), requirements=["C", "W"])
+        return self.grid.read(torch.from_numpy(data))
+
+
+def check_matrix(w: torch.Tensor, importance: torch.Tensor | None, codec: Codec) -> None:
+    """Raise ShapeError or NonFiniteError unless w and importance are fit for `GridCodec.fit`."""
+    shape = tuple(w.shape)
+    check_block(shape, codec)
+    if len(shape) != 2:
+        raise ShapeError(f"{codec.name}: weights {list(shape)} are not a matrix [out, in]; reshape the leading axes to one")
+    if importance is not None:
+        if tuple(importance.shape) not in (shape, shape[1:]):
+            raise ShapeError(
+                f"{codec.name}: importance of shape {list(importance.shape)} does not fit weights {list(shape)}; "
+                "give one value per column, or one per weight"
+            )
+        if not bool(importance.isfinite().all()) or bool((importance < 0).any()):
+            raise NonFiniteError(f"{codec.name}: importance must be finite and not negative", ())
+    if not bool(w.isfinite().all()):
+        raise_non_finite(np.asarray(to_numpy(w), np.float32), codec.name)
 
 
 def check_importance(importance: F32, shape: tuple[int, ...], codec: Codec) -> F32:

@@ -328,6 +328,10 @@ class _Fit:
         """Improve what is stored."""
         up_down = {k: (-1, 0, 1) if k in self.grid.ints else (0,) for k in ("sc", "m")}
         best = self.error(d * sc, dmin * m)
+        # weights below f16's resolution are best left at 0
+        nothing = self.error(d * 0 * sc, dmin * 0 * m)
+        better = _sum(best) <= _sum(nothing)
+        d, dmin, best = d * better, dmin * better, best.where(better, nothing)
         for _ in range(_ROUNDS):
             for i in up_down["sc"]:
                 for j in up_down["m"]:

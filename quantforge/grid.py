@@ -215,6 +215,7 @@ class _Fit:
     squares), then d and dmin by sweeps over what the largest of them maps to, then coordinate
     descent on what is stored: sub-scales and mins by one, d and dmin by least squares. From the
     sweeps on, every trial measures the error of the final numbers and only a lower one is kept.
+    CUDA divides by a Python number through its reciprocal, the CPU does not: nothing here divides by one.
     Steps, offsets, sc and m: [sub-block, block]; d, dmin: [block]. Symmetric types ignore offsets.
     """
 
@@ -264,7 +265,7 @@ class _Fit:
         zero = step
         for levels in (self.lo, self.hi):  # the farthest weight at either end
             for more in _LEVELS:
-                qq, qx, _ = self.moments(top / (levels + (more if levels > 0 else -more)), zero)
+                qq, qx, _ = self.moments(top * (1 / (levels + (more if levels > 0 else -more))), zero)
                 gain = _ratio(qx * qx, qq, best)  # least squares leaves Σ c x² − qx²/qq
                 step, best = (qx / qq).where(gain > best, step), gain.maximum(best)
         for _ in range(2):
@@ -278,9 +279,9 @@ class _Fit:
         if self.grid.ints:
             low = low.clamp_max(0)
         width = high.maximum(low) - low
-        step, offset, best = width / self.hi, -low, width.new_full(width.shape, float("inf"))
+        step, offset, best = width * (1 / self.hi), -low, width.new_full(width.shape, float("inf"))
         for more in _LEVELS:
-            s = width / (self.hi + more)
+            s = width * (1 / (self.hi + more))
             for part in _PHASES:
                 fitted, shift, e = self.line(s, -(low + s * (more * part)))
                 better = e < best
@@ -315,7 +316,7 @@ class _Fit:
         scale, integers, best = top, values, top.new_full(top.shape, float("inf"))
         for levels in (lo, hi) if lo < 0 else (hi,):
             for part in _RANGES:
-                d = _f16(top / (levels * part))
+                d = _f16(top * (1 / (levels * part)))
                 i = (values / d.masked_fill(d == 0, float("inf"))).round_().clamp_(lo, hi)
                 e = _sum(error(d * i))
                 better = e < best

@@ -20,6 +20,12 @@ from collections.abc import Iterable
 from os import PathLike, fspath
 
 
+def _one_line(message: str, limit: int = 600) -> str:
+    """Cut and escaped: names in a damaged or hostile file can be long or hold terminal commands."""
+    shown = message if len(message) <= limit else message[:limit] + " ..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
+
+
 class QuantForgeError(Exception):
     """Base of every deliberate error."""
 
@@ -31,7 +37,7 @@ class FormatError(QuantForgeError):
         self.path = fspath(path)
         self.offset = offset
         at = "" if offset is None else f" at byte {offset}"
-        super().__init__(f"{self.path}{at}: {message}")
+        super().__init__(f"{self.path}{at}: {_one_line(message)}")
 
 
 class ShapeError(QuantForgeError):

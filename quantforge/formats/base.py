@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import mmap
 import os
@@ -217,13 +218,14 @@ class FileSink(Sink):
                 self._replace_directory()
             else:
                 os.replace(self._temporary, self._path)
-            _fsync_directory(self._path.parent)
         except OSError as e:
             self.abort()
             raise self._cannot_write(e) from None
         except BaseException:
             self.abort()
             raise
+        with suppress(OSError):  # the file is whole and in place; not every directory can be opened or synced
+            _fsync_directory(self._path.parent)
 
     def abort(self) -> None:
         """Wait for writes under way, then remove what was written. Harmless after `commit`."""
@@ -317,8 +319,10 @@ def _pwrite(fd: int, data: memoryview, at: int) -> None:
 def _fsync_directory(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY)
     try:
-        with suppress(OSError):  # some network file systems refuse to sync directories
-            os.fsync(fd)
+        os.fsync(fd)
+    except OSError as e:
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system without directory sync
+            raise
     finally:
         os.close(fd)
 
@@ -345,7 +349,9 @@ class MappedFile:
         """A read-only view of checked bytes; a copy only where they are not aligned for the dtype."""
         if not info.nbytes:
             return np.empty(info.shape, info.dtype)
-        view: Array = np.ndarray(info.shape, info.dtype, buffer=self.bytes, offset=offset)
+        # np.ndarray(buffer=...) would not keep the map alive, a memoryview does
+        octets = np.frombuffer(memoryview(self.bytes), np.uint8, info.nbytes, offset)
+        view: Array = octets.view(info.dtype).reshape(info.shape)
         return view if view.flags.aligned else view.copy()
 
     def release(self, offset: int, nbytes: int) -> None:

@@ -204,7 +204,7 @@ def _read_header(file: MappedFile) -> tuple[dict[str, Any], dict[str, tuple[Stor
     c.take(4, "the magic")
     version = c.u32("the version")
     if version not in _VERSIONS:
-        if not version & 0xFFFF:
+        if int.from_bytes(_U32.pack(version), "big") in (1, *_VERSIONS):
             c.fail("a big-endian GGUF file; only little-endian ones are read", 4)
         c.fail(f"GGUF version {version}; versions {' and '.join(map(str, _VERSIONS))} are read", 4)
     n_tensors = c.count("tensors", 8 + 1 + 4 + 8 + 4 + 8)

@@ -19,7 +19,7 @@ import numpy as np
 
 from .. import codecs
 from ..arrays import SAFETENSORS_DTYPES, TensorInfo
-from ..errors import FormatError, QuantForgeError, UnsupportedError
+from ..errors import FormatError, OutputError, QuantForgeError, UnsupportedError
 from .base import FileSink, Header, MappedFile, MappedSource, Place, Placement, Sink, Slot, Source, Stored, shards
 
 name = "safetensors"
@@ -100,7 +100,7 @@ def _read_header(file: MappedFile) -> dict[str, Place]:
     def at(tensor: str) -> int:
         return 8 + max(0, raw.find(json.dumps(tensor, ensure_ascii=False).encode("utf-8", "replace")))
 
-    metadata = entries.pop("__metadata__", {})
+    metadata = entries.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         fail("__metadata__ is not a map from strings to strings", at("__metadata__"))
     infos = []
@@ -281,7 +281,7 @@ def _dump(value: Any) -> bytes:
             return x.tolist()
         raise UnsupportedError(f"config: JSON cannot hold a {type(x).__name__}")
 
-    return (json.dumps(value, indent=2, ensure_ascii=False, default=plain) + "\n").encode("utf-8", "replace")
+    return (json.dumps(value, indent=2, default=plain) + "\n").encode()
 
 
 def _config(header: Header, quantized: Mapping[str, Stored]) -> dict[str, Any]:
@@ -384,4 +384,8 @@ def create(path: Path, header: Header, max_shard_size: int = 5_000_000_000) -> S
 
     Raises UnsupportedError for what safetensors cannot hold, OutputError.
     """
+    if path.suffix == ".safetensors":
+        raise OutputError(
+            path, "a safetensors checkpoint is a directory (weights, config.json, tokenizer); give a name without suffix"
+        )
     return FileSink(path, header.tensors, _place(header, max_shard_size), directory=True)

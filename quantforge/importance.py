@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from .arrays import F32
-from .errors import FormatError, ShapeError
+from .errors import CalibrationError, FormatError
 from .formats import gguf
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
@@ -28,13 +28,16 @@ class Importance(Mapping[str, F32]):
     Legacy files do not say where one expert ends; `of` knows from the tensor's shape.
     """
 
-    def __init__(self, values: Mapping[str, F32], chunks: int = 0, datasets: tuple[str, ...] = (), path: str = "") -> None:
+    def __init__(
+        self, values: Mapping[str, F32], chunks: int = 0, datasets: tuple[str, ...] = (), path: Path = Path("importance")
+    ) -> None:
         self._values = dict(values)
         self.chunks = chunks
         """Pieces of text that were seen; 0: unknown."""
         self.datasets = datasets
         """Names of the text files that were seen."""
         self.path = path
+        """The file, for messages and metadata."""
 
     def __getitem__(self, name: str) -> F32:
         return self._values[name]
@@ -48,7 +51,7 @@ class Importance(Mapping[str, F32]):
     def of(self, name: str, shape: tuple[int, ...]) -> F32 | None:
         """Importance of a tensor of `shape`: f32[in] for a matrix, f32[experts, in] for stacked ones; None if there is none.
 
-        Raises ShapeError if its size is not the tensor's: it was made with another model.
+        Raises CalibrationError if its size is not the tensor's: it was made with another model.
         """
         values = self._values.get(name)
         if values is None:
@@ -58,9 +61,9 @@ class Importance(Mapping[str, F32]):
             return values.reshape(experts, n_in) if len(shape) > 2 else values.reshape(n_in)
         if name in _LOOKED_UP:
             return None
-        raise ShapeError(
+        raise CalibrationError(
             f"{name}: importance of {values.size} columns does not fit the tensor's {experts * n_in}; "
-            f"{self.path or 'it'} was made with another model"
+            f"{self.path} was made with another model"
         )
 
 
@@ -102,7 +105,7 @@ def _read_gguf(path: Path) -> Importance:
         chunks, datasets = source.config.get("imatrix.chunk_count", 0), source.config.get("imatrix.datasets", ())
         if not isinstance(chunks, int) or not isinstance(datasets, (list, tuple)):
             raise FormatError(path, "imatrix.chunk_count must be a UINT32 and imatrix.datasets an array of strings")
-        return Importance(values, chunks, tuple(str(d) for d in datasets), str(path))
+        return Importance(values, chunks, tuple(str(d) for d in datasets), path)
 
 
 def _means(path: Path, name: str, sums: F32, counts: F32) -> F32:
@@ -153,4 +156,4 @@ def _read_legacy(path: Path, data: bytes) -> Importance:
     if at < len(data):  # the earliest files end here
         chunks = integer("the number of chunks", 0, 2**31 - 1)
         datasets = (text("the name of the dataset", 0),)
-    return Importance(values, chunks, datasets, str(path))
+    return Importance(values, chunks, datasets, path)

@@ -43,6 +43,9 @@ else:  # pragma: no cover - the same module under its old name
 # --- recipes ------------------------------------------------------------------------------------
 
 
+_INTEGERS = ("I8", "I16", "I32", "I64")
+
+
 @dataclass(frozen=True, slots=True)
 class Choice:
     """What a recipe decided for a tensor."""
@@ -208,9 +211,12 @@ class Recipe:
 
 def _codec(name: str | Codec, where: str) -> Codec:
     try:
-        return codecs.get(name)
+        codec = codecs.get(name)
     except UnsupportedError as e:
         raise RecipeError(f"{where}: {e}") from None
+    if codec.name in _INTEGERS:
+        raise RecipeError(f"{where}: {codec.name} holds integers, not weights; the type of 8 bits for weights is Q8_0")
+    return codec
 
 
 def _split(text: str | tuple[str, str | Codec]) -> tuple[str, str | Codec]:
@@ -257,7 +263,7 @@ def names() -> list[str]:
 
 
 def get(name: str | Path | Recipe) -> Recipe:
-    """The recipe of that preset name (any case), codec name (that codec for every matrix) or .toml file.
+    """The recipe of that preset name (any case), codec name (that codec for every matrix) or a recipe file.
 
     Raises RecipeError naming the nearest names.
     """
@@ -271,12 +277,13 @@ def get(name: str | Path | Recipe) -> Recipe:
     if upper in PRESETS:
         preset = PRESETS[upper]
         return Recipe(upper, _codec(preset.base, upper), _preset=preset)
-    try:
-        codec = codecs.get(text)
-    except UnsupportedError:
-        known = [*PRESETS, *ALIASES, *codecs.names()]
-        raise RecipeError(f"unknown type or recipe {text}{nearest(text, known)}; `quantforge types` lists all") from None
-    return Recipe(codec.name, codec, pure=True)
+    if text.lower() in map(str.lower, codecs.names()):
+        codec = _codec(text, "type")
+        return Recipe(codec.name, codec, pure=True)
+    if Path(text).is_file():
+        return read(text)
+    known = [*PRESETS, *ALIASES, *codecs.names()]
+    raise RecipeError(f"unknown type or recipe {text}{nearest(text, known)}; `quantforge types` lists all")
 
 
 _KEYS: dict[str, type] = {

@@ -12,7 +12,7 @@ import pytest
 
 import quantforge
 from quantforge import importance
-from quantforge.errors import FormatError, ShapeError
+from quantforge.errors import CalibrationError, FormatError
 
 SHIPPED = Path(quantforge.__file__).parent / "data" / "demo-model" / "llama.cpp-imatrix.gguf"
 
@@ -63,7 +63,9 @@ def test_experts_and_experts_that_saw_nothing(tmp_path: Path) -> None:
     expected = [[0.5, 1, 1.5, 2], [1, 1, 1, 1], [2.25, 2.5, 2.75, 3]]
     assert np.array_equal(imatrix[name], expected)
     assert np.array_equal(imatrix.of(name, (3, 8, 4)), expected)  # type: ignore[arg-type]
-    with pytest.raises(ShapeError, match=r"importance of 12 columns does not fit the tensor's 4; .*i.gguf was made with another"):
+    with pytest.raises(
+        CalibrationError, match=r"importance of 12 columns does not fit the tensor's 4; .*i.gguf was made with another"
+    ):
         imatrix.of(name, (3, 4))
 
 
@@ -86,7 +88,7 @@ def test_of() -> None:
     assert found is not None and found.shape == (4,)
     assert imatrix.of("y.weight", (2, 4)) is None
     assert imatrix.of("token_embd.weight", (9, 4)) is None  # old files hold its counts of tokens
-    with pytest.raises(ShapeError, match=r"x\.weight: importance of 4 columns does not fit the tensor's 5"):
+    with pytest.raises(CalibrationError, match=r"x\.weight: importance of 4 columns does not fit the tensor's 5"):
         imatrix.of("x.weight", (2, 5))
 
 

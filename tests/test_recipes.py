@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
+import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -286,7 +289,7 @@ def test_file_types_are_llama_cpps() -> None:
     assert {n: t for n, t in ours.items() if n in known} == {n: known[n] for n in ours if n in known}
     assert set(ours) - set(known) <= {"Q2_0"}
     assert len(set(ours.values())) == len(ours)
-    assert recipes.get("I8").file_type == 1024
+    assert recipes.get("F64").file_type == 1024
 
 
 def test_says_what_lacks_importance() -> None:
@@ -320,6 +323,7 @@ def test_layer_counts_per_layer_and_missing_metadata() -> None:
         ("", "unknown type or recipe"),
         ("missing.toml", "missing.toml: cannot read the recipe: No such file"),
         (".", "unknown type or recipe"),
+        ("i8", "I8 holds integers, not weights"),
     ],
 )
 def test_unknown_recipes(name: str, message: str) -> None:
@@ -344,6 +348,7 @@ def test_unknown_recipes(name: str, message: str) -> None:
         ({"tensor_types": ["ffn_down"]}, "expected REGEX=TYPE"),
         ({"tensor_types": ["=Q6_K"]}, "expected REGEX=TYPE"),
         ({"tensor_types": ["ffn_down="]}, "expected REGEX=TYPE"),
+        ({"tensor_types": ["ffn_down=I32"]}, "I32 holds integers, not weights"),
         ({"output_tensor_type": "Q4_K_M"}, r"--output-tensor-type: unknown type Q4_K_M \(did you mean Q4_K"),
         ({"token_embedding_type": "Q9"}, "--token-embedding-type: unknown type Q9"),
         ({"output_tensor_type": "Q8_0", "keep_output": True}, "contradict"),
@@ -432,6 +437,12 @@ def test_bad_recipe_files(tmp_path: Path, text: str, message: str) -> None:
     assert str(e.value).startswith(str(path)) and "\n" not in str(e.value)
 
 
+def test_recipe_file_of_any_name(tmp_path: Path) -> None:
+    path = tmp_path / "mine"
+    path.write_text('base = "Q8_0"')
+    assert recipes.get(str(path)).name == "Q8_0"
+
+
 def test_rule_of_a_file_that_matches_nothing(tmp_path: Path) -> None:
     path = tmp_path / "r.toml"
     path.write_text('base = "Q4_0"\n[[rules]]\ntensors = "attn_q"\nlayers = "30:"\ntype = "Q8_0"')
@@ -439,3 +450,93 @@ def test_rule_of_a_file_that_matches_nothing(tmp_path: Path) -> None:
         RecipeError, match=r"r.toml: rules\[0\]: attn_q=Q8_0 matches no tensor in those layers; the model has layers 0 to 3"
     ):
         assign(recipes.get(path), dense())
+
+
+# --- docs/recipes.md ---
+
+DOCS = HERE.parent / "docs" / "recipes.md"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", DOCS.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def llama_3_8b() -> list[Weight]:
+    shapes = {
+        "attn_q": (4096, 4096),
+        "attn_k": (1024, 4096),
+        "attn_v": (1024, 4096),
+        "attn_output": (4096, 4096),
+        "ffn_gate": (14336, 4096),
+        "ffn_up": (14336, 4096),
+        "ffn_down": (4096, 14336),
+        "attn_norm": (4096,),
+        "ffn_norm": (4096,),
+    }
+    outside = {"token_embd": (128256, 4096), "output": (128256, 4096), "output_norm": (4096,)}
+    found = [Weight(f"{role}.weight", shape, ()) for role, shape in outside.items()]
+    return found + [Weight(f"blk.{i}.{role}.weight", shape, ()) for i in range(32) for role, shape in shapes.items()]
+
+
+def row(preset: str) -> str:
+    """The preset's row of the table in docs/recipes.md."""
+    weights = llama_3_8b()
+    metadata = {
+        "general.architecture": "llama",
+        "llama.block_count": 32,
+        "llama.attention.head_count": 32,
+        "llama.attention.head_count_kv": 8,
+    }
+    n = sum(math.prod(w.shape) for w in weights)
+    recipe = recipes.get(preset)
+    without, choices = (recipe.assign(weights, metadata, all_in(weights), i) for i in ([], [w.name for w in weights]))
+    sizes = [f"{8 * sum(c[w.name].codec.nbytes(w.shape) for w in weights) / n:.2f}" for c in (choices, without)]
+    matrices = [w for w in weights if w.layer is not None and len(w.shape) > 1]
+    others = Counter((w.role, t) for w in matrices if (t := choices[w.name].codec.name) != recipe.base.name)
+    shown = [f"{role} {t}" + (f" ×{k}" if k < 32 else "") for (role, t), k in others.items()]
+    if len(shown) == 7:
+        shown = [f"all {next(iter(others))[1]}"]
+    blind = "yes" if any(c.lacks_importance for c in without.values()) else ""
+    cells = (
+        preset,
+        recipe.base.name,
+        sizes[0] if sizes[0] == sizes[1] else f"{sizes[0]} ({sizes[1]} without)",
+        choices["output.weight"].codec.name,
+        choices["token_embd.weight"].codec.name,
+        ", ".join(shown),
+        blind,
+    )
+    return f"| {' | '.join(cells)} |".replace("|  |", "| |").replace("|  |", "| |")
+
+
+@pytest.mark.parametrize("preset", recipes.names())
+def test_documented_presets(preset: str) -> None:
+    assert row(preset) in DOCS.read_text().splitlines()
+
+
+def test_documented_recipe_file(tmp_path: Path) -> None:
+    (text,) = blocks("toml")
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    got = types(assign(recipes.get(path), dense(layers=32)))
+    assert [i for i in range(32) if got[f"blk.{i}.ffn_up.weight"] == "Q3_K"] == list(range(8, 24, 2))
+    assert {got[f"blk.{i}.ffn_down.weight"] for i in (0, 1, 30, 31)} == {"Q6_K"}
+    assert (got["output.weight"], got["token_embd.weight"], got["blk.8.attn_k.weight"]) == ("Q8_0", "Q6_K", "Q8_0")
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_documented_code(code: str) -> None:
+    exec(compile(code, str(DOCS), "exec"), {})
+
+
+def test_documented_fallbacks() -> None:
+    table = DOCS.read_text().split("### Rows that do not fit")[1].split("## Rules on top")[0]
+    for left, right in re.findall(r"^\| ([A-Z0-9_, ]+) \| (\w+) \|$", table, re.MULTILINE):
+        for type in left.split(", "):
+            choice = assign(recipes.get(type).with_rules(pure=True), dense(96 if type != "Q1_0" else 192))["blk.0.attn_q.weight"]
+            assert choice.codec.name == right, type
+    message = re.search(r"^--tensor-type ffn_dwn.*$", DOCS.read_text(), re.MULTILINE)
+    assert message
+    with pytest.raises(RecipeError) as e:
+        assign(recipes.get("Q4_K_M").with_rules(["ffn_dwn=Q6_K"]), dense(layers=1))
+    assert str(e.value) == message[0]

@@ -16,7 +16,7 @@ import gguf
 import numpy as np
 
 from .. import native
-from ..arrays import F32, Parts, TensorInfo, to_numpy
+from ..arrays import F32, Array, Parts, TensorInfo, to_numpy
 from ..errors import NonFiniteError, ShapeError, UnsupportedError, nearest
 from ..grid import AffineGrid
 
@@ -44,6 +44,8 @@ class Codec(ABC):
     """True where llama.cpp refuses to encode without importance."""
     encodes: bool = True
     """False where only decoding is possible."""
+    ggml_bytes: bool = False
+    """True if `encode` gives, byte for byte, what ggml's x86-64 default build writes."""
     row_local: bool = False
     """True if the parts of rows a:b depend on rows a:b alone and every part has the tensor's
     leading axes, so that tensors can be encoded in tiles of rows, in parallel."""
@@ -192,6 +194,7 @@ class GgmlCodec(Codec):
     """
 
     row_local = True
+    ggml_bytes = True
 
     def __init__(
         self,
@@ -237,8 +240,8 @@ class GgmlCodec(Codec):
 
     def decode(self, parts: Parts, shape: tuple[int, ...], *, threads: int = 1) -> F32:
         """f32[shape]; bit-equal to ggml's and gguf-py's dequantization."""
-        info = self.layout(shape)["data"]
-        data = np.ascontiguousarray(parts["data"]).reshape(-1, info.shape[-1])
+        (data,) = check_parts(parts, shape, self)
+        data = data.reshape(-1, data.shape[-1])
         w = np.empty(shape, np.float32)
         native.call_rows(self.name, "decode", [data], [], [w.reshape(-1, shape[-1])], threads)
         return w
@@ -297,6 +300,18 @@ def check_matrix(w: torch.Tensor, importance: torch.Tensor | None, codec: Codec)
             raise NonFiniteError(f"{codec.name}: importance must be finite and not negative", ())
     if not bool(w.isfinite().all()):
         raise_non_finite(np.asarray(to_numpy(w), np.float32), codec.name)
+
+
+def check_parts(parts: Parts, shape: tuple[int, ...], codec: Codec) -> list[Array]:
+    """The parts in the layout's order, shapes and dtypes, contiguous. Raises ShapeError if they hold another tensor."""
+    found = []
+    for key, info in codec.layout(shape).items():
+        part = parts.get(key)
+        if part is None or part.dtype != info.dtype or part.size * part.itemsize != info.nbytes:
+            has = "missing" if part is None else f"{part.dtype}{list(part.shape)}"
+            raise ShapeError(f"{codec.name}: part {key} of weights {list(shape)} is {has}, needs {info.dtype}{list(info.shape)}")
+        found.append(np.ascontiguousarray(part).reshape(info.shape))
+    return found
 
 
 def check_importance(importance: F32, shape: tuple[int, ...], codec: Codec) -> F32:

@@ -14,7 +14,7 @@ import numpy as np
 from .. import native
 from ..arrays import F32, Array, Parts, to_numpy
 from ..errors import NonFiniteError, ShapeError
-from .base import GgmlCodec, check_weights, raise_non_finite, register
+from .base import GgmlCodec, check_parts, check_weights, raise_non_finite, register
 
 
 class IQCodec(GgmlCodec):
@@ -23,6 +23,8 @@ class IQCodec(GgmlCodec):
     Encoding minimises the sum of importance · (w − decoded)²; without importance, of
     sqrt(2·mean(w²) + w²) · (w − decoded)² within each block.
     """
+
+    ggml_bytes = False
 
     def __init__(self, name: str, *, needs_importance: bool = False) -> None:
         super().__init__(name, takes_importance=True, needs_importance=needs_importance)
@@ -70,8 +72,8 @@ class IQCodec(GgmlCodec):
 
     def decode(self, parts: Parts, shape: tuple[int, ...], *, threads: int = 1) -> F32:
         """f32[shape]; bit-equal to ggml's and gguf-py's dequantization."""
-        info = self.layout(shape)["data"]
-        data = np.ascontiguousarray(parts["data"]).reshape(-1, info.shape[-1])
+        (data,) = check_parts(parts, shape, self)
+        data = data.reshape(-1, data.shape[-1])
         w = np.empty(shape, np.float32)
         native.call_rows(self.name, "decode", [data], [self.grid, KSIGNS], [w.reshape(-1, shape[-1])], threads)
         return w

@@ -9,7 +9,7 @@ import numpy as np
 
 from .. import native
 from ..arrays import BF16, F8_E4M3, F8_E5M2, F32, Array, Parts, TensorInfo
-from .base import Codec, check_weights, raise_non_finite, register
+from .base import Codec, check_parts, check_weights, raise_non_finite, register
 
 
 class PlainCodec(Codec):
@@ -22,6 +22,7 @@ class PlainCodec(Codec):
         self.dtype = dtype
         kind = getattr(gguf.GGMLQuantizationType, name, None)
         self.ggml_type = None if kind is None else int(kind)
+        self.ggml_bytes = name in ("F32", "F16", "BF16")
 
     def layout(self, shape: tuple[int, ...]) -> dict[str, TensorInfo]:
         """One part, `data`: dtype[shape]."""
@@ -44,10 +45,10 @@ class PlainCodec(Codec):
 
     def decode(self, parts: Parts, shape: tuple[int, ...], *, threads: int = 1) -> F32:
         """Exact widening to f32 (F64 and 64-bit integers round)."""
-        data = parts["data"].reshape(shape)
+        (data,) = check_parts(parts, shape, self)
         if native.has(self.name, "decode"):
             w = np.empty(shape, np.float32)
-            native.call_rows(self.name, "decode", [_bytes(np.ascontiguousarray(data))], [], [_rows(w)], threads)
+            native.call_rows(self.name, "decode", [_bytes(data)], [], [_rows(w)], threads)
             return w
         return data.astype(np.float32)
 

@@ -135,15 +135,12 @@ def main() -> None:
         base = None
         f16 = work / "bf16.gguf"
         if a.llama_cpp and a.llama_quantize:
-            script = [
-                sys.executable,
-                str(a.llama_cpp / "convert_hf_to_gguf.py"),
-                str(model),
-                "--outfile",
-                str(f16),
-                "--outtype",
-                "bf16",
-            ]
+            # it knows pre-tokenizers by a hash of one vocabulary each; the demo model's is not among them
+            patch = (
+                f"import sys; sys.path.insert(0, {str(a.llama_cpp)!r}); import convert_hf_to_gguf as c; "
+                "c.TextModel.get_vocab_base_pre = lambda *_: 'gpt-2'; c.main()"
+            )
+            script = [sys.executable, "-c", patch, str(model), "--outfile", str(f16), "--outtype", "bf16"]
             base = step("convert_hf_to_gguf.py bf16", f16, script, {"PYTHONPATH": str(a.llama_cpp / "gguf-py")})
         for kind in a.types.split(","):
             out = work / f"quantforge-{kind}.gguf"

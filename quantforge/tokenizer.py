@@ -45,7 +45,21 @@ _DEEPSEEK3 = (
     rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_SPACES}"
 )
 _BLOOM = r" ?[^(\s|[.,!?…。，、।۔،])]+"
-_CJK = "[一-龥ࠀ-一가-퟿]+"
+# Escaped: some of these letters are canonical equivalents of others, and editors would replace them.
+_DEEPSEEK_LETTERS = (
+    "\\s?[A-Za-z\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u01ba\u01bc-\u01bf\u01c4-\u0293\u0295-\u02af\u0370-\u0373"
+    "\u0376\u0377\u037b-\u037d\u037f\u0386\u0388-\u038a\u038c\u038e-\u03a1\u03a3-\u03f5\u03f7-\u0481\u048a-\u052f"
+    "\u0531-\u0556\u10a0-\u10c5\u13a0-\u13f5\u13f8-\u13fd\u1c90-\u1cba\u1cbd-\u1cbf\u1d00-\u1d2b\u1d6b-\u1d77"
+    "\u1d79-\u1d9a\u1e00-\u1f15\u1f18-\u1f1d\u1f20-\u1f45\u1f48-\u1f4d\u1f50-\u1f57\u1f59\u1f5b\u1f5d\u1f5f-"
+    "\u1f7d\u1f80-\u1fb4\u1fb6-\u1fbc\u1fbe\u1fc2-\u1fc4\u1fc6-\u1fcc\u1fd0-\u1fd3\u1fd6-\u1fdb\u1fe0-\u1fec"
+    "\u1ff2-\u1ff4\u1ff6-\u1ffc\u2102\u2107\u210a-\u2113\u2115\u2119-\u211d\u2124\u2126\u2128\u212a-\u212d\u212f-"
+    "\u2134\u2139\u213c-\u213f\u2145-\u2149\u214e\u2183\u2184\u2c00-\u2c7b\u2c7e-\u2ce4\u2ceb-\u2cee\u2cf2\u2cf3"
+    "\ua640-\ua66d\ua680-\ua69b\ua722-\ua76f\ua771-\ua787\ua78b-\ua78e\uab70-\uabbf\ufb00-\ufb06\ufb13-\ufb17"
+    "\uff21-\uff3a\uff41-\uff5a\U00010400-\U0001044f\U000104b0-\U000104d3\U000104d8-\U000104fb\U00010c80-"
+    "\U00010cb2\U00010cc0-\U00010cf2\U000118a0-\U000118df\U0001e900-\U0001e943]+"
+)
+_DEEPSEEK_PUNCTUATION = "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+"
+_CJK = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,23 +92,12 @@ _KINDS = (
         adds_bos=True,
     ),
     _Kind("gpt-4o", (_GPT4O,)),
-    _Kind("tiny_aya", (r"\d{1,3}(?=(?:\d{3})*\b)", _GPT4O)),
-    _Kind("falcon", (r"[\p{P}$+<=>^~|`]+", _GPT2, r"[0-9][0-9][0-9]")),
+    # llama.cpp does without falcon's \p{N}+: no token spans its edge.
+    _Kind("falcon", (r"[\p{P}$+<=>^~|`]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
     _Kind("deepseek-v3", (r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", _DEEPSEEK3)),
     _Kind("deepseek-coder", (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, r"\p{N}")),
-    _Kind(
-        "deepseek-llm",
-        (
-            r"[\r\n]",
-            r"\s?[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-ώᾀ-ᾴ"
-            r"ᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲"
-            r"𐳀-𐳲𑢠-𑣟𞤀-𞥃]+",
-            r"\s?[!-/:-~！-／：-～‘-‟　-。]+",
-            r"\s+$",
-            _CJK,
-            r"\p{N}+",
-        ),
-    ),
+    _Kind("deepseek-llm", (r"[\r\n]", _DEEPSEEK_LETTERS, _DEEPSEEK_PUNCTUATION, r"\s+$", _CJK, r"\p{N}+")),
+    _Kind("deepseek-llm", (r"[\r\n]", _DEEPSEEK_LETTERS, _DEEPSEEK_PUNCTUATION, r"\s+$", _CJK, r"\p{N}")),
     _Kind("bloom", (_BLOOM,)),
     _Kind("viking", (_BLOOM, r"\p{N}")),
     _Kind("superbpe", (r"\p{N}+", r"(?=(\d{3})+(?!\d))")),
@@ -124,7 +127,7 @@ _OTHER_NAMES = frozenset((
     "jina-v2-code", "roberta-bpe", "refact", "command-r", "deepseek-r1-qwen", "kormo", "stablelm2", "olmo", "dbrx",
     "poro-chat", "glm4", "chatglm-bpe", "jais", "codeshell", "gpt3-finnish", "exaone", "exaone4", "chameleon", "minerva-7b",
     "megrez", "llama4", "kanana2", "trillion", "granite-docling", "bailingmoe", "bailingmoe2", "llada-moe", "hunyuan",
-    "hunyuan-dense", "joyai-llm", "grok-2", "afmoe", "minimax-m2", "solar-open", "youtu", "kimi-k2",
+    "hunyuan-dense", "joyai-llm", "grok-2", "afmoe", "tiny_aya", "minimax-m2", "solar-open", "youtu", "kimi-k2",
 ))
 # fmt: on
 _ADDS_BOS = {k.name for k in _KINDS if k.adds_bos}
@@ -187,7 +190,7 @@ def _kind_of(tokenizer: Mapping[str, Any]) -> _Kind:
         for kind in _KINDS:
             if kind.splits == splits and kind.ignore_merges == ignore_merges:
                 if steps:
-                    logger.warning("tokenizer.json normalizes text to NFC, llama.cpp does not: ids differ on decomposed text")
+                    logger.info("tokenizer.json normalizes text to NFC, llama.cpp does not: ids differ on decomposed text")
                 return kind
     near = max(_KINDS, key=lambda k: difflib.SequenceMatcher(None, " ".join(k.splits), " ".join(splits), False).ratio())
     shown = f"regex {' then '.join(splits) or '(none)'}, ignore_merges {str(ignore_merges).lower()}"
@@ -273,6 +276,9 @@ def _vocab_size(config: Mapping[str, Any]) -> int | None:
     return size if isinstance(size, int) else None
 
 
+_MOST_TOKENS = 1 << 24
+
+
 @dataclass(slots=True)
 class _Vocabulary:
     tokens: list[str]
@@ -296,7 +302,10 @@ class _Vocabulary:
 
 
 def _size_for(path: Path, highest: int, config: Mapping[str, Any]) -> int:
+    """Number of tokens to write: the embedding's rows."""
     size = _vocab_size(config) or highest + 1
+    if not 0 < size <= _MOST_TOKENS:
+        raise FormatError(path, f"a vocabulary of {size} tokens; the limit is {_MOST_TOKENS}")
     if highest >= size:
         raise FormatError(path, f"token id {highest} is outside of the model's vocab_size {size} (config.json)")
     return size
@@ -309,6 +318,8 @@ def _bpe_vocab(files: _Files) -> dict[str, int]:
     vocab = files.tokenizer["model"].get("vocab")
     if not isinstance(vocab, dict) or not all(isinstance(i, int) and i >= 0 for i in vocab.values()):
         raise FormatError(files.directory / "tokenizer.json", "model.vocab is not a map of tokens to ids")
+    if len(set(vocab.values())) != len(vocab):
+        raise FormatError(files.directory / "tokenizer.json", "model.vocab has several tokens with one id")
     return vocab
 
 
@@ -453,7 +464,7 @@ def _sentencepiece(files: _Files, config: Mapping[str, Any]) -> dict[str, Any]:
             model.normalizer or "identity",
             ", extra spaces removed" if model.remove_extra_whitespaces else "",
         )
-    size = _vocab_size(config) or max(len(model.pieces), *(i + 1 for i in files.added), 0)
+    size = _size_for(path, (_vocab_size(config) or max(len(model.pieces), *(i + 1 for i in files.added), 1)) - 1, config)
     if len(model.pieces) > size:
         logger.warning("%s: pieces from id %d on are outside of the model's vocabulary and left out", path, size)
     out = _Vocabulary.empty(size, -10000.0)
@@ -646,17 +657,26 @@ def metadata(directory: str | Path, config: Mapping[str, Any], *, pre_tokenizer:
             )
     files = _Files.read(directory)
     try:
-        if _is_sentencepiece(files.tokenizer):
-            if (directory / "tokenizer.model").is_file():
-                return _sentencepiece(files, config)
-            if files.tokenizer:
-                return _llama_json(files, config)
-            raise FormatError(directory, "no tokenizer.json and no tokenizer.model: copy the model's tokenizer files there")
-        if (kind := files.tokenizer["model"].get("type", "BPE")) != "BPE":
-            raise UnsupportedError(f"{directory / 'tokenizer.json'}: {kind} tokenizers are not handled, only BPE")
-        return _byte_level(files, config, pre_tokenizer)
+        found = _read(files, config, pre_tokenizer)
+        "".join(t for v in found.values() if isinstance(v, (str, list)) for t in v).encode()
     except (AttributeError, IndexError, KeyError, TypeError) as e:
         raise FormatError(directory / "tokenizer.json", f"malformed: {e!r}") from e
+    except UnicodeError as e:
+        raise FormatError(directory, f"a token or template is not valid Unicode text: {e}") from None
+    return found
+
+
+def _read(files: _Files, config: Mapping[str, Any], pre_tokenizer: str | None) -> dict[str, Any]:
+    directory = files.directory
+    if _is_sentencepiece(files.tokenizer):
+        if (directory / "tokenizer.model").is_file():
+            return _sentencepiece(files, config)
+        if files.tokenizer:
+            return _llama_json(files, config)
+        raise FormatError(directory, "no tokenizer.json and no tokenizer.model: copy the model's tokenizer files there")
+    if (kind := files.tokenizer["model"].get("type", "BPE")) != "BPE":
+        raise UnsupportedError(f"{directory / 'tokenizer.json'}: {kind} tokenizers are not handled, only BPE")
+    return _byte_level(files, config, pre_tokenizer)
 
 
 def _is_sentencepiece(tokenizer: Mapping[str, Any]) -> bool:

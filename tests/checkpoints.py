@@ -18,6 +18,15 @@ TEXT = Path(__file__).parents[1] / "quantforge" / "data" / "text" / "calibration
 LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 QWEN2 = LLAMA3.replace("{1,3}", "")
 
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+
+
+def isolated(*regexes: str) -> dict[str, Any]:
+    """A pre-tokenizer that splits by each regex in turn and maps bytes to their alphabet."""
+    splits = [{"type": "Split", "pattern": {"Regex": r}, "behavior": "Isolated", "invert": False} for r in regexes]
+    return {"type": "Sequence", "pretokenizers": [*splits, BYTE_LEVEL]}
+
+
 NASTY = (
     "Hello  world\t\ttabs\n\n\nnewlines \r\n crlf   \n   I'm you've WE'RE it's 'tis o'clock'd\n"
     "1 12 123 1234 12345 3.14 1,000,000 0x1F ½ Ⅳ ٣٤ "
@@ -26,6 +35,7 @@ NASTY = (
     "🚀 😶‍🌫️ 👨‍👩‍👧 ✅🦙 "
     "a\u200bb\ufeffc\u00a0d\u2028e\u3000f \x00\x01\x7f "
     "------======= ''''''```\"\"\"......!!!!!!?????? {[(<>)]} @#$%^&*_+|\\/~ <|x|> </s> [INST]"
+    "\ufffd\ue000\U0010ffff \u0300\u0301 \u0e33 नमस्ते مرحبا שלום "
     "   trailing   "
 )
 
@@ -61,32 +71,85 @@ def model(directory: Path, kind: str, **changes: Any) -> Path:
     return directory
 
 
-def byte_level(directory: Path, size: int = 700, regex: str | None = None, **parts: Any) -> Path:
-    """A byte-level BPE tokenizer.json: GPT-2's pre-tokenizer or a Split by `regex`; `parts` replace top-level parts."""
+def byte_level(directory: Path, size: int = 600, pre_tokenizer: dict[str, Any] | None = None, **parts: Any) -> Path:
+    """A byte-level BPE tokenizer.json with GPT-2's or the given pre-tokenizer; `parts` change its top-level parts."""
     import tokenizers as t
 
-    trained = t.Tokenizer(t.models.BPE())
-    first = t.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=regex is None)
-    if regex is not None:
-        split = t.pre_tokenizers.Split(t.Regex(regex), "isolated")
-        first = t.pre_tokenizers.Sequence([split, first])
-    trained.pre_tokenizer = first
+    content = {
+        "pre_tokenizer": pre_tokenizer or BYTE_LEVEL | {"use_regex": True},
+        "model": {"type": "BPE", "vocab": {}, "merges": []},
+    }
+    trained = t.Tokenizer.from_str(json.dumps({"version": "1.0", "added_tokens": [], **content}))
     trainer = t.trainers.BpeTrainer(
         vocab_size=size,
         special_tokens=["<|begin|>", "<|end|>"],
         initial_alphabet=t.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    trained.train_from_iterator([TEXT.read_text()[:100_000], NASTY * 3], trainer)
-    trained.decoder = t.decoders.ByteLevel()
-    trained.save(str(directory / "tokenizer.json"))
-    if parts:
-        content = json.loads((directory / "tokenizer.json").read_text())
-        for key, value in parts.items():
-            content[key] = {**content[key], **value} if key == "model" else value
-        (directory / "tokenizer.json").write_text(json.dumps(content))
-    config = {"bos_token": "<|begin|>", "eos_token": "<|end|>", "tokenizer_class": "PreTrainedTokenizerFast"}
-    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    trained.train_from_iterator([TEXT.read_text()[:20_000], NASTY * 3], trainer)
+    content = json.loads(trained.to_str()) | {"decoder": BYTE_LEVEL}
+    for key, value in parts.items():
+        content[key] = {**content[key], **value} if key == "model" else value
+    save(directory, "tokenizer.json", content)
+    save(directory, "tokenizer_config.json", {"bos_token": "<|begin|>", "eos_token": "<|end|>"})
+    return directory
+
+
+def save(directory: Path, name: str, content: Any) -> None:
+    (directory / name).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+
+
+def sentencepiece(directory: Path, size: int = 600, **options: Any) -> Path:
+    """A tokenizer.model trained like Llama's: BPE, byte fallback, no normalization."""
+    import sentencepiece as sp
+
+    sp.SentencePieceTrainer.Train(
+        sentence_iterator=iter([*TEXT.read_text()[:20_000].splitlines(), *NASTY.replace("\0", "").splitlines() * 3]),
+        model_prefix=str(directory / "tokenizer"),
+        minloglevel=9,
+        **{
+            "vocab_size": size,
+            "model_type": "bpe",
+            "byte_fallback": True,
+            "character_coverage": 0.98,
+            "normalization_rule_name": "identity",
+            "remove_extra_whitespaces": False,
+            "allow_whitespace_only_pieces": True,
+            "split_digits": True,
+            "num_threads": 1,
+        }
+        | options,
+    )
+    (directory / "tokenizer.vocab").unlink()
+    return directory
+
+
+def llama_json(directory: Path, size: int = 600, metaspace: str | None = None) -> Path:
+    """The same kind of tokenizer as tokenizer.json alone: ▁ by normalizer (Llama 2) or by Metaspace with that scheme."""
+    import tokenizers as t
+
+    trained = t.Tokenizer(t.models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    if metaspace is None:
+        trained.normalizer = t.normalizers.Sequence([t.normalizers.Prepend("▁"), t.normalizers.Replace(" ", "▁")])
+    else:
+        trained.pre_tokenizer = t.pre_tokenizers.Metaspace("▁", metaspace, split=False)
+    named = ["<unk>", "<s>", "</s>"]
+    octets = [f"<0x{i:02X}>" for i in range(256)]
+    trainer = t.trainers.BpeTrainer(
+        vocab_size=size, special_tokens=named + octets, limit_alphabet=120, max_token_length=12, show_progress=False
+    )
+    trained.train_from_iterator([TEXT.read_text()[:20_000]], trainer)
+    content = json.loads(trained.to_str())
+    content["added_tokens"] = [a for a in content["added_tokens"] if a["content"] in named]
+    template = {"type_id": 0}
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": template | {"id": "<s>"}}, {"Sequence": template | {"id": "A"}}],
+        "pair": [],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+    }
+    save(directory, "tokenizer.json", content)
+    save(directory, "tokenizer_config.json", {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"})
     return directory
 
 

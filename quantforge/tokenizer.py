@@ -11,8 +11,9 @@ import json
 import logging
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from string import ascii_letters, digits
 from typing import Any
@@ -682,3 +683,138 @@ def _read(files: _Files, config: Mapping[str, Any], pre_tokenizer: str | None) -
 def _is_sentencepiece(tokenizer: Mapping[str, Any]) -> bool:
     """No tokenizer.json, or one of Llama's kind: byte fallback instead of a byte alphabet."""
     return not tokenizer or bool(tokenizer["model"].get("byte_fallback"))
+
+
+# ---- running it ------------------------------------------------------------------------------
+
+
+class Tokenizer:
+    """A tokenizer that runs: from a checkpoint's files, or rebuilt from GGUF metadata."""
+
+    def __init__(self, path: str | Path, config: Mapping[str, Any], *, gguf_metadata: bool) -> None:
+        """path: the model; config: its config.json, or, with gguf_metadata, its key-value pairs. Raises FormatError."""
+        from tokenizers import Tokenizer as Engine
+
+        path = Path(path)
+        file = (path if path.is_dir() else path.parent) / "tokenizer.json"
+        found: Mapping[str, Any] = {}
+        try:
+            found = config if gguf_metadata else metadata(file.parent, config)
+            text = file.read_text(encoding="utf-8") if not gguf_metadata and file.is_file() else to_json(found, path)
+        except UnsupportedError:
+            if gguf_metadata or not file.is_file():
+                raise
+            text = file.read_text(encoding="utf-8")
+        try:
+            self._engine = Engine.from_str(text)
+        except Exception as e:  # the tokenizers library raises bare Exception
+            raise FormatError(path, f"the tokenizers library does not take this tokenizer: {e}") from None
+        self.tokens: list[str] | None = found.get(_K.LIST)
+        """Every token's text by id, where the tokenizer is of a kind that GGUF knows."""
+        self.bos: int | None = found.get(_K.BOS_ID, config.get("bos_token_id"))
+        self.eos: list[int] = _ids(found.get(_K.EOS_ID), found.get(_K.EOT_ID), config.get("eos_token_id"))
+        adds = found.get(_K.MODEL) == "llama" or found.get(_K.PRE) in _ADDS_BOS
+        self.adds_bos = self.bos is not None and bool(found.get(_K.ADD_BOS, adds))
+        """Does llama.cpp put BOS in front of a text?"""
+        if not found:
+            start = self._engine.encode("", add_special_tokens=True).ids
+            self.adds_bos, self.bos = bool(start) and start[0] not in self.eos, start[0] if start else self.bos
+
+    def encode(self, text: str) -> tuple[list[int], list[int]]:
+        """Token ids of a text without BOS or EOS, and the position in the text at which each begins."""
+        done = self._engine.encode(text, add_special_tokens=False)
+        return done.ids, [a for a, _ in done.offsets]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of tokens, control tokens included."""
+        return str(self._engine.decode(list(ids), skip_special_tokens=False))
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """The text that each token adds to those before it."""
+        texts = [self.decode(ids[:n]) for n in range(len(ids) + 1)]
+        return [b[len(a) :] if b.startswith(a) else b[len(_common(a, b)) :] for a, b in pairwise(texts)]
+
+
+def _common(a: str, b: str) -> str:
+    return next((a[:i] for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), a[: len(b)])
+
+
+def _ids(*values: Any) -> list[int]:
+    found = [int(i) for v in values if v is not None for i in (v if isinstance(v, list) else [v])]
+    return list(dict.fromkeys(found))
+
+
+def to_json(found: Mapping[str, Any], path: str | Path) -> str:
+    """tokenizer.json for the tokenizers library from GGUF's tokenizer.* keys.
+
+    Raises FormatError where keys are missing, UnsupportedError for kinds other than BPE and for
+    pre-tokenizers whose regexes are not known here.
+    """
+    kind, tokens = found.get(_K.MODEL), found.get(_K.LIST)
+    if not isinstance(tokens, list) or not tokens:
+        raise FormatError(path, "the file has no tokenizer; give --reference a model that has one")
+    types = [int(t) for t in found.get(_K.TOKEN_TYPE, [])] or [int(_T.NORMAL)] * len(tokens)
+    vocab = {t: i for i, t in enumerate(tokens) if types[i] != _T.UNUSED or not t.startswith("[PAD")}
+    added = [
+        {"id": i, "content": t, "special": types[i] == _T.CONTROL, "normalized": False}
+        | {"single_word": False, "lstrip": False, "rstrip": False}
+        for i, t in enumerate(tokens)
+        if types[i] in (_T.CONTROL, _T.USER_DEFINED)
+    ]
+    if kind == "gpt2":
+        parts = _byte_level_json(found, vocab, path)
+    elif kind == "llama":
+        parts = _sentencepiece_json(found, vocab, [float(s) for s in found.get(_K.SCORES, [0.0] * len(tokens))], tokens)
+    else:
+        raise UnsupportedError(
+            f"{path}: tokenizer model {kind!r} cannot be run from GGUF; use the original checkpoint as reference"
+        )
+    return json.dumps({"version": "1.0", "added_tokens": added, **parts})
+
+
+def _byte_level_json(found: Mapping[str, Any], vocab: dict[str, int], path: str | Path) -> dict[str, Any]:
+    pre = found.get(_K.PRE, "default")
+    kind = next((k for k in _KINDS if k.name == pre), None)
+    if kind is None:
+        raise UnsupportedError(f"{path}: pre-tokenizer {pre!r} is not known here; use the original checkpoint as reference")
+    steps: list[dict[str, Any]] = [
+        {"type": "Split", "pattern": {"Regex": s}, "behavior": "Isolated", "invert": False} for s in kind.splits
+    ]
+    steps.append({"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False})
+    merges = [m.split(" ", 1) for m in found.get(_K.MERGES, [])]
+    return {
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "model": {"type": "BPE", "vocab": vocab, "merges": merges, "ignore_merges": kind.ignore_merges},
+    }
+
+
+def _sentencepiece_json(
+    found: Mapping[str, Any], vocab: dict[str, int], scores: list[float], tokens: list[str]
+) -> dict[str, Any]:
+    # SentencePiece joins the pair whose result scores best: as merges, every way to make a piece, best piece first
+    merges = [
+        (-scores[i], i, min(vocab[t[:k]], vocab[t[k:]]), t[:k], t[k:])
+        for t, i in vocab.items()
+        for k in range(1, len(t))
+        if t[:k] in vocab and t[k:] in vocab
+    ]
+    unk = found.get(_K.UNK_ID)
+    prefix = found.get(_K.ADD_PREFIX, True)
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    back = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+    decoders: list[dict[str, Any]] = [back, {"type": "ByteFallback"}, {"type": "Fuse"}]
+    if prefix:
+        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    return {
+        "normalizer": {"type": "Sequence", "normalizers": [*([{"type": "Prepend", "prepend": "▁"}] if prefix else []), replace]},
+        "decoder": {"type": "Sequence", "decoders": decoders},
+        "model": {
+            "type": "BPE",
+            "vocab": vocab,
+            "merges": [[a, b] for *_, a, b in sorted(merges)],
+            "byte_fallback": True,
+            "fuse_unk": True,
+            "unk_token": None if unk is None else tokens[unk],
+        },
+    }

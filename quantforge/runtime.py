@@ -1,0 +1,538 @@
+"""Forward passes of stored models through transformers' own modules, one decoder block at a time.
+
+A `Model` is transformers' module with its weights on the meta device: blocks, embeddings and head
+are decoded when they run and dropped afterwards. `advance` takes several models through their
+blocks side by side, so that peak memory is about one block of each plus the hidden states.
+No code of a model repository runs: classes come from transformers, by config.json's model_type.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import gguf
+import numpy as np
+import torch
+from torch import nn
+
+from . import archs
+from .arrays import F32
+from .codecs import Codec
+from .errors import FormatError, NonFiniteError, ShapeError, UnsupportedError
+
+if TYPE_CHECKING:
+    from .formats import Source
+
+logger = logging.getLogger(__name__)
+
+TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 16384}
+"""Tokens that go through a block together: enough for full speed, few enough for small activations."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the numbers of one parameter lie: a tensor of the source, or one expert of it, and how to turn it back."""
+
+    stored: str
+    inverse: archs.Transform | None = None
+    expert: int | None = None
+
+
+class Model:
+    """A model file as a transformers model whose weights are decoded on demand, in f32 or bf16."""
+
+    def __init__(self, source: Source, name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        self.source, self.name, self.dtype = source, name, dtype
+        self.device = torch.device(device)
+        self.arch = _arch(source)
+        self.config = gguf_config(source, self.arch) if self.arch and source.format == "gguf" else dict(source.config)
+        self.module = _meta_module(self.config, source, dtype)
+        self.layers = _layers(self.module, name)
+        self._prefix = next(k for k, m in self.module.named_modules() if m is self.layers)
+        self.places = self._places()
+        self._rope_factors()
+        for owner in self.module.modules():
+            owner._buffers.update({k: b.to(self.device) for k, b in owner._buffers.items() if b is not None})
+        self._inputs: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+        self._returns_tuple = False
+
+    # ---- weights
+
+    def _places(self) -> dict[str, Place]:
+        """Checkpoint name -> where it is stored, for every tensor that the source has."""
+        source = self.source
+        if source.format != "gguf":
+            names = set(source.weights)
+            if not names & set(self.module.state_dict()):  # saved from the model without its head: no "model." in front
+                base = self.module.base_model_prefix
+                return {f"{base}.{k}": Place(k) for k in names}
+            return {k: Place(k) for k in names}
+        assert self.arch is not None
+        shapes = dict(_checkpoint_shapes(self.module))
+        found = {}
+        for w in self.arch.weights(self.config, shapes):
+            if w.name not in source.weights:
+                if w.constant is None:
+                    raise FormatError(source.path, f"tensor {w.name} is missing")
+                continue
+            if tuple(source.weights[w.name].shape) != tuple(w.shape):
+                raise FormatError(
+                    source.path, f"{w.name}: shape {list(source.weights[w.name].shape)}, the metadata make it {list(w.shape)}"
+                )
+            for i, name in enumerate(w.sources):
+                found[name] = Place(w.name, w.transform.inverse, i if len(w.sources) > 1 or len(w.shape) > 2 else None)
+        return found
+
+    def _rope_factors(self) -> None:
+        """Llama 3's rope scaling as llama.cpp keeps it: a tensor that divides the frequencies."""
+        name = gguf.TENSOR_NAMES[gguf.MODEL_TENSOR.ROPE_FREQS] + ".weight"
+        if self.source.format == "gguf" and name in self.source.weights:
+            factors = torch.from_numpy(self.source.read(name).decode().reshape(-1).copy())
+            for module in self.module.modules():
+                if isinstance(frequencies := getattr(module, "inv_freq", None), torch.Tensor):
+                    module.register_buffer("inv_freq", frequencies / factors.to(frequencies), persistent=False)
+
+    def stored(self, name: str) -> tuple[Codec, tuple[int, ...]]:
+        """Codec and shape of a checkpoint tensor, without reading it."""
+        place = self.places[name]
+        info = self.source.weights[place.stored]
+        return info.codec, info.shape if place.expert is None else info.shape[1:]
+
+    def decode(self, name: str) -> F32:
+        """The numbers of a checkpoint tensor as this file has them: f32, in the checkpoint's layout.
+
+        Raises NonFiniteError naming the tensor if there is NaN or infinity among them.
+        """
+        place = self.places[name]
+        encoded = self.source.read(place.stored)
+        w = encoded.decode(threads=os.cpu_count() or 1)
+        if place.expert is not None:
+            w = w[place.expert]
+        if place.inverse is not None:
+            if place.inverse.rows is not None:
+                w = w.reshape(-1, *w.shape[max(1, w.ndim - 1) :])[place.inverse.rows].reshape(w.shape)
+            if place.inverse.value is not None:
+                w = place.inverse.value(w)
+        if not math.isfinite(float(w.sum())) and len(bad := np.argwhere(~np.isfinite(w))):
+            index = tuple(int(i) for i in bad[0])
+            raise NonFiniteError(f"{self.name}: {place.stored}: weight {list(index)} is {w[index]}; the file is damaged", index)
+        self.source.release(place.stored)
+        return w
+
+    def parameter(self, name: str) -> F32:
+        """A parameter of the module by its name there: a checkpoint tensor, or experts' tensors stacked."""
+        if name in self.places:
+            return self.decode(name)
+        if tied := self._tied(name):
+            return self.decode(tied)
+        for fused, parts in FUSED.items():
+            if name.endswith(fused):
+                stem = name.removesuffix(fused)
+                count = int(self.module.get_parameter(name).shape[0])
+                return np.stack([np.concatenate([self.decode(f"{stem}.{e}.{p}.weight") for p in parts]) for e in range(count)])
+        raise FormatError(self.source.path, f"tensor {name} is missing")
+
+    def _tied(self, name: str) -> str | None:
+        """The embedding's name where `name` is a head that the checkpoint leaves out."""
+        head, embedding = self.module.get_output_embeddings(), self.module.get_input_embeddings()
+        names = {id(m): k for k, m in self.module.named_modules()}
+        if head is not None and name == f"{names[id(head)]}.weight" and self.module.config.tie_word_embeddings:
+            other = f"{names[id(embedding)]}.weight"
+            return other if other in self.places else None
+        return None
+
+    def load(self, module: nn.Module, prefix: str, skip: Sequence[nn.Module] = ()) -> None:
+        """Decode the parameters of `module`, whose name is `prefix`, into it; sub-modules in `skip` stay empty."""
+        avoided = {id(m) for s in skip for m in s.modules()}
+        done: dict[int, nn.Parameter] = {}
+        for path, owner in module.named_modules():
+            if id(owner) in avoided:
+                continue
+            stem = ".".join(p for p in (prefix, path) if p)
+            for leaf, parameter in list(owner._parameters.items()):
+                if parameter is None or parameter.device.type != "meta":
+                    continue
+                if id(parameter) not in done:  # a tied head is decoded once
+                    w = self.parameter(f"{stem}.{leaf}")
+                    if w.shape != tuple(parameter.shape):
+                        raise ShapeError(
+                            f"{self.name}: {stem}.{leaf}: shape {list(w.shape)}, config says {list(parameter.shape)}"
+                        )
+                    value = torch.from_numpy(np.ascontiguousarray(w)).to(self.device, self.dtype)
+                    done[id(parameter)] = nn.Parameter(value, requires_grad=False)
+                owner._parameters[leaf] = done[id(parameter)]
+            for leaf, buffer in list(owner._buffers.items()):
+                if buffer is not None and leaf not in owner._non_persistent_buffers_set and f"{stem}.{leaf}" in self.places:
+                    owner._buffers[leaf] = torch.from_numpy(self.decode(f"{stem}.{leaf}")).to(self.device, buffer.dtype)
+
+    @staticmethod
+    def unload(module: nn.Module) -> None:
+        """Give the memory of a module's parameters back."""
+        for owner in module.modules():
+            for leaf, parameter in owner._parameters.items():
+                if parameter is not None:
+                    owner._parameters[leaf] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    @contextmanager
+    def block(self, i: int) -> Iterator[nn.Module]:
+        """Decoder block `i` with its weights."""
+        layer = self.layers[i]
+        self.load(layer, f"{self._prefix}.{i}")
+        try:
+            yield layer
+        finally:
+            self.unload(layer)
+
+    @contextmanager
+    def resident(self) -> Iterator[nn.Module]:
+        """The whole model with its weights, for generation; blocks stay on the meta device if they would not fit
+        into half of the free memory, and are then decoded at every pass."""
+        need = sum(p.numel() for p in self.module.parameters()) * self.dtype.itemsize
+        if need <= _free_memory(self.device) // 2:
+            self.load(self.module, "")
+            handles = []
+        else:
+            logger.info("%s: %.1f GB do not fit into memory; its blocks are decoded for every token", self.name, need / 1e9)
+            self.load(self.module, "", skip=[self.layers])
+            handles = [
+                hook
+                for i, layer in enumerate(self.layers)
+                for hook in (
+                    layer.register_forward_pre_hook(lambda m, _, i=i: self.load(m, f"{self._prefix}.{i}")),
+                    layer.register_forward_hook(lambda m, _, out: self.unload(m)),
+                )
+            ]
+        try:
+            yield self.module
+        finally:
+            for handle in handles:
+                handle.remove()
+            self.unload(self.module)
+
+    # ---- running
+
+    @contextmanager
+    def _instead(self, forward: Callable[..., Any]) -> Iterator[None]:
+        """Blocks do `forward(index, hidden, *args, **kwargs)` for a while: transformers' own code
+        around them (embedding, masks, rotary tables, final norm, head) runs without them."""
+        try:
+            for i, layer in enumerate(self.layers):
+                layer.forward = lambda *a, _i=i, **k: forward(_i, *a, **k)
+            yield
+        finally:
+            for layer in self.layers:
+                del layer.forward
+
+    def enter(self, ids: torch.Tensor, batch: int) -> torch.Tensor:
+        """Hidden states in front of the first block: [windows, ctx, hidden] from ids int[windows, ctx].
+
+        Remembers what else transformers hands to each block (masks, rotary tables).
+        """
+        base = self.module.get_decoder()
+        prefix = next(k for k, m in self.module.named_modules() if m is base)
+        self.load(base, prefix, skip=[self.layers])
+        found = []
+        for chunk in torch.split(ids, batch):
+            given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+            first: list[torch.Tensor] = []
+
+            def note(i: int, hidden: torch.Tensor, *args: Any, given: Any = given, first: Any = first, **kwargs: Any) -> Any:
+                given.append((args, kwargs))
+                if i == 0:
+                    first.append(hidden)
+                return hidden
+
+            with self._instead(note):
+                base(input_ids=chunk, use_cache=False)
+            self._inputs[len(chunk)] = given
+            found.append(first[0])
+        self.unload(base)
+        return torch.cat(found)
+
+    def run_block(self, i: int, layer: nn.Module, hidden: torch.Tensor, batch: int) -> None:
+        """Advance hidden states [windows, ctx, hidden] through one block, in place."""
+        for chunk in torch.split(hidden, batch):
+            args, kwargs = self._inputs[len(chunk)][i]
+            out = layer(chunk, *args, **kwargs)
+            self._returns_tuple = isinstance(out, tuple)
+            out = out[0] if self._returns_tuple else out
+            if not bool(torch.isfinite(out.sum())) and not bool(torch.isfinite(out).all()):
+                where = _blame(layer, chunk, args, kwargs)
+                raise NonFiniteError(
+                    f"{self.name}: not a number after {self._prefix}.{i}.{where}; weights are finite, activations overflow",
+                    (),
+                )
+            chunk.copy_(out)
+
+    @contextmanager
+    def head(self) -> Iterator[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:
+        """A function (hidden [windows, ctx, hidden], positions int[k]) -> logits [windows, k, vocabulary]."""
+        embedding = self.module.get_input_embeddings()
+        tied = self.module.get_output_embeddings().weight is embedding.weight
+        self.load(self.module, "", skip=[self.layers] if tied else [self.layers, embedding])
+
+        def logits(hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+            def final(i: int, _: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+                return (hidden,) if self._returns_tuple else hidden
+
+            with self._instead(final):
+                out = self.module(inputs_embeds=hidden, use_cache=False, logits_to_keep=positions).logits
+            assert isinstance(out, torch.Tensor)
+            return out
+
+        try:
+            yield logits
+        finally:
+            self.unload(self.module)
+
+    def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states as the head sees them; the weights must be there (`head`, `resident`)."""
+        with self._instead(lambda i, _, *a, **k: (hidden,) if self._returns_tuple else hidden):
+            out = self.module.get_decoder()(inputs_embeds=hidden, use_cache=False).last_hidden_state
+        assert isinstance(out, torch.Tensor)
+        return out
+
+
+FUSED = {".gate_up_proj": ("gate_proj", "up_proj"), ".down_proj": ("down_proj",)}
+"""transformers 5 keeps experts stacked; checkpoints have them one by one: suffix after "experts" -> what is joined."""
+
+Observer = Callable[[int, Sequence[nn.Module], Sequence[torch.Tensor]], None]
+
+
+@torch.inference_mode()
+def advance(
+    models: Sequence[Model],
+    ids: torch.Tensor,
+    *,
+    before: Observer | None = None,
+    after: Observer | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[torch.Tensor]:
+    """Take windows of tokens through all blocks of all models, block by block.
+
+    ids: int[windows, ctx]. Returns hidden states in front of the final norm, [windows, ctx, hidden] each.
+    before, after: called with (block index, blocks, hidden states) around every block that all models have;
+    progress: (blocks done, of). Raises NonFiniteError naming the layer.
+    """
+    device = models[0].device
+    ids = ids.to(device)
+    batch = max(1, TOKENS_AT_ONCE[device.type] // ids.shape[1])
+    hidden = [m.enter(ids, batch) for m in models]
+    depth = max(len(m.layers) for m in models)
+    for i in range(depth):
+        at = [k for k, m in enumerate(models) if i < len(m.layers)]
+        shared = len(at) == len(models)
+        blocks = []
+        for k in at:
+            m = models[k]
+            m.load(m.layers[i], f"{m._prefix}.{i}")
+            blocks.append(m.layers[i])
+        if before and shared:
+            before(i, blocks, hidden)
+        for k, block in zip(at, blocks, strict=True):
+            models[k].run_block(i, block, hidden[k], batch)
+        if after and shared:
+            after(i, blocks, hidden)
+        for block in blocks:
+            Model.unload(block)
+        if progress:
+            progress(i + 1, depth)
+    return hidden
+
+
+@torch.inference_mode()
+def generate(model: Model, prompts: Sequence[Sequence[int]], tokens: int, eos: Sequence[int]) -> list[list[int]]:
+    """Greedy answers to prompts (token ids), up to `tokens` each, cut in front of an end-of-sequence token."""
+    width = max(len(p) for p in prompts)
+    ids = torch.zeros(len(prompts), width, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):  # padded on the left: answers start at one column
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    with model.resident() as module:
+        out = module.generate(  # type: ignore[operator]
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            max_new_tokens=tokens,
+            min_new_tokens=None,
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=list(eos) or None,
+            pad_token_id=eos[0] if eos else 0,
+            use_cache=True,
+        )
+    answers = out[:, width:].tolist()
+    ends = set(eos)
+    return [a[: next((i for i, t in enumerate(a) if t in ends), len(a))] for a in answers]
+
+
+@torch.inference_mode()
+def embed(model: Model, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> F32:
+    """Mean of the final hidden states over the tokens of each answer, read after its prompt: f32[texts, hidden]."""
+    found = []
+    with model.resident() as module:
+        base = module.get_decoder()  # type: ignore[operator]
+        for prompt, answer in texts:
+            ids = torch.tensor([[*prompt, *answer]], device=model.device)
+            states = base(input_ids=ids, use_cache=False).last_hidden_state[0, len(prompt) :]
+            found.append(states.float().mean(0) if len(answer) else states.new_zeros(states.shape[-1]))
+    return np.asarray(torch.stack(found).cpu().numpy(), np.float32)
+
+
+# ---- building
+
+
+def _arch(source: Source) -> archs.Arch | None:
+    """The architecture of a model file; None for a checkpoint of one that only transformers knows."""
+    known = archs.supported()
+    if source.format != "gguf":
+        return next((known[a] for a in source.config.get("architectures") or () if a in known), None)
+    name = source.config.get(gguf.Keys.General.ARCHITECTURE)
+    found = next((a for a in known.values() if a.name == name), None)
+    if found is None:
+        names = ", ".join(sorted({a.name for a in known.values()}))
+        raise UnsupportedError(f"{source.path}: architecture {name!r} cannot be run from GGUF; known: {names}")
+    return found
+
+
+def gguf_config(source: Source, arch: archs.Arch) -> dict[str, Any]:
+    """config.json rebuilt from GGUF metadata: the inverse of `Arch.metadata`, and what the tensors themselves tell."""
+    given, k = source.config, gguf.Keys
+    config: dict[str, Any] = {**arch.defaults, **arch.required, "architectures": [arch.hf[0]]}
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0}
+    for pattern, (key, kind) in arch.metadata_keys.items():
+        value = given.get(pattern.format(arch=arch.name))
+        if kind is not dict and value is not None:
+            config[key] = kind(value)
+
+    def get(pattern: str) -> Any:
+        return given.get(pattern.format(arch=arch.name))
+
+    if (theta := get(k.Rope.FREQ_BASE)) is not None:
+        rope["rope_theta"] = float(theta)
+    scaling = get(k.Rope.SCALING_TYPE)
+    if scaling in ("linear", "yarn"):
+        rope |= {"rope_type": scaling, "factor": float(get(k.Rope.SCALING_FACTOR) or 1)}
+        if (context := get(k.Rope.SCALING_ORIG_CTX_LEN)) is not None:
+            rope["original_max_position_embeddings"] = int(context)
+        for key, pattern in (
+            ("attention_factor", k.Rope.SCALING_YARN_ATTN_FACTOR),
+            ("beta_fast", k.Rope.SCALING_YARN_BETA_FAST),
+            ("beta_slow", k.Rope.SCALING_YARN_BETA_SLOW),
+        ):
+            if (value := get(pattern)) is not None:
+                rope[key] = float(value)
+    config["rope_parameters"] = rope
+    if "key_length" in config:
+        config["head_dim"] = config.pop("key_length")
+    elif (length := get(k.Attention.KEY_LENGTH)) is not None:
+        config["head_dim"] = int(length)
+    weights = source.weights
+    if "token_embd.weight" not in weights:
+        raise FormatError(source.path, "tensor token_embd.weight is missing")
+    config["vocab_size"] = int(weights["token_embd.weight"].shape[0])
+    config["tie_word_embeddings"] = "output.weight" not in weights
+    for role, tensor in arch.tensors.items():
+        if isinstance(tensor.bias, str):
+            config[tensor.bias] = f"blk.0.{role}.bias" in weights
+    for key, pattern in (("bos_token_id", k.Tokenizer.BOS_ID), ("eos_token_id", k.Tokenizer.EOS_ID)):
+        if (value := given.get(pattern)) is not None:
+            config[key] = int(value)
+    return config
+
+
+def _meta_module(config: Mapping[str, Any], source: Source, dtype: torch.dtype) -> Any:
+    """transformers' causal language model for a config, parameters on the meta device, buffers real."""
+    import transformers
+
+    names = list(config.get("architectures") or ())
+    classes = [getattr(transformers, n, None) for n in names]
+    cls = next((c for c in classes if c is not None), None)
+    if cls is None or not hasattr(cls, "config_class") or "PreTrainedModel" not in {b.__name__ for b in cls.__mro__}:
+        what = f"architectures {names}" if names else "no architectures in config.json"
+        raise UnsupportedError(f"{source.path}: {what}: not a model class of transformers {transformers.__version__}")
+    plain = {
+        k: v for k, v in config.items() if k not in ("quantization_config", "architectures", "torch_dtype", "dtype", "auto_map")
+    }
+    settings = cls.config_class(**plain)
+    if not hasattr(cls, "get_output_embeddings") or not hasattr(settings, "vocab_size"):
+        raise UnsupportedError(f"{source.path}: {names[0]} is not a causal language model")
+    settings._attn_implementation = "sdpa" if getattr(cls, "_supports_sdpa", False) else "eager"
+
+    def to_meta(owner: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
+        return nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    # a fresh parameter becomes meta the moment a module registers it: its memory is never touched
+    hook = nn.modules.module.register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        module = cls(settings)
+    finally:
+        torch.set_default_dtype(before)
+        hook.remove()
+    return module.eval()
+
+
+def _layers(module: Any, name: str) -> nn.ModuleList:
+    lists = [m for m in module.get_decoder().children() if isinstance(m, nn.ModuleList)]
+    if len(lists) != 1:
+        raise UnsupportedError(f"{name}: {type(module).__name__} has {len(lists)} lists of blocks; one is needed")
+    return lists[0]
+
+
+def _checkpoint_shapes(module: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes as a checkpoint has them: a tied head left out, stacked experts one by one."""
+    head, embedding = module.get_output_embeddings(), module.get_input_embeddings()
+    tied = head is not None and head.weight is embedding.weight
+    names = {id(m): k for k, m in module.named_modules()}
+    for name, value in module.state_dict(keep_vars=True).items():
+        if tied and name == f"{names[id(head)]}.weight":
+            continue
+        match = re.search(r"\.experts(\.\w+)$", name)
+        if match and match.group(1) in FUSED and value.ndim == 3:
+            parts = FUSED[match.group(1)]
+            stem = name.removesuffix(match.group(1))
+            for e in range(value.shape[0]):
+                for part in parts:
+                    yield f"{stem}.{e}.{part}.weight", (value.shape[1] // len(parts), value.shape[2])
+        else:
+            yield name, tuple(value.shape)
+
+
+def _blame(layer: nn.Module, hidden: torch.Tensor, args: Any, kwargs: Any) -> str:
+    """Name of the first sub-module of a block whose output is not finite."""
+    found: list[str] = []
+
+    def look(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, _: Any, out: Any) -> None:
+            out = out[0] if isinstance(out, tuple) else out
+            if isinstance(out, torch.Tensor) and not bool(torch.isfinite(out).all()):
+                found.append(name)
+
+        return hook
+
+    handles = [m.register_forward_hook(look(k)) for k, m in layer.named_modules() if k]
+    try:
+        layer(hidden, *args, **kwargs)
+    finally:
+        for h in handles:
+            h.remove()
+    return found[0] if found else "the residual sum"
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        with open("/proc/meminfo") as f:
+            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -43,6 +43,7 @@ _MAX_HEADER = 1 << 28  # bytes before the tensor data
 _MAX_STRING = 1 << 26  # bytes
 _MAX_NAME = (1 << 16) - 1  # bytes of a key or a tensor's name
 _MAX_ELEMENTS = 1 << 23  # array elements of all metadata
+_ARRAY_COST = 64  # an array within an array counts as so many elements: that is its memory
 _MAX_DEPTH = 4  # arrays within arrays
 _MAX_DIMS = 4
 _GGML_NAME = 63  # bytes of a tensor's name that ggml stores; longer ones it refuses
@@ -164,7 +165,7 @@ class _Cursor:
         if item not in _MIN_BYTES:
             self.fail(f"unknown value type {item} of an array", self.pos - 4)
         n = self.count("array elements", _MIN_BYTES[item])
-        self.elements += n
+        self.elements += n * _ARRAY_COST if item == _ARRAY else n
         if self.elements > _MAX_ELEMENTS:
             self.fail(f"more than {_MAX_ELEMENTS} array elements in the metadata", self.pos - 8)
         if item in _DTYPES:
@@ -302,7 +303,9 @@ class GgufSource(MappedSource):
                 raise FormatError(file.path, f"not file {i + 1} of {len(paths)}: its split.no or split.count says otherwise")
             for tensor, place in found.items():
                 if tensor in tensors:
-                    raise FormatError(file.path, f"tensor {tensor} is also in {tensors[tensor][1].file.path.name}")
+                    raise FormatError(
+                        file.path, f"tensor {tensor} is also in {tensors[tensor][1].file.path.name}", place[1].offset
+                    )
                 tensors[tensor] = place
             config = metadata if i == 0 else config
             total = _split_field(file.path, metadata, "tensors.count") if i == 0 else total

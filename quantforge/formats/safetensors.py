@@ -192,7 +192,7 @@ class SafetensorsSource(MappedSource):
         for file in self._files:
             for tensor, place in _read_header(file).items():
                 if tensor in tensors:
-                    raise FormatError(file.path, f"tensor {tensor} is also in {tensors[tensor].file.path.name}")
+                    raise FormatError(file.path, f"tensor {tensor} is also in {tensors[tensor].file.path.name}", place.offset)
                 tensors[tensor] = place
         for tensor, shard in index.items():
             if tensor not in tensors or tensors[tensor].file.path.name != shard:
@@ -200,7 +200,8 @@ class SafetensorsSource(MappedSource):
         config = directory / _CONFIG
         self.config = _read_json(config) if config.exists() else {}
         self._places = {k: {"data": v} for k, v in tensors.items()}
-        self.weights = {k: _plain(v) for k, v in tensors.items()}
+        plain = {dtype: codecs.get(dtype_name) for dtype_name, dtype in SAFETENSORS_DTYPES.items()}
+        self.weights = {k: Stored(plain[v.info.dtype], v.info.shape) for k, v in tensors.items()}
         own = self.config.get("quantization_config")
         if isinstance(own, dict) and own.get("quant_method") == "quantforge":
             self._gather(config, own, tensors)
@@ -250,10 +251,6 @@ class SafetensorsSource(MappedSource):
             weights[whole] = stored[whole] if k in owner else self.weights[k]
         self.weights = weights
         self._places = {k: parts.get(k) or {"data": tensors[k]} for k in weights}
-
-
-def _plain(tensor: Place) -> Stored:
-    return Stored(codecs.get(_DTYPE_NAMES[tensor.info.dtype]), tensor.info.shape)
 
 
 def recognises(path: Path) -> bool:

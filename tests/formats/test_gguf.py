@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -292,6 +293,20 @@ def test_read_gives_read_only_views(tmp_path: Path) -> None:
     assert not data.flags.owndata and not data.flags.writeable
     source.close()
     assert data.sum() == data.copy().sum()  # the map lives as long as its views
+
+
+def test_reads_and_releases_from_many_threads(tmp_path: Path) -> None:
+    tensors = {f"t{i}": RNG.standard_normal((64, 64)).astype(np.float32) for i in range(16)}
+    source = formats.open_path(write(tmp_path / "m.gguf", {}, tensors))
+
+    def read(i: int) -> bool:
+        name = f"t{i % 16}"
+        e = source.read(name)
+        source.release(name)  # neighbours share pages with this tensor
+        return e.tobytes() == tensors[name].tobytes()
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(read, range(400)))
 
 
 def test_unknown_tensor_names_the_nearest(tmp_path: Path) -> None:

@@ -227,6 +227,7 @@ def sparse(path: Path, data: bytes, size: int) -> None:
     [
         ({"tokens.n": u64(2**33)}, "token0.len", "array elements"),
         ({"scores.n": u64(2**35)}, "scores", "array elements"),
+        ({"nested.n": u64(2**20)}, "nested.inner", "array elements"),
         ({"token0.len": u64(2**36)}, "token0", "a string of"),
         ({"n_tensors": u64(2**30), "n_metadata": u64(0)}, "key0", "a tensor's name of 0"),
         ({"n_metadata": u64(2**30)}, "key0", "a metadata key of 0"),

@@ -52,10 +52,19 @@ def rows(n_in: int, n_ff: int) -> dict[str, list[int]]:
 
 
 def model(
-    arch: str, layers: int, heads: int, kv: int, block: dict[str, Any], *, n: int = 256, tied: bool = False, **keys: Any
+    arch: str,
+    layers: int,
+    heads: int,
+    kv: int | list[int],
+    block: dict[str, Any],
+    *,
+    n: int = 256,
+    tied: bool = False,
+    more: Any = None,
+    **keys: Any,
 ) -> dict[str, Any]:
-    """A model: metadata, tensors outside the blocks, tensors of each block ([shape] or [shape, layers])."""
-    outside = {"token_embd": [2, n], "output_norm": [n]} | ({} if tied else {"output": [2, n]})
+    """A model: metadata, tensors outside the blocks (`more`: others), tensors of each block ([shape] or [shape, layers])."""
+    outside = {"token_embd": [2, n], "output_norm": [n]} | ({} if tied else {"output": [2, n]}) | (more or {})
     metadata = {"block_count": layers, "attention.head_count": heads, "attention.head_count_kv": kv} | keys
     return {"arch": arch, "metadata": metadata, "outside": outside, "block": block}
 
@@ -133,6 +142,48 @@ MODELS = {
         },
         **{"ssm.conv_kernel": 4, "ssm.inner_size": 512, "ssm.state_size": 16, "ssm.time_step_rank": 16},
     ),
+    "bert, 12 layers": model(
+        "bert",
+        12,
+        12,
+        12,
+        ATTENTION | {"ffn_up": [2, 256], "ffn_down": [2, 1024], "attn_output_norm": [256], "layer_output_norm": [256]},
+        tied=True,
+        more={"position_embd": [512, 256], "token_types": [2, 256], "token_embd_norm": [256]},
+        **{"attention.causal": False},
+    ),
+    "rwkv7, 12 layers": model(
+        "rwkv7",
+        12,
+        0,
+        0,
+        {
+            f"time_mix_{k}": [4, 256]
+            for k in ("w1", "w2", "a1", "a2", "v1", "v2", "g1", "g2", "key", "value", "receptance", "output")
+        }
+        | {f"time_mix_{k}": [256] for k in ("w0", "a0", "v0", "k_k", "k_a", "r_k")}
+        | {"time_mix_lerp_fused": [6, 1, 256], "channel_mix_key": [2, 256], "channel_mix_value": [2, 1024], "attn_norm": [256]},
+        **{
+            "wkv.head_size": 64,
+            "attention.decay_lora_rank": 64,
+            "attention.iclr_lora_rank": 64,
+            "attention.value_residual_mix_lora_rank": 32,
+            "attention.gate_lora_rank": 128,
+        },
+    ),
+    "lfm2, attention in every fourth layer": model(
+        "lfm2",
+        16,
+        32,
+        [0, 0, 0, 8] * 4,
+        DENSE
+        | NORMS
+        | {k: [v, "3,7,11,15"] for k, v in ATTENTION.items()}
+        | {k: [[2, 256], "0-2,4-6,8-10,12-14"] for k in ("shortconv.in_proj", "shortconv.out_proj")}
+        | {"shortconv.conv": [[256, 3], "0-2,4-6,8-10,12-14"]},
+        tied=True,
+        **{"shortconv.l_cache": 3},
+    ),
     "llama, rows of 384 and 1024": model("llama", 9, 6, 3, rows(384, 1024), n=384),
     "llama, rows of 384, tied": model("llama", 9, 6, 6, rows(384, 1024), n=384, tied=True),
     "llama, rows of 896 and 4864 (Qwen2 0.5B)": model("qwen2", 24, 14, 2, rows(896, 4864), n=896, tied=True),
@@ -179,9 +230,22 @@ def tensors(spec: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield f"blk.{i}.{role}" + ("" if role.endswith(".bias") or role == "ssm_a" else ".weight"), tuple(shape)
 
 
+# Matrices that convert_hf_to_gguf writes in F32.
+F32 = (
+    "ffn_gate_inp",
+    "ssm_conv1d",
+    "ssm_a",
+    "position_embd",
+    "token_types",
+    "shortconv.conv",
+    "time_mix_w",
+    "time_mix_lerp_fused",
+)
+
+
 def floats(name: str, shape: tuple[int, ...]) -> str:
     """The type that convert_hf_to_gguf --outtype bf16 writes."""
-    return "F32" if len(shape) == 1 or "ffn_gate_inp" in name or "ssm_conv1d" in name or name.endswith("ssm_a") else "BF16"
+    return "F32" if len(shape) == 1 or any(part in name for part in F32) else "BF16"
 
 
 def expand(roles: dict[str, Any], spec: dict[str, Any]) -> dict[str, str]:
@@ -224,7 +288,7 @@ def write(path: Path, spec: dict[str, Any]) -> None:
     defaults = {"context_length": 256, "embedding_length": 256, "feed_forward_length": 768, "vocab_size": 2}
     epsilons = {"attention.layer_norm_rms_epsilon": 1e-5, "attention.layer_norm_epsilon": 1e-5}
     for key, value in (defaults | epsilons | spec["metadata"]).items():
-        add = w.add_float32 if isinstance(value, float) else w.add_uint32
+        add = {float: w.add_float32, bool: w.add_bool, list: w.add_array}.get(type(value), w.add_uint32)
         add(f"{spec['arch']}.{key}", value)
     for name, shape in tensors(spec):
         if floats(name, shape) == "F32":

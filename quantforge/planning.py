@@ -160,7 +160,7 @@ def plan(
             raise ShapeError(f"{t.name}: {e}") from None
 
     warnings = []
-    blind = sorted({t.codec.name for t in tensors if t.codec.needs_importance and t.weight.name not in table})
+    blind = sorted({choices[w.name].codec.name for w in weights if choices[w.name].lacks_importance})
     if blind:
         warnings.append(
             f"{', '.join(blind)} without calibrated importance for every tensor: a data-free estimate stands in; "
@@ -241,7 +241,7 @@ def _quantization_metadata(rules: recipes.Recipe, imatrix: Importance | None) ->
         gguf.Keys.General.FILE_TYPE: rules.file_type,
     }
     if imatrix is not None:
-        values["quantize.imatrix.file"] = Path(imatrix.path).name
+        values["quantize.imatrix.file"] = imatrix.path.name
         values["quantize.imatrix.dataset"] = ", ".join(imatrix.datasets)
         values["quantize.imatrix.entries_count"] = len(imatrix)
         values["quantize.imatrix.chunks_count"] = imatrix.chunks
@@ -252,10 +252,7 @@ def _check_importance(imatrix: Importance | None, weights: Sequence[Weight]) -> 
     """The entries that belong to this model. Raises CalibrationError where it is another model's."""
     if imatrix is None:
         return {}
-    try:
-        found = {w.name: imatrix.of(w.name, w.shape) for w in weights}
-    except ShapeError as e:
-        raise CalibrationError(str(e)) from None
+    found = {w.name: imatrix.of(w.name, w.shape) for w in weights}
     table = {name: q for name, q in found.items() if q is not None}
     if not table:
         first = next(iter(imatrix), "it is empty")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from . import __version__
 from .errors import QuantForgeError, RecipeError
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class _OneLineFormatter(logging.Formatter):
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(package_name="quantforge", message="quantforge %(version)s")
+@click.version_option(__version__, message="quantforge %(version)s")
 @click.option("-v", "--verbose", is_flag=True, help="Log what is done, and show tracebacks.")
 @click.pass_context
 def group(context: click.Context, verbose: bool) -> None:
@@ -45,12 +46,11 @@ def main() -> None:
     """Entry point: every failure is one line on stderr and an exit code other than 0."""
     verbose = "-v" in sys.argv or "--verbose" in sys.argv
     try:
-        code = group.main(standalone_mode=False)
+        code = group.main(prog_name="quantforge", standalone_mode=False)
     except click.ClickException as e:
-        if verbose or isinstance(e, click.UsageError):
-            e.show()
-        else:
-            click.echo(f"error: {e.format_message()}", err=True)
+        context = e.ctx if isinstance(e, click.UsageError) else None
+        where = f" (see {context.command_path} --help)" if context else ""
+        click.echo(f"error: {e.format_message().rstrip('.')}{where}".replace("\n", " "), err=True)
         sys.exit(e.exit_code)
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted; nothing was written", err=True)

@@ -47,6 +47,9 @@ def main() -> None:
     verbose = "-v" in sys.argv or "--verbose" in sys.argv
     try:
         code = group.main(prog_name="quantforge", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as e:
+        e.show()
+        sys.exit(e.exit_code)
     except click.ClickException as e:
         context = e.ctx if isinstance(e, click.UsageError) else None
         where = f" (see {context.command_path} --help)" if context else ""

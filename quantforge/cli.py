@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -45,6 +46,7 @@ def group(context: click.Context, verbose: bool) -> None:
 def main() -> None:
     """Entry point: every failure is one line on stderr and an exit code other than 0."""
     verbose = "-v" in sys.argv or "--verbose" in sys.argv
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended politely: temporary files go too
     try:
         code = group.main(prog_name="quantforge", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as e:

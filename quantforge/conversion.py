@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import resource
-import shutil
 import sys
 import threading
 import time
@@ -21,7 +20,7 @@ from .archs.base import Weight
 from .arrays import F32, Parts
 from .codecs import Encoded
 from .codecs.plain import PlainCodec
-from .errors import FormatError, NonFiniteError
+from .errors import NonFiniteError, OutputError
 from .formats import Sink, Source
 from .importance import Importance
 from .planning import Plan, PlannedTensor, count, plan
@@ -126,7 +125,8 @@ def run(
 ) -> Report:
     """Carry out a plan. See `convert`."""
     out = Path(out)
-    _check_output(job, out, force)
+    if out.exists() and not force:
+        raise OutputError(out, "exists already; --force overwrites it")
     threads = threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else threads or os.cpu_count() or 1
     began, cpu = time.perf_counter(), time.process_time()
     work = _Work(job, measure, progress)
@@ -158,19 +158,6 @@ def run(
         ],
         warnings=job.warnings,
     )
-
-
-def _check_output(job: Plan, out: Path, force: bool) -> None:
-    if out.exists() and not force:
-        raise FormatError(out, "exists already; --force overwrites it")
-    parent = out.resolve().parent
-    if not parent.is_dir():
-        raise FormatError(out, f"the directory {parent} does not exist")
-    if out.is_dir() and job.format.name == "gguf":
-        raise FormatError(out, "is a directory; name a file")
-    free = shutil.disk_usage(parent).free
-    if job.total_bytes > free:
-        raise FormatError(out, f"needs {job.total_bytes:,} bytes, {free:,} are free in {parent}")
 
 
 @dataclass(slots=True)

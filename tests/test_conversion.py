@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import ml_dtypes
@@ -136,14 +140,40 @@ def test_bad_checkpoints_are_refused_before_anything_is_written(small: Path, tmp
 def test_existing_output_is_kept(tmp_path: Path) -> None:
     out = tmp_path / "m.gguf"
     out.write_text("precious")
-    with pytest.raises(qf.FormatError, match="--force"):
+    with pytest.raises(qf.OutputError, match="--force"):
         qf.convert(MODEL, out)
     assert out.read_text() == "precious"
-    with pytest.raises(qf.FormatError, match="does not exist"):
+    with pytest.raises(qf.OutputError):
         qf.convert(MODEL, tmp_path / "no" / "m.gguf")
     qf.convert(MODEL, out, "Q8_0", force=True)
     with qf.open(out) as source:
         assert source.weights
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_nothing_behind(tmp_path: Path, kind: int) -> None:
+    """The process is stopped in the middle: a progress callback that never returns marks the moment."""
+    code = f"""
+import sys, time
+from quantforge import cli, conversion
+real = conversion._Work._do
+def slow(self, *tile):
+    real(self, *tile)
+    print("tile", flush=True)
+    time.sleep(0.2)
+conversion._Work._do = slow
+sys.argv = ["quantforge", "convert", {str(MODEL)!r}, {str(tmp_path / "m.gguf")!r}, "-t", "Q8_0"]
+cli.main()
+"""
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "tile\n"
+    process.send_signal(kind)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert stderr.strip() == "interrupted; nothing was written"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failure_keeps_the_old_file(small: Path, tmp_path: Path) -> None:

@@ -9,9 +9,8 @@ from typing import Any
 
 import gguf
 import numpy as np
-from safetensors.numpy import load_file
 
-from quantforge import archs, tokenizer
+from quantforge import tokenizer
 
 TEXT = Path(__file__).parents[1] / "quantforge" / "data" / "text" / "calibration.txt"
 
@@ -153,48 +152,16 @@ def llama_json(directory: Path, size: int = 600, metaspace: str | None = None) -
     return directory
 
 
-def write_gguf(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Path:
-    """A GGUF file by gguf-py, with values typed as archs and tokenizer state them."""
-    kinds = {bool: gguf.GGUFValueType.BOOL, int: gguf.GGUFValueType.UINT32, float: gguf.GGUFValueType.FLOAT32}
-    kinds |= {str: gguf.GGUFValueType.STRING, np.int32: gguf.GGUFValueType.INT32}
-    writer = gguf.GGUFWriter(path, metadata["general.architecture"])
-    for key, value in metadata.items():
-        if key == "general.architecture":
-            continue
+def vocab_gguf(directory: Path, config: Mapping[str, Any] | None = None, **options: Any) -> Path:
+    """A GGUF file, by gguf-py, with the tokenizer of `directory` and no tensors."""
+    kinds = {bool: gguf.GGUFValueType.BOOL, int: gguf.GGUFValueType.UINT32, str: gguf.GGUFValueType.STRING}
+    writer = gguf.GGUFWriter(directory / "vocab.gguf", "llama")
+    for key, value in tokenizer.metadata(directory, config or {}, **options).items():
         if isinstance(value, (list, np.ndarray)):
-            writer.add_array(key, list(value) if isinstance(value, list) else value.tolist())
+            writer.add_array(key, value if isinstance(value, list) else value.tolist())
         else:
-            writer.add_key_value(key, value.item() if isinstance(value, np.generic) else value, kinds[type(value)])
-    for name, tensor in tensors.items():
-        writer.add_tensor(name, tensor)
+            writer.add_key_value(key, value, kinds[type(value)])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
     writer.close()
-    return path
-
-
-def vocab_gguf(directory: Path, config: Mapping[str, Any] | None = None, **options: Any) -> Path:
-    """A GGUF file with the tokenizer of `directory` and no tensors."""
-    keys = tokenizer.metadata(directory, config or {}, **options)
-    return write_gguf(directory / "vocab.gguf", {"general.architecture": "llama", **keys}, {})
-
-
-def gguf_f32(directory: Path, path: Path) -> Path:
-    """The checkpoint as an F32 GGUF, tensor by tensor through archs."""
-    config = json.loads((directory / "config.json").read_text())
-    arch = archs.find(config)
-    source = load_file(directory / "model.safetensors")
-    tensors = {}
-    for weight in arch.weights(config, {k: v.shape for k, v in source.items()}):
-        if weight.constant is not None:
-            tensors[weight.name] = weight.constant
-            continue
-        rows = [source[s].astype(np.float32).reshape(-1, *source[s].shape[-1:] * (source[s].ndim > 1)) for s in weight.sources]
-        value = np.concatenate(rows)
-        t = weight.transform
-        value = value if t.rows is None else value[t.rows]
-        value = value if t.value is None else t.value(value)
-        tensors[weight.name] = np.ascontiguousarray(value.reshape(weight.shape))
-    metadata = arch.metadata(config) | tokenizer.metadata(directory, config)
-    return write_gguf(path, metadata, tensors)
+    return directory / "vocab.gguf"

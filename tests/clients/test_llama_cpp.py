@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import gguf
 import numpy as np
 import pytest
+import tokenizers
 
+import quantforge
+from quantforge import archs
 from tests import checkpoints
 from tests.llama_cpp import Llama
 
@@ -39,16 +45,13 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_logits_equal_transformers(name, tmp_path):
+def assert_same_logits(directory, path):
+    """Converted to F32: within 1e-3 of the range of transformers' logits (in fact about 1e-6), the same top-1 everywhere."""
     import torch
     import transformers
 
-    kind, changes = MODELS[name]
-    directory = checkpoints.model(tmp_path, kind, **changes)
-    path = checkpoints.gguf_f32(directory, tmp_path / "model.gguf")
-    rng = np.random.default_rng(5)
-    tokens = [int(i) for i in rng.integers(0, 300, 120)]
+    quantforge.convert(directory, path, "F32")
+    tokens = [int(i) for i in np.random.default_rng(5).integers(0, 300, 120)]
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager", dtype=torch.float32)
     with torch.no_grad():
         expected = model(torch.tensor([tokens])).logits[0].numpy()
@@ -57,6 +60,48 @@ def test_logits_equal_transformers(name, tmp_path):
     spread = expected.max() - expected.min()
     assert spread > 1
     error = np.abs(got - expected).max() / spread
-    print(f"{name}: max |Δ| / range = {error:.2e}")
+    print(f"{directory.name}: max |Δ| / range = {error:.2e}")
     assert error <= 1e-3
     assert (got.argmax(-1) == expected.argmax(-1)).all()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_equal_transformers(name, tmp_path):
+    kind, changes = MODELS[name]
+    assert_same_logits(checkpoints.model(tmp_path, kind, **changes), tmp_path / "model.gguf")
+
+
+def test_experts_are_stacked(tmp_path, monkeypatch):
+    """A mixture of experts needs no more than an Arch: one declared here, converted and run."""
+    dense = archs.supported()["Qwen3ForCausalLM"]
+    experts = {
+        "ffn_gate_inp": archs.Tensor(("experts", "embd")),
+        "ffn_gate_exps": archs.Tensor(("experts", "expert_ff", "embd")),
+        "ffn_up_exps": archs.Tensor(("experts", "expert_ff", "embd")),
+        "ffn_down_exps": archs.Tensor(("experts", "embd", "expert_ff")),
+    }
+    keys = {
+        gguf.Keys.LLM.EXPERT_COUNT: ("num_local_experts", int),
+        gguf.Keys.LLM.EXPERT_USED_COUNT: ("num_experts_per_tok", int),
+        gguf.Keys.LLM.EXPERT_FEED_FORWARD_LENGTH: ("moe_intermediate_size", int),
+    }
+    arch = replace(
+        dense,
+        hf=("Qwen3MoeForCausalLM",),
+        gguf=gguf.MODEL_ARCH.QWEN3MOE,
+        tensors={r: t for r, t in dense.tensors.items() if r not in ("ffn_gate", "ffn_up", "ffn_down")} | experts,
+        metadata_keys={**dense.metadata_keys, **keys},
+    )
+    monkeypatch.setattr(archs, "find", lambda config: arch)
+    sizes = {"head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+    assert_same_logits(checkpoints.model(tmp_path, "Qwen3Moe", **sizes), tmp_path / "model.gguf")
+
+
+def test_the_shipped_model_runs(tmp_path):
+    """bf16 weights, its own tokenizer and BOS handling; ids of real text."""
+    directory = checkpoints.TEXT.parents[1] / "demo-model"
+    assert_same_logits(directory, tmp_path / "model.gguf")
+    own = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    with Llama(tmp_path / "model.gguf") as llama:
+        for text in (checkpoints.NASTY, checkpoints.TEXT.read_text()[:20000]):
+            assert llama.tokenize(text, add_special=True) == own.encode(text).ids

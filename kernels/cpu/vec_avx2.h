@@ -75,6 +75,17 @@ QF_INLINE vf from_half(vi a) {
 }
 QF_INLINE vf gather(const float *p, vi i) { return {_mm256_i32gather_ps(p, i.v, 4)}; }
 QF_INLINE vi gather(const int32_t *p, vi i) { return {_mm256_i32gather_epi32(p, i.v, 4)}; }
+QF_INLINE vf lookup16(const float *table, vi i) {
+    const __m256 lo = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), i.v), hi = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), i.v);
+    return {_mm256_blendv_ps(lo, hi, _mm256_castsi256_ps(_mm256_slli_epi32(i.v, 28)))};
+}
+QF_INLINE vi widen_u8(const uint8_t *p) { return {_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p))}; }
+QF_INLINE vi widen_i8(const uint8_t *p) { return {_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p))}; }
+QF_INLINE vi widen_u16(const uint8_t *p) { return {_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p))}; }
+QF_INLINE void narrow_u16(uint8_t *p, vi a) {
+    const __m256i h = _mm256_permute4x64_epi64(_mm256_packus_epi32(a.v, a.v), 0x08);
+    _mm_storeu_si128((__m128i *)p, _mm256_castsi256_si128(h));
+}
 
 QF_INLINE void transpose_in(const float *const *src, int n, float *dst) {
     for (int i = 0; i < n; i += 8) {

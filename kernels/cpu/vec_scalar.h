@@ -60,7 +60,8 @@ QF_INLINE vf select(vm m, vf a, vf b) { return m.v ? a : b; }                   
 QF_INLINE vi select(vm m, vi a, vi b) { return m.v ? a : b; }
 
 QF_INLINE vf to_float(vi a) { return {(float)a.v}; }
-QF_INLINE vi truncate(vf a) { return {(int32_t)a.v}; }                                  // |a| < 2^31
+// Out of range (NaN too) is INT32_MIN, as on x86: some of ggml's bytes come from there.
+QF_INLINE vi truncate(vf a) { return {fabsf(a.v) < 2147483648.0f ? (int32_t)a.v : INT32_MIN}; }
 QF_INLINE vi round_even(vf a) { return {(int32_t)rintf(a.v)}; }                         // |a| < 2^31
 QF_INLINE vi as_int(vf a) { return {(int32_t)bits_of(a.v)}; }
 QF_INLINE vf as_float(vi a) { return {float_of((uint32_t)a.v)}; }
@@ -68,6 +69,11 @@ QF_INLINE vi to_half(vf a) { return {half_of(a.v)}; }                           
 QF_INLINE vf from_half(vi a) { return {float_of_half((uint16_t)a.v)}; }
 QF_INLINE vf gather(const float *p, vi i) { return {p[i.v]}; }
 QF_INLINE vi gather(const int32_t *p, vi i) { return {p[i.v]}; }
+QF_INLINE vf lookup16(const float *table, vi i) { return {table[i.v]}; }                 // 0 <= i < 16
+QF_INLINE vi widen_u8(const uint8_t *p) { return {*p}; }                                 // W bytes to W integers
+QF_INLINE vi widen_i8(const uint8_t *p) { return {(int8_t)*p}; }
+QF_INLINE vi widen_u16(const uint8_t *p) { uint16_t h; memcpy(&h, p, 2); return {h}; }
+QF_INLINE void narrow_u16(uint8_t *p, vi a) { const uint16_t h = (uint16_t)a.v; memcpy(p, &h, 2); }  // 0 <= a < 2^16
 
 // dst[i*W + lane] = src[lane][i] for i < n; n is a multiple of 8
 QF_INLINE void transpose_in(const float *const *src, int n, float *dst) {

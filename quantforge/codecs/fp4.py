@@ -1,0 +1,66 @@
+"""Four-bit floats (E2M1) under block scales: MXFP4 (a power of two per 32), NVFP4 (E4M3 per 16)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .. import native
+from ..arrays import F32, Array, Parts, TensorInfo
+from .base import GgmlCodec, check_importance, check_parts, check_weights, raise_non_finite, register
+
+E4M3_MAX, E2M1_MAX = 448.0, 6.0
+
+
+class NVFP4(GgmlCodec):
+    """NVFP4 as llama.cpp loads it: ggml's blocks in `data`, and f32 `scale`, one per matrix.
+
+    A weight is level · E4M3 block scale · scale. A GGUF file holds `scale` as a tensor of its
+    own, `<stem>.scale` beside `<stem>.weight`; ggml's own encoder writes none, which loses
+    weights below its smallest block scale. Each block scale is the best of a few by
+    (importance-weighted) squared error.
+    """
+
+    row_local = False  # the scale comes from the whole matrix
+    ggml_bytes = False
+
+    def __init__(self) -> None:
+        super().__init__("NVFP4", takes_importance=True)
+
+    def layout(self, shape: tuple[int, ...]) -> dict[str, TensorInfo]:
+        """`data`: u8[..., row_bytes]; `scale`: f32[1], for stacked experts f32[experts]."""
+        matrices = int(np.prod(shape[:-2], dtype=np.int64))
+        return super().layout(shape) | {"scale": TensorInfo(np.dtype(np.float32), (matrices,))}
+
+    def encode(self, w: F32, importance: F32 | None = None, *, threads: int = 1) -> Parts:
+        """Quantize w: f32[..., out, in]; see `Codec.encode`."""
+        w = check_weights(w, self)
+        parts = {k: np.empty(i.shape, i.dtype) for k, i in self.layout(w.shape).items()}
+        per: list[Array] = [] if importance is None else list(check_importance(importance, w.shape, self))
+        scale = parts["scale"]
+        for i, (rows, data) in enumerate(zip(_matrices(w, len(scale)), _matrices(parts["data"], len(scale)), strict=True)):
+            amax = max(float(rows.max(initial=0)), -float(rows.min(initial=0)))
+            if not np.isfinite(amax):
+                raise_non_finite(w, self.name)
+            # the largest weight is the largest level under the largest block scale
+            scale[i] = max(min(amax, 3.4e38) / (E4M3_MAX * E2M1_MAX), np.finfo(np.float32).tiny)
+            q = [per[i % len(per)]] if per else []
+            native.call_rows(self.name, "encode", [rows], [scale[i : i + 1], *q], [data], threads)
+        return parts
+
+    def decode(self, parts: Parts, shape: tuple[int, ...], *, threads: int = 1) -> F32:
+        """f32[shape]: what llama.cpp computes with. Without a part `scale` it is 1, as in ggml."""
+        if "scale" not in parts:
+            parts = parts | {"scale": np.ones(self.layout(shape)["scale"].shape, np.float32)}
+        data, scale = check_parts(parts, shape, self)
+        w = np.empty(shape, np.float32)
+        for i, (rows, out) in enumerate(zip(_matrices(data, len(scale)), _matrices(w, len(scale)), strict=True)):
+            native.call_rows(self.name, "decode", [rows], [scale[i : i + 1]], [out], threads)
+        return w
+
+
+def _matrices(a: Array, n: int) -> Array:
+    return a.reshape(n, -1, a.shape[-1])
+
+
+register(GgmlCodec("MXFP4"))
+register(NVFP4)

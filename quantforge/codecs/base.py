@@ -276,12 +276,12 @@ class AffineCodec(GgmlCodec, GridCodec):
         return {"data": to_numpy(self.grid.write(codes, params))}
 
     def unpack(self, parts: Parts, shape: tuple[int, ...]) -> tuple[Codes, Params]:
-        """(codes, params) of `data`: u8[out, row_bytes]."""
+        """(codes, params) of `data`: u8[out, row_bytes]. Raises ShapeError if it holds another tensor."""
         import torch
 
-        rows, row_bytes = self.layout(shape)["data"].shape
-        data = np.require(parts["data"].reshape(rows, row_bytes), requirements=["C", "W"])
-        return self.grid.read(torch.from_numpy(data))
+        (data,) = check_parts(parts, shape, self)
+        # torch warns of read-only memory (a map of a file)
+        return self.grid.read(torch.from_numpy(np.require(data.reshape(-1, data.shape[-1]), requirements=["W"])))
 
 
 def check_matrix(w: torch.Tensor, importance: torch.Tensor | None, codec: Codec) -> None:

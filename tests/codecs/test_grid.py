@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib.resources import files
 
 import gguf
@@ -17,6 +18,15 @@ from quantforge.errors import NonFiniteError, ShapeError
 
 GRIDS = [c for c in map(codecs.get, codecs.names()) if isinstance(c, GridCodec)]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """These matrices are small, and torch's threads wait for each other on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def ggml(codec: GridCodec, op: str) -> GgmlCodec:
@@ -159,6 +169,10 @@ class TestGrid:
                 error, energy = (w - cases).double().square().sum(1), cases.double().square().sum(1)
                 assert bool((error <= energy * 1.001).all())
 
+    def fitted(self, codec: GridCodec, w: torch.Tensor) -> tuple[torch.Tensor, Params]:
+        params = codec.fit(w)
+        return codec.round(w, params), params
+
     def test_refuses(self, codec: GridCodec, device: str) -> None:
         w = gaussian(2, 512).to(on(device))
         with pytest.raises(ShapeError):
@@ -167,6 +181,8 @@ class TestGrid:
             codec.fit(w.reshape(2, 2, 256))
         with pytest.raises(ShapeError):
             codec.fit(w, importance(256).to(device))
+        with pytest.raises(ShapeError):
+            codec.unpack(codec.pack(*self.fitted(codec, w)), (2, 768))
         w[1, 3] = torch.inf
         with pytest.raises(NonFiniteError) as e:
             codec.fit(w)
@@ -198,14 +214,9 @@ def test_fit_is_no_worse_than_encode(codec: GridCodec, weights: str, weighted: b
 @pytest.mark.parametrize("codec", GRIDS, ids=repr)
 def test_fit_does_not_depend_on_threads(codec: GridCodec) -> None:
     w, q = gaussian(64, 1024), importance(1024)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        one = codec.fit(w, q)
-        torch.set_num_threads(3)
-        three = codec.fit(w, q)
-    finally:
-        torch.set_num_threads(before)
+    one = codec.fit(w, q)
+    torch.set_num_threads(3)
+    three = codec.fit(w, q)
     assert all(torch.equal(one[k], three[k]) for k in one)
 
 

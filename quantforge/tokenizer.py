@@ -472,7 +472,7 @@ def _sentencepiece(files: _Files, config: Mapping[str, Any]) -> dict[str, Any]:
     for i, (text, score, kind) in enumerate(model.pieces[:size]):
         user = kind == 4
         out.put(i, text.replace("▁", " ") if user else text, _PIECE_TYPES.get(kind, _T.NORMAL), score)
-    out.put_added({i: t for i, t in files.added.items() if i < size and out.types[i] not in (_T.UNKNOWN, _T.BYTE)}, -1000.0)
+    out.put_added({i: t for i, t in files.added.items() if i < size}, -1000.0)
     return _llama_keys(files, config, out, model.add_dummy_prefix)
 
 
@@ -480,7 +480,6 @@ def _llama_json(files: _Files, config: Mapping[str, Any]) -> dict[str, Any]:
     """A SentencePiece BPE that is only there as tokenizer.json (byte fallback, merges, ▁ for spaces)."""
     path = files.directory / "tokenizer.json"
     vocab, merges = _bpe_vocab(files), _merges(files)
-    unk = files.tokenizer["model"].get("unk_token")
     out = _Vocabulary.empty(_size_for(path, max([*vocab.values(), *files.added], default=0), config), -10000.0)
     # llama.cpp merges the pair whose result scores best: the rank of its first merge, negated, as
     # SentencePiece scores its own pieces. (float32 counts exactly up to 2^24.)
@@ -488,13 +487,15 @@ def _llama_json(files: _Files, config: Mapping[str, Any]) -> dict[str, Any]:
     for rank, (a, b) in enumerate(merges):
         score.setdefault(a + b, -float(rank))
     for text, i in vocab.items():
-        kind = _T.NORMAL
-        if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", text):
-            kind = _T.BYTE
-        elif text == unk:
-            kind = _T.UNKNOWN
-        out.put(i, text, kind, score.get(text, -float(len(merges)) if kind == _T.NORMAL else 0.0))
-    out.put_added({i: t for i, t in files.added.items() if t[0] != unk}, -1000.0)
+        octet = re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", text)
+        out.put(i, text, _T.BYTE if octet else _T.NORMAL, score.get(text, -1000.0 if octet else -float(len(merges))))
+    unk = files.tokenizer["model"].get("unk_token")
+    if unk in vocab:
+        out.put(vocab[unk], unk, _T.UNKNOWN, -1000.0)
+    out.put_added(files.added, -1000.0)
+    known = set(merges)
+    if extra := sum((t[:i], t[i:]) not in known for t in score for i in range(1, len(t)) if t[:i] in vocab and t[i:] in vocab):
+        logger.warning("%s: llama.cpp will also make %d merges that are not in its list: some ids may differ", path, extra)
     return _llama_keys(files, config, out, _spm_prefix(files.tokenizer))
 
 

@@ -140,6 +140,8 @@ def llama_json(directory: Path, size: int = 600, metaspace: str | None = None) -
     trained.train_from_iterator([TEXT.read_text()[:20_000]], trainer)
     content = json.loads(trained.to_str())
     content["added_tokens"] = [a for a in content["added_tokens"] if a["content"] in named]
+    steps = [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}]
+    content["decoder"] = {"type": "Sequence", "decoders": [*steps, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]}
     template = {"type_id": 0}
     content["post_processor"] = {
         "type": "TemplateProcessing",

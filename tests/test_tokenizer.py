@@ -69,6 +69,37 @@ def test_ids_of_llama_json_equal(metaspace, tmp_path):
         assert llama.tokenize("a", add_special=True) == own.encode("a").ids
 
 
+def test_json_made_from_a_sentencepiece_model(tmp_path, caplog):
+    """Llama 2's tokenizer.json is made so: merges are all splits of every piece, best score first."""
+    directory = checkpoints.sentencepiece(tmp_path)
+    own = sentencepiece.SentencePieceProcessor(str(directory / "tokenizer.model"))
+    vocab = {own.IdToPiece(i): i for i in range(own.GetPieceSize())}
+    merges = []
+    for piece in sorted((p for p in vocab if not own.IsByte(vocab[p])), key=lambda p: -own.GetScore(vocab[p])):
+        splits = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
+        merges += sorted((s for s in splits if s[0] in vocab and s[1] in vocab), key=lambda s: (vocab[s[0]], vocab[s[1]]))
+    checkpoints.llama_json(directory)
+    content = json.loads((directory / "tokenizer.json").read_text())
+    content["model"] |= {"vocab": vocab, "merges": merges}
+    checkpoints.save(directory, "tokenizer.json", content)
+    with_model = tokenizer.metadata(directory, {})
+    (directory / "tokenizer.model").unlink()
+    keys = tokenizer.metadata(directory, {})
+    assert not caplog.records
+    for key in ("model", "pre", "tokens", "bos_token_id", "eos_token_id", "add_bos_token"):
+        assert keys[f"tokenizer.ggml.{key}"] == with_model[f"tokenizer.ggml.{key}"]
+    np.testing.assert_array_equal(keys["tokenizer.ggml.token_type"], with_model["tokenizer.ggml.token_type"])
+    with Llama(checkpoints.vocab_gguf(directory), vocab_only=True) as llama:
+        texts = [t.replace("\0", "").replace("</s>", "") for t in [NASTY, *random_texts()]]
+        assert not disagreements(llama, own.EncodeAsIds, texts)
+
+
+def test_merges_that_llama_cpp_would_add_are_warned_of(tmp_path, caplog):
+    directory = checkpoints.llama_json(tmp_path, 2000)
+    tokenizer.metadata(directory, {})
+    assert "merges that are not in its list" in caplog.text
+
+
 def test_invalid_bytes_are_replacement_characters(tmp_path):
     directory = checkpoints.byte_level(tmp_path)
     own = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))

@@ -7,6 +7,7 @@ carried over as text and never rendered.
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 import logging
 import re
@@ -180,19 +181,20 @@ def _splits(pre_tokenizer: Mapping[str, Any] | None) -> tuple[str, ...]:
     return (f"{kind}({json.dumps({k: v for k, v in pre_tokenizer.items() if k != 'type'}, ensure_ascii=False)})",)
 
 
-def _kind_of(tokenizer: Mapping[str, Any]) -> _Kind:
+def _kind_of(files: _Files) -> _Kind:
     """The pre-tokenizer of llama.cpp that splits as this tokenizer.json does. Raises UnsupportedError."""
+    tokenizer = files.tokenizer
     splits = _splits(tokenizer.get("pre_tokenizer"))
     ignore_merges = bool(tokenizer["model"].get("ignore_merges"))
     normalizer = tokenizer.get("normalizer")
     steps = normalizer.get("normalizers", [normalizer]) if normalizer else []
     odd = [str(step.get("type")) for step in steps if step.get("type") != "NFC"]
-    if not odd:
-        for kind in _KINDS:
-            if kind.splits == splits and kind.ignore_merges == ignore_merges:
-                if steps:
-                    logger.info("tokenizer.json normalizes text to NFC, llama.cpp does not: ids differ on decomposed text")
-                return kind
+    alike = [] if odd else sorted((k for k in _KINDS if k.splits == splits), key=lambda k: k.ignore_merges != ignore_merges)
+    # Taking whole tokens without merging makes no difference where merges lead to every token anyway.
+    if alike and (alike[0].ignore_merges == ignore_merges or _merges_reach_all(files)):
+        if steps:
+            logger.info("tokenizer.json normalizes text to NFC, llama.cpp does not: ids differ on decomposed text")
+        return alike[0]
     near = max(_KINDS, key=lambda k: difflib.SequenceMatcher(None, " ".join(k.splits), " ".join(splits), False).ratio())
     shown = f"regex {' then '.join(splits) or '(none)'}, ignore_merges {str(ignore_merges).lower()}"
     if odd:
@@ -201,6 +203,22 @@ def _kind_of(tokenizer: Mapping[str, Any]) -> _Kind:
         f"tokenizer.json: llama.cpp has no pre-tokenizer with {shown}; the nearest is {near.name}: "
         f"--pre-tokenizer {near.name} to go on with it"
     )
+
+
+def _merges_reach_all(files: _Files) -> bool:
+    """Does BPE turn the text of every token, added ones aside, into that token?"""
+    merges = _merges(files)
+    ranks = {pair: rank for rank, pair in enumerate(merges)}
+    for token, i in _bpe_vocab(files).items():
+        parts = [token] if i in files.added else list(token)
+        while len(parts) > 1:
+            rank, at = min((ranks.get(pair, len(merges)), i) for i, pair in enumerate(itertools.pairwise(parts)))
+            if rank == len(merges):
+                break
+            parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        if len(parts) > 1:
+            return False
+    return True
 
 
 # ---- reading the checkpoint's files ----------------------------------------------------------
@@ -283,17 +301,17 @@ _MOST_TOKENS = 1 << 24
 @dataclass(slots=True)
 class _Vocabulary:
     tokens: list[str]
-    types: np.ndarray[Any, np.dtype[np.int32]]
-    scores: np.ndarray[Any, np.dtype[np.float32]]
+    types: list[int]
+    scores: list[float]
 
     @classmethod
     def empty(cls, size: int, score: float) -> _Vocabulary:
         """`size` placeholders, for ids that the tokenizer leaves free below the embedding's rows."""
         tokens = [f"[PAD{i}]" for i in range(size)]
-        return cls(tokens, np.full(size, _T.UNUSED, np.int32), np.full(size, score, np.float32))
+        return cls(tokens, [int(_T.UNUSED)] * size, [score] * size)
 
     def put(self, i: int, text: str, kind: int, score: float = 0.0) -> None:
-        self.tokens[i], self.types[i], self.scores[i] = text, kind, score
+        self.tokens[i], self.types[i], self.scores[i] = text, int(kind), score
 
     def put_added(self, added: Mapping[int, tuple[str, bool]], score: float = 0.0) -> None:
         """Added tokens; llama.cpp looks for user-defined ones in the raw text, so ▁ becomes a space."""
@@ -337,7 +355,7 @@ def _merges(files: _Files) -> list[tuple[str, str]]:
 
 def _byte_level(files: _Files, config: Mapping[str, Any], pre_tokenizer: str | None) -> dict[str, Any]:
     path = files.directory / "tokenizer.json"
-    pre = pre_tokenizer or _kind_of(files.tokenizer).name
+    pre = pre_tokenizer or _kind_of(files).name
     vocab = _bpe_vocab(files)
     merges = _merges(files)
     if not merges:
@@ -352,7 +370,7 @@ def _byte_level(files: _Files, config: Mapping[str, Any], pre_tokenizer: str | N
         _K.MODEL: "gpt2",
         _K.PRE: pre,
         _K.LIST: out.tokens,
-        _K.TOKEN_TYPE: out.types,
+        _K.TOKEN_TYPE: np.array(out.types, np.int32),
         # A space inside a token would be the separator's twin; the byte alphabet has Ġ for it.
         _K.MERGES: [" ".join(p.replace(" ", "Ġ") for p in pair) for pair in merges],
     }
@@ -517,8 +535,8 @@ def _llama_keys(files: _Files, config: Mapping[str, Any], out: _Vocabulary, pref
         _K.MODEL: "llama",
         _K.PRE: "default",
         _K.LIST: out.tokens,
-        _K.SCORES: out.scores,
-        _K.TOKEN_TYPE: out.types,
+        _K.SCORES: np.array(out.scores, np.float32),
+        _K.TOKEN_TYPE: np.array(out.types, np.int32),
     }
     found.update(_special(files, config, out, adds_bos=True))
     if not prefix:
@@ -558,7 +576,8 @@ def _special(files: _Files, config: Mapping[str, Any], out: _Vocabulary, adds_bo
     if adds_bos and files.tokenizer:
         adds.setdefault("bos", False)
 
-    where = {t: i for i, t in enumerate(out.tokens) if out.types[i] != _T.UNUSED}
+    unused = int(_T.UNUSED)
+    where = {t: i for i, t in enumerate(out.tokens) if out.types[i] != unused}
     found: dict[str, Any] = {}
     for name, key in _IDS.items():
         stated = {**config, **(config.get("text_config") or {})}.get(f"{name}_token_id")

@@ -164,7 +164,6 @@ def test_nfc_is_accepted_and_harmless_on_composed_text(tmp_path):
     [
         ({"pre_tokenizer": isolated(QWEN2.replace("[\\r\\n]*", "[\\r\\n/]*"))}, "[\\r\\n/]*", "qwen2"),
         ({"pre_tokenizer": isolated(r"\w+|\W")}, r"\w+|\W", ""),
-        ({"pre_tokenizer": isolated(QWEN2), "model": {"ignore_merges": True}}, "ignore_merges true", "qwen2"),
         ({"normalizer": {"type": "Lowercase"}}, "Lowercase", "gpt-2"),
         ({"pre_tokenizer": {"type": "Whitespace"}}, "Whitespace", ""),
         ({"pre_tokenizer": None}, "(none)", ""),
@@ -182,6 +181,20 @@ def test_unknown_kind_is_an_error_with_a_way_out(parts, shown, near, tmp_path):
     assert shown in message and "\n" not in message
     assert f"--pre-tokenizer {near}" in message
     assert tokenizer.metadata(directory, {}, pre_tokenizer="qwen2")["tokenizer.ggml.pre"] == "qwen2"
+
+
+def test_ignore_merges_of_the_other_kind(tmp_path):
+    """It matters only if the vocabulary has a token that its merges do not lead to."""
+    directory = checkpoints.byte_level(tmp_path, 600, isolated(QWEN2), model={"ignore_merges": True})
+    own = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    assert tokenizer.metadata(directory, {})["tokenizer.ggml.pre"] == "qwen2"
+    with Llama(checkpoints.vocab_gguf(directory), vocab_only=True) as llama:
+        assert not disagreements(llama, lambda t: own.encode(t, add_special_tokens=False).ids, [NASTY, *random_texts()])
+    content = json.loads((directory / "tokenizer.json").read_text())
+    content["model"]["vocab"]["zqzq"] = 600
+    checkpoints.save(directory, "tokenizer.json", content)
+    with pytest.raises(UnsupportedError, match="ignore_merges true; the nearest is qwen2: --pre-tokenizer qwen2"):
+        tokenizer.metadata(directory, {})
 
 
 def test_unknown_pre_tokenizer_name(tmp_path):

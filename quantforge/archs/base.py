@@ -117,6 +117,8 @@ class Arch:
     rope_types: frozenset[str] = frozenset({"default", "linear", "dynamic", "yarn"})
     generated: Callable[[Config], Iterable[Weight]] | None = None
     """Tensors that are computed from the hyperparameters."""
+    prefixes: tuple[str, ...] = ("model.", "lm_head.")
+    """How tensor names begin. gguf's table also knows other spellings (Meta's own), whose numbers need other transforms."""
     skipped: re.Pattern[str] = re.compile(r"\.(rotary_emb\.inv_freq|attention\.(masked_)?bias)$")
     """Buffers of the checkpoint that no model file needs."""
 
@@ -195,7 +197,7 @@ class Arch:
             name = names.get_name(whole, try_suffixes=(".weight", ".bias"))
             if name in tied:
                 continue
-            if name not in expected:
+            if name not in expected or not source.startswith(self.prefixes):
                 unknown.append(source)
                 continue
             gathered = sources.setdefault(name, {})

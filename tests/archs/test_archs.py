@@ -276,7 +276,9 @@ def having(name, shape):
         (having("model.layers.0.self_attn.q_proj.bias", (16,)), r"has not: .*q_proj\.bias"),
         (having("model.norm.weight", (15,)), r"model\.norm\.weight: shape \[15\], but config\.json makes it \[16\]"),
         (having("model.layers.0.self_attn.k_proj.weight", (16, 16)), r"k_proj.weight: shape \[16, 16\].*\[8, 16\]"),
-        (having("output.weight", (40, 16)), r"both output\.weight"),
+        (having("output.weight", (40, 16)), r"has not: output\.weight"),
+        (having("layers.0.attention.wq.weight", (16, 16)), r"has not: layers\.0\.attention\.wq"),
+        (having("model.layers.0.attention.wq.weight", (16, 16)), r"q_proj.weight are both blk\.0\.attn_q\.weight"),
     ],
 )
 def test_checkpoints_that_do_not_fit_their_config(change, said):

@@ -55,7 +55,7 @@ class Model:
         self.config = gguf_config(source, self.arch) if self.arch and source.format == "gguf" else dict(source.config)
         self.module = _meta_module(self.config, source, dtype)
         self.layers = _layers(self.module, name)
-        self._prefix = next(k for k, m in self.module.named_modules() if m is self.layers)
+        self.prefix = next(k for k, m in self.module.named_modules() if m is self.layers)
         self.places = self._places()
         self._rope_factors()
         for owner in self.module.modules():
@@ -126,17 +126,38 @@ class Model:
         self.source.release(place.stored)
         return w
 
+    def parts(self, name: str) -> list[str]:
+        """The checkpoint tensors that a parameter of the module is made of; empty if it has none of its own."""
+        if name in self.places:
+            return [name]
+        for fused, parts in FUSED.items():
+            if name.endswith(f".experts{fused}"):
+                count = int(self.module.get_parameter(name).shape[0])
+                return [f"{name.removesuffix(fused)}.{e}.{p}.weight" for e in range(count) for p in parts]
+        return []
+
+    def roles(self) -> dict[str, str]:
+        """Checkpoint name -> role (GGUF stem), where the architecture is known."""
+        if self.arch is None:
+            return {}
+        shapes = dict(_checkpoint_shapes(self.module))
+        return {source: w.role for w in self.arch.weights(self.config, shapes) for source in w.sources}
+
+    def outer_names(self) -> set[str]:
+        """Names in the file of the embeddings and the head."""
+        ends = (self.module.get_input_embeddings(), self.module.get_output_embeddings())
+        names = {f"{k}.weight" for k, m in self.module.named_modules() if any(m is e for e in ends)}
+        return {self.places[n].stored for n in names if n in self.places}
+
     def parameter(self, name: str) -> F32:
         """A parameter of the module by its name there: a checkpoint tensor, or experts' tensors stacked."""
         if name in self.places:
             return self.decode(name)
         if tied := self._tied(name):
             return self.decode(tied)
-        for fused, parts in FUSED.items():
-            if name.endswith(fused):
-                stem = name.removesuffix(fused)
-                count = int(self.module.get_parameter(name).shape[0])
-                return np.stack([np.concatenate([self.decode(f"{stem}.{e}.{p}.weight") for p in parts]) for e in range(count)])
+        if pieces := self.parts(name):
+            shape = tuple(self.module.get_parameter(name).shape)
+            return np.concatenate([self.decode(p) for p in pieces]).reshape(shape)
         raise FormatError(self.source.path, f"tensor {name} is missing")
 
     def _tied(self, name: str) -> str | None:
@@ -184,7 +205,7 @@ class Model:
     def block(self, i: int) -> Iterator[nn.Module]:
         """Decoder block `i` with its weights."""
         layer = self.layers[i]
-        self.load(layer, f"{self._prefix}.{i}")
+        self.load(layer, f"{self.prefix}.{i}")
         try:
             yield layer
         finally:
@@ -205,7 +226,7 @@ class Model:
                 hook
                 for i, layer in enumerate(self.layers)
                 for hook in (
-                    layer.register_forward_pre_hook(lambda m, _, i=i: self.load(m, f"{self._prefix}.{i}")),
+                    layer.register_forward_pre_hook(lambda m, _, i=i: self.load(m, f"{self.prefix}.{i}")),
                     layer.register_forward_hook(lambda m, _, out: self.unload(m)),
                 )
             ]
@@ -266,7 +287,7 @@ class Model:
             if not bool(torch.isfinite(out.sum())) and not bool(torch.isfinite(out).all()):
                 where = _blame(layer, chunk, args, kwargs)
                 raise NonFiniteError(
-                    f"{self.name}: not a number after {self._prefix}.{i}.{where}; weights are finite, activations overflow",
+                    f"{self.name}: not a number after {self.prefix}.{i}.{where}; weights are finite, activations overflow",
                     (),
                 )
             chunk.copy_(out)
@@ -332,7 +353,7 @@ def advance(
         blocks = []
         for k in at:
             m = models[k]
-            m.load(m.layers[i], f"{m._prefix}.{i}")
+            m.load(m.layers[i], f"{m.prefix}.{i}")
             blocks.append(m.layers[i])
         if before and shared:
             before(i, blocks, hidden)

@@ -23,11 +23,14 @@ if TYPE_CHECKING:
         ShapeError,
         UnsupportedError,
     )
+    from .evaluation import evaluate
     from .formats import open_path as open
     from .importance import Importance
     from .importance import read as read_importance
     from .planning import Plan, plan
     from .recipes import Recipe
+    from .report import Evaluation
+    from .scorecard import compare
 
 __version__ = "0.1.0"
 
@@ -35,6 +38,7 @@ __all__ = [
     "CalibrationError",
     "Codec",
     "Encoded",
+    "Evaluation",
     "FormatError",
     "GridCodec",
     "Importance",
@@ -49,7 +53,9 @@ __all__ = [
     "ShapeError",
     "UnsupportedError",
     "__version__",
+    "compare",
     "convert",
+    "evaluate",
     "open",
     "plan",
     "quantize",
@@ -64,6 +70,9 @@ _HOMES = {
     **dict.fromkeys(("Plan", "plan"), ("planning", "")),
     "Importance": ("importance", ""),
     "Recipe": ("recipes", ""),
+    "Evaluation": ("report", ""),
+    "compare": ("scorecard", ""),
+    "evaluate": ("evaluation", ""),
     "open": ("formats", "open_path"),
     "read_importance": ("importance", "read"),
 }

@@ -250,6 +250,97 @@ def convert(
     click.echo(f"{done.path}: {done.recipe}, {_size(done.total_bytes)}, {done.bpw:.3f} bits per weight, {done.seconds:.1f} s")
 
 
+def evaluation_options(command: F) -> F:
+    """The options that say on what models are compared."""
+    options = [
+        click.option(
+            "--text",
+            metavar="FILE",
+            default="builtin",
+            show_default=True,
+            help="Text to score; documents end with two blank lines.",
+        ),
+        click.option("--ctx", metavar="N", type=int, help="Tokens per window; default min(512, the model's)."),
+        click.option(
+            "--stride", metavar="N", type=int, help="Sliding window that scores the last N tokens; default: second halves."
+        ),
+        click.option("--chunks", metavar="N", type=int, help="Score at most N windows."),
+        click.option("--metrics", metavar="LIST", default="ppl,kld,flips,similarity", show_default=True, help="What to measure."),
+        click.option("--prompts", metavar="FILE", help="Prompts, one on each line; default: 32 that ship."),
+        click.option("--answer-tokens", metavar="N", type=int, default=64, show_default=True, help="Length of the answers."),
+        click.option("--embedder", metavar="NAME", help="A sentence-transformers model; default: the reference's hidden states."),
+        click.option("--tasks", metavar="LIST", help="Tasks of lm-evaluation-harness, comma-separated."),
+        click.option("--task-path", metavar="DIR", help="Directory with task files of your own."),
+        click.option("--task-limit", metavar="N", type=int, help="Examples of each task."),
+        click.option("--noise-floor/--no-noise-floor", default=True, show_default=True, help="Also run the reference in bf16."),
+        click.option("--device", metavar="D", default="cpu", show_default=True, help="cpu or cuda."),
+        click.option("--report", metavar="FILE", multiple=True, help="Write FILE.html, .md or .json; repeatable."),
+        click.option("--json", "as_json", is_flag=True, help="Print the evaluation as JSON."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+
+    @wraps(command)
+    def wrapped(*args: Any, metrics: str, tasks: str | None, as_json: bool, **kwargs: Any) -> Any:
+        from .report.markdown import render
+
+        kwargs["metrics"] = _listed(metrics)
+        kwargs["tasks"] = _listed(tasks or "")
+        with _stage() as progress:
+            found = command(*args, progress=progress, **kwargs)
+        click.echo(json.dumps(found.to_dict(), ensure_ascii=False) if as_json else render(found))
+
+    return wrapped  # type: ignore[return-value]
+
+
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+@contextmanager
+def _stage() -> Iterator[Callable[[str, int, int], None] | None]:
+    """What an evaluation is doing, on a terminal; nothing when piped."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("reading", total=None)
+        yield lambda what, done, of: bar.update(task, description=what, completed=done, total=of)
+
+
+@group.command()
+@click.argument("models", metavar="MODEL...", nargs=-1, required=True)
+@click.option("--reference", metavar="REF", required=True, help="What the models are compared with: a directory or file.")
+@evaluation_options
+def evaluate(models: tuple[str, ...], **options: Any) -> Any:
+    """Compare MODELs with a reference: perplexity, KL divergence, flips, answers."""
+    from . import evaluate as run
+
+    return run(models, **options)
+
+
+@group.command()
+@click.argument("model")
+@click.option("--types", metavar="LIST", help="Types to compare; default Q8_0 down to IQ2_XXS.")
+@click.option(
+    "--imatrix", metavar="FILE", default="auto", show_default=True, help="Importance; auto: a file beside the model; none."
+)
+@click.option("--memory", metavar="SIZE", help="Name the best type that fits into this memory, e.g. 6GB.")
+@click.option("--context", metavar="N", type=click.IntRange(1), help="Tokens of context for --memory; default: the model's.")
+@click.option("--out", metavar="DIR", help="Keep the converted files in DIR.")
+@evaluation_options
+def compare(model: str, types: str | None, imatrix: str, **options: Any) -> Any:
+    """Convert MODEL to several types, evaluate and rank them."""
+    from . import compare as run
+
+    chosen: dict[str, Any] = {} if types is None else {"types": _listed(types)}
+    return run(model, imatrix=None if imatrix == "none" else imatrix, **chosen, **options)
+
+
 @group.command()
 @click.argument("path", type=click.Path())
 @click.option("--json", "as_json", is_flag=True, help="Everything as JSON.")

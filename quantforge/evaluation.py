@@ -367,6 +367,7 @@ def _result(m: Model, i: int, run: _Run, wanted: set[str]) -> ModelResult:
         bpw=sum(bits.values()) / sum(count.values()),
         bpw_body=sum(bits[k] for k in body) / sum(count[k] for k in body),
         types=dict(types),
+        shape=m.shape(),
         hidden_error=run.hidden_error[i],
         tensors=run.tensors[i],
     )

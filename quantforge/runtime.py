@@ -149,6 +149,19 @@ class Model:
         names = {f"{k}.weight" for k, m in self.module.named_modules() if any(m is e for e in ends)}
         return {self.places[n].stored for n in names if n in self.places}
 
+    def shape(self) -> dict[str, int]:
+        """Sizes: layers, hidden, vocabulary, context, and the bytes that a token takes in an f16 KV cache."""
+        c = self.module.config
+        heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
+        width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+        return {
+            "layers": len(self.layers),
+            "hidden": int(c.hidden_size),
+            "vocabulary": int(c.vocab_size),
+            "context": int(getattr(c, "max_position_embeddings", None) or 0),
+            "kv_bytes_per_token": 2 * 2 * len(self.layers) * int(heads) * int(width),
+        }
+
     def parameter(self, name: str) -> F32:
         """A parameter of the module by its name there: a checkpoint tensor, or experts' tensors stacked."""
         if name in self.places:

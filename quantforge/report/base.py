@@ -54,6 +54,8 @@ class ModelResult:
     bpw_body: float
     types: dict[str, int]
     """Weights stored in each type."""
+    shape: dict[str, int] = field(default_factory=dict)
+    """layers, hidden, vocabulary, context, kv_bytes_per_token (f16)."""
     ppl: float | None = None
     ppl_stderr: float | None = None
     ln_ppl_ratio: float | None = None

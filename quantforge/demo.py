@@ -53,6 +53,7 @@ def complete(path: Path, prompt: str, tokens: int = 24) -> str:
     with _silence():
         server = xllamacpp.Server(parameters)
         answer = server.handle_completions({"prompt": prompt, "max_tokens": tokens, "temperature": 0.0})
+        del server  # it logs when it goes, too
     text = json.loads(answer) if isinstance(answer, str) else answer
     if "choices" not in text:
         raise NativeError(f"llama.cpp could not complete with {path}: {text}")

@@ -32,7 +32,7 @@ def run(out: Path, say: Callable[[str], None], types: tuple[str, ...] = TYPES, p
         errors = sorted((t.rel_rmse or 0.0, t.name) for t in r.tensors)
         quantized = [e for e in errors if e[0] > 0] or errors
         median, worst = quantized[len(quantized) // 2], quantized[-1]
-        say(f"{r.recipe:<8} {r.total_bytes:>12,} {r.bpw:>7.3f} {r.seconds:>8.2f}   {median[0]:.5f}, {worst[0]:.5f} ({worst[1]})")
+        say(f"{r.recipe:<8} {r.total_bytes:>12,} {r.bpw:>7.3f} {r.seconds:>8.2f}   {median[0]:.3g}, {worst[0]:.3g} ({worst[1]})")
     if importlib.util.find_spec("xllamacpp") is None:
         say("\nTo hear the files speak in llama.cpp: pip install 'quantforge[llama-cpp]'")
         return reports

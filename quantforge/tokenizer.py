@@ -273,8 +273,10 @@ class _Files:
         # transformers makes every token that has a name (bos_token, ...) special
         named = {t for d in (config, special_tokens) for k, v in d.items() if k.endswith("_token") and (t := _text(v))}
         for d in (config, special_tokens):
-            for entry in d.get("additional_special_tokens") or d.get("extra_special_tokens") or []:
-                named.add(_text(entry) or "")
+            for key in ("additional_special_tokens", "extra_special_tokens"):
+                entries = d.get(key) or []
+                for entry in entries.values() if isinstance(entries, Mapping) else entries:
+                    named.add(_text(entry) or "")
         for i, (text, special) in added.items():
             added[i] = (text, special or text in named)
         return cls(directory, tokenizer, config, special_tokens, added)
@@ -676,12 +678,13 @@ def metadata(directory: str | Path, config: Mapping[str, Any], *, pre_tokenizer:
             raise UnsupportedError(
                 f"--pre-tokenizer {pre_tokenizer}: llama.cpp has none of that name{nearest(pre_tokenizer, known)}"
             )
-    files = _Files.read(directory)
     try:
-        found = _read(files, config, pre_tokenizer)
+        found = _read(_Files.read(directory), config, pre_tokenizer)
         "".join(t for v in found.values() if isinstance(v, (str, list)) for t in v).encode()
     except (AttributeError, IndexError, KeyError, TypeError) as e:
-        raise FormatError(directory / "tokenizer.json", f"malformed: {e!r}") from e
+        raise FormatError(directory, f"tokenizer.json or tokenizer_config.json is malformed: {e!r}") from e
+    except OSError as e:
+        raise FormatError(e.filename or directory, f"cannot be read: {e.strerror}") from None
     except UnicodeError as e:
         raise FormatError(directory, f"a token or template is not valid Unicode text: {e}") from None
     return found

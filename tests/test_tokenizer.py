@@ -267,7 +267,8 @@ def test_special_tokens_are_added_as_the_tokenizer_does(post, regex, tmp_path):
         assert llama.tokenize("Hello there", add_special=True) == own.encode("Hello there").ids
 
 
-def test_token_types_and_padding(tmp_path):
+@pytest.mark.parametrize("extra", [["<named>"], [{"content": "<named>"}], {"some_token": "<named>"}], ids=str)
+def test_token_types_and_padding(extra, tmp_path):
     directory = checkpoints.byte_level(tmp_path, 300)
     content = json.loads((directory / "tokenizer.json").read_text())
     added = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
@@ -278,7 +279,7 @@ def test_token_types_and_padding(tmp_path):
         added | {"id": 303, "content": "<named>", "special": False},
     ]
     checkpoints.save(directory, "tokenizer.json", content)
-    checkpoints.save(directory, "tokenizer_config.json", {"bos_token": "<|begin|>", "additional_special_tokens": ["<named>"]})
+    checkpoints.save(directory, "tokenizer_config.json", {"bos_token": "<|begin|>", "extra_special_tokens": extra})
     keys = tokenizer.metadata(directory, {"vocab_size": 306})
     tokens, types = keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.token_type"]
     assert types.dtype == np.int32 and len(types) == len(tokens) == 306

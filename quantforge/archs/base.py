@@ -417,6 +417,7 @@ _SAMPLING: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "xtc_threshold": (_g.SAMPLING_XTC_THRESHOLD, float),
     "temperature": (_g.SAMPLING_TEMP, float),
     "penalty_last_n": (_g.SAMPLING_PENALTY_LAST_N, np.int32),
+    "repetition_penalty": (_g.SAMPLING_PENALTY_REPEAT, float),  # transformers' name; the converter of llama.cpp drops it
     "penalty_repeat": (_g.SAMPLING_PENALTY_REPEAT, float),
     "mirostat": (_g.SAMPLING_MIROSTAT, np.int32),
     "mirostat_tau": (_g.SAMPLING_MIROSTAT_TAU, float),

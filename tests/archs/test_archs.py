@@ -194,12 +194,14 @@ def test_metadata_is_what_llama_cpp_writes():
         head_dim=8,
         rope_parameters={"rope_type": "yarn", "rope_theta": 1000000, "factor": 4, "original_max_position_embeddings": 16},
     )
-    found = archs.find(c).metadata(c, {"temperature": 0.6, "top_k": 20, "top_p": 1, "do_sample": True, "eos_token_id": [1, 2]})
+    generation = {"temperature": 0.6, "top_k": 20, "top_p": 1, "do_sample": True, "eos_token_id": [1, 2]}
+    found = archs.find(c).metadata(c, generation | {"repetition_penalty": 1.05})
     assert found == {
         "general.architecture": "llama",
         "general.sampling.top_k": 20,
         "general.sampling.top_p": 1.0,
         "general.sampling.temp": 0.6,
+        "general.sampling.penalty_repeat": 1.05,
         "llama.block_count": 2,
         "llama.context_length": 64,
         "llama.embedding_length": 16,

@@ -157,38 +157,49 @@ def _canonical(regex: str) -> str:
     return regex
 
 
-def _splits(pre_tokenizer: Mapping[str, Any] | None) -> tuple[str, ...]:
-    """tokenizer.json's pre-tokenizer as a sequence of canonical regexes. Raises UnsupportedError."""
-    if not isinstance(pre_tokenizer, Mapping):
-        return ()
-    kind = pre_tokenizer.get("type")
-    if kind == "Sequence":
-        return tuple(s for step in pre_tokenizer.get("pretokenizers", ()) for s in _splits(step))
+def _steps(pre_tokenizer: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    """The steps of tokenizer.json's pre-tokenizer, sequences flattened."""
+    if not pre_tokenizer:
+        return []
+    if pre_tokenizer.get("type") == "Sequence":
+        return [s for step in pre_tokenizer.get("pretokenizers", ()) for s in _steps(step)]
+    return [pre_tokenizer]
+
+
+def _splits(step: Mapping[str, Any]) -> tuple[str, ...]:
+    """The canonical regexes by which a step splits; something unlike any regex where that is not how it works."""
+    kind = step.get("type")
     if kind == "ByteLevel":
-        return (_GPT2,) if pre_tokenizer.get("use_regex", True) else ()
+        return (_GPT2,) if step.get("use_regex", True) else ()
     if kind == "Digits":
-        return (r"\p{N}" if pre_tokenizer.get("individual_digits") else r"\p{N}+",)
-    if kind == "Punctuation" and pre_tokenizer.get("behavior") == "Contiguous":
+        return (r"\p{N}" if step.get("individual_digits") else r"\p{N}+",)
+    if kind == "Punctuation" and step.get("behavior") == "Contiguous":
         return (r"[\p{P}$+<=>^~|`]+",)
     if kind == "Split":
-        pattern = pre_tokenizer.get("pattern") or {}
+        pattern = step.get("pattern") or {}
         regex = _canonical(pattern["Regex"]) if "Regex" in pattern else re.escape(str(pattern.get("String", "")))
         # "keep what matches, drop the rest" is the same where the regex matches everything
-        isolates = pre_tokenizer.get("behavior") == "Isolated" or (
-            pre_tokenizer.get("behavior") == "Removed" and pre_tokenizer.get("invert") and regex.endswith(r"\s+")
+        isolates = step.get("behavior") == "Isolated" or (
+            step.get("behavior") == "Removed" and step.get("invert") and regex.endswith(r"\s+")
         )
-        return (regex if isolates else f"{pre_tokenizer.get('behavior')}({regex})",)
-    return (f"{kind}({json.dumps({k: v for k, v in pre_tokenizer.items() if k != 'type'}, ensure_ascii=False)})",)
+        return (regex if isolates else f"{step.get('behavior')}({regex})",)
+    return (f"{kind}({json.dumps({k: v for k, v in step.items() if k != 'type'}, ensure_ascii=False)})",)
+
+
+def _is_byte_level(tokenizer: Mapping[str, Any]) -> bool:
+    return any(step.get("type") == "ByteLevel" for step in _steps(tokenizer.get("pre_tokenizer")))
 
 
 def _kind_of(files: _Files) -> _Kind:
     """The pre-tokenizer of llama.cpp that splits as this tokenizer.json does. Raises UnsupportedError."""
     tokenizer = files.tokenizer
-    splits = _splits(tokenizer.get("pre_tokenizer"))
+    splits = tuple(s for step in _steps(tokenizer.get("pre_tokenizer")) for s in _splits(step))
     ignore_merges = bool(tokenizer["model"].get("ignore_merges"))
     normalizer = tokenizer.get("normalizer")
     steps = normalizer.get("normalizers", [normalizer]) if normalizer else []
-    odd = [str(step.get("type")) for step in steps if step.get("type") != "NFC"]
+    odd = [f"normalizer {step.get('type')}" for step in steps if step.get("type") != "NFC"]
+    if not _is_byte_level(tokenizer):
+        odd.append("no ByteLevel step")
     alike = [] if odd else sorted((k for k in _KINDS if k.splits == splits), key=lambda k: k.ignore_merges != ignore_merges)
     # Taking whole tokens without merging makes no difference where merges lead to every token anyway.
     if alike and (alike[0].ignore_merges == ignore_merges or _merges_reach_all(files)):
@@ -197,8 +208,7 @@ def _kind_of(files: _Files) -> _Kind:
         return alike[0]
     near = max(_KINDS, key=lambda k: difflib.SequenceMatcher(None, " ".join(k.splits), " ".join(splits), False).ratio())
     shown = f"regex {' then '.join(splits) or '(none)'}, ignore_merges {str(ignore_merges).lower()}"
-    if odd:
-        shown += f", normalizer {' then '.join(odd)}"
+    shown = ", ".join([shown, *odd])
     raise UnsupportedError(
         f"tokenizer.json: llama.cpp has no pre-tokenizer with {shown}; the nearest is {near.name}: "
         f"--pre-tokenizer {near.name} to go on with it"
@@ -377,17 +387,9 @@ def _byte_level(files: _Files, config: Mapping[str, Any], pre_tokenizer: str | N
         _K.MERGES: [" ".join(p.replace(" ", "Ġ") for p in pair) for pair in merges],
     }
     found.update(_special(files, config, out, adds_bos=pre in _ADDS_BOS))
-    if _adds_prefix_space(files.tokenizer.get("pre_tokenizer")):
+    if any(s.get("type") == "ByteLevel" and s.get("add_prefix_space") for s in _steps(files.tokenizer.get("pre_tokenizer"))):
         logger.warning("tokenizer.json puts a space before the text; llama.cpp's byte-level BPE does not: first ids differ")
     return found
-
-
-def _adds_prefix_space(pre_tokenizer: Mapping[str, Any] | None) -> bool:
-    if not pre_tokenizer:
-        return False
-    if pre_tokenizer.get("type") == "Sequence":
-        return any(_adds_prefix_space(p) for p in pre_tokenizer.get("pretokenizers", ()))
-    return pre_tokenizer.get("type") == "ByteLevel" and bool(pre_tokenizer.get("add_prefix_space"))
 
 
 # ---- SentencePiece BPE -----------------------------------------------------------------------
@@ -681,7 +683,7 @@ def metadata(directory: str | Path, config: Mapping[str, Any], *, pre_tokenizer:
     try:
         found = _read(_Files.read(directory), config, pre_tokenizer)
         "".join(t for v in found.values() if isinstance(v, (str, list)) for t in v).encode()
-    except (AttributeError, IndexError, KeyError, TypeError) as e:
+    except (AttributeError, IndexError, KeyError, RecursionError, TypeError) as e:
         raise FormatError(directory, f"tokenizer.json or tokenizer_config.json is malformed: {e!r}") from e
     except OSError as e:
         raise FormatError(e.filename or directory, f"cannot be read: {e.strerror}") from None
@@ -705,7 +707,7 @@ def _read(files: _Files, config: Mapping[str, Any], pre_tokenizer: str | None) -
 
 def _is_sentencepiece(tokenizer: Mapping[str, Any]) -> bool:
     """No tokenizer.json, or one of Llama's kind: byte fallback instead of a byte alphabet."""
-    return not tokenizer or bool(tokenizer["model"].get("byte_fallback"))
+    return not tokenizer or (bool(tokenizer["model"].get("byte_fallback")) and not _is_byte_level(tokenizer))
 
 
 # ---- running it ------------------------------------------------------------------------------

@@ -167,6 +167,7 @@ def test_nfc_is_accepted_and_harmless_on_composed_text(tmp_path):
         ({"normalizer": {"type": "Lowercase"}}, "Lowercase", "gpt-2"),
         ({"pre_tokenizer": {"type": "Whitespace"}}, "Whitespace", ""),
         ({"pre_tokenizer": None}, "(none)", ""),
+        ({"pre_tokenizer": split(QWEN2)}, "no ByteLevel step", "qwen2"),
     ],
 )
 def test_unknown_kind_is_an_error_with_a_way_out(parts, shown, near, tmp_path):
@@ -195,6 +196,16 @@ def test_ignore_merges_of_the_other_kind(tmp_path):
     checkpoints.save(directory, "tokenizer.json", content)
     with pytest.raises(UnsupportedError, match="ignore_merges true; the nearest is qwen2: --pre-tokenizer qwen2"):
         tokenizer.metadata(directory, {})
+
+
+def test_byte_fallback_beside_byte_level_is_byte_level(tmp_path):
+    directory = checkpoints.byte_level(tmp_path, 300, model={"byte_fallback": True})
+    assert tokenizer.metadata(directory, {})["tokenizer.ggml.model"] == "gpt2"
+
+
+def test_a_prefix_space_is_warned_of(tmp_path, caplog):
+    tokenizer.metadata(checkpoints.byte_level(tmp_path, 300, GPT2 | {"add_prefix_space": True}), {})
+    assert "puts a space before the text" in caplog.text
 
 
 def test_unknown_pre_tokenizer_name(tmp_path):
@@ -380,6 +391,13 @@ def test_broken_sentencepiece_models_are_clear_errors(tmp_path):
     assert all("tokenizer.model" in m and "\n" not in m for m in messages)
 
 
+def nested(depth):
+    step = {"type": "Nothing"}
+    for _ in range(depth):
+        step = {"type": "Sequence", "pretokenizers": [step]}
+    return step
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -399,6 +417,7 @@ def test_broken_sentencepiece_models_are_clear_errors(tmp_path):
         lambda c: c.update(added_tokens=7),
         lambda c: c.update(pre_tokenizer="ByteLevel"),
         lambda c: c.update(pre_tokenizer={"type": "Sequence", "pretokenizers": 3}),
+        lambda c: c.update(pre_tokenizer=nested(400)),
         lambda c: c.update(normalizer=[1]),
         lambda c: c.update(post_processor={"type": "TemplateProcessing", "single": [1, 2]}),
         lambda c: c.update(post_processor={"type": "RobertaProcessing"}),

@@ -1,0 +1,276 @@
+"""The evaluator against real llama.cpp's logits, transformers' own forward pass, and bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.numpy import load_file, save_file
+
+import quantforge as qf
+from quantforge.cli import group
+from quantforge.demo import MODEL
+from quantforge.errors import FormatError, NonFiniteError, RecipeError, ShapeError, UnsupportedError
+from quantforge.scorecard import parse_bytes
+from tests import checkpoints
+from tests.llama_cpp import Llama
+
+TEXT = MODEL.parent / "text" / "heldout.txt"
+WINDOWS = 10
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def ggufs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    out = tmp_path_factory.mktemp("ggufs")
+    paths = {t: out / f"{t}.gguf" for t in ("F16", "Q4_0", "Q4_K_M")}
+    for t, p in paths.items():
+        qf.convert(MODEL, p, t)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def found(ggufs: dict[str, Path]) -> qf.Evaluation:
+    return qf.evaluate(ggufs, reference=ggufs["F16"], chunks=WINDOWS, answer_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def llama_logits(ggufs: dict[str, Path]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Log-probabilities float64 [scored, vocabulary] of each file under llama.cpp, and the tokens that follow."""
+    logits: dict[str, np.ndarray] = {}
+    targets = np.zeros(0, int)
+    for name, path in ggufs.items():
+        with Llama(path) as model:
+            tokens = model.tokenize(TEXT.read_text(), add_special=True)[: 256 * WINDOWS]
+            rows = []
+            for w in range(WINDOWS):
+                window = [tokens[0], *tokens[w * 256 + 1 : (w + 1) * 256]]  # BOS, as llama-perplexity does
+                rows.append(model.logits(window)[128:255].astype(np.float64))
+            z = np.concatenate(rows)
+            z -= z.max(-1, keepdims=True)
+            logits[name] = z - np.log(np.exp(z).sum(-1, keepdims=True))
+            targets = np.concatenate([tokens[w * 256 + 129 : (w + 1) * 256] for w in range(WINDOWS)])
+    return logits, targets
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q4_0", "Q4_K_M"])
+def test_perplexity_is_llama_cpps(found: qf.Evaluation, llama_logits: Any, kind: str) -> None:
+    logits, targets = llama_logits
+    want = np.exp(-logits[kind][np.arange(len(targets)), targets].mean())
+    ours = next(m for m in found.models if m.name == kind)
+    assert found.text["tokens_scored"] == len(targets) == WINDOWS * 127
+    assert ours.ppl == pytest.approx(want, rel=2e-3)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_K_M"])
+def test_divergence_is_llama_cpps(found: qf.Evaluation, llama_logits: Any, kind: str) -> None:
+    logits, _ = llama_logits
+    p, q = logits["F16"], logits[kind]
+    kld = (np.exp(p) * (p - q)).sum(-1)
+    ours = next(m for m in found.models if m.name == kind)
+    # llama.cpp rounds activations to 8 bits for K-quants' products, in blocks of 256: its own loss, on top
+    assert ours.kld_mean == pytest.approx(kld.mean(), rel=0.02 if kind == "Q4_0" else 0.05)
+    assert ours.kld_p99 == pytest.approx(np.percentile(kld, 99), rel=0.1)
+    assert ours.same_top == pytest.approx(100 * (p.argmax(-1) == q.argmax(-1)).mean(), abs=1)
+
+
+def test_same_numbers_have_no_divergence(found: qf.Evaluation, ggufs: dict[str, Path]) -> None:
+    same = found.models[0]
+    assert same.name == "F16" and same.kld_max == 0 and same.same_top == 100 and same.flips["total"] == 0
+    assert same.similarity["cosine"] == pytest.approx(1) and same.similarity["unchanged"] == 32
+    floor = found.noise_floor
+    assert 0 < floor.kld_mean < found.models[2].kld_mean / 10
+    assert [m.bytes for m in found.models] == [p.stat().st_size for p in ggufs.values()]
+    assert 4.5 < found.models[1].bpw_body < 4.6 < found.models[1].bpw
+
+
+def test_intervals_and_tensors(found: qf.Evaluation) -> None:
+    q4 = found.models[1]
+    for key, value in (("kld_mean", q4.kld_mean), ("ppl", q4.ppl), ("ln_ppl_ratio", q4.ln_ppl_ratio), ("same_top", q4.same_top)):
+        i = q4.intervals[key]
+        assert i["low"] < value < i["high"] and i["estimate"] == pytest.approx(value)
+    pair = next(d for d in found.intervals["differences"] if d["a"] == "Q4_0" and d["b"] == "Q4_K_M")
+    assert pair["kld_mean"]["estimate"] == pytest.approx(q4.kld_mean - found.models[2].kld_mean)
+    assert pair["kld_mean"]["low"] > 0  # with so few windows, pairing is what makes this difference clear
+    down = next(t for t in q4.tensors if t.name == "model.layers.3.mlp.down_proj.weight")
+    assert (down.role, down.layer, down.type, down.bpw) == ("ffn_down", 3, "Q4_0", 4.5)
+    assert 0.05 < down.rel_rmse < 0.12 and 0.03 < down.weighted_error < 0.15
+    assert {t.role for t in q4.tensors} >= {"attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "token_embd"}
+    assert len(q4.hidden_error) == 6 and 0 < q4.hidden_error[0] < q4.hidden_error[-1]
+
+
+def test_stride_is_the_sliding_window_of_transformers(tmp_path: Path) -> None:
+    import transformers
+
+    text = tmp_path / "t.txt"
+    text.write_text(TEXT.read_text()[3000:6000])
+    e = qf.evaluate(MODEL, reference=MODEL, text=text, ctx=128, stride=50, metrics=["ppl"])
+    model = transformers.AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    ids = [0, *transformers.AutoTokenizer.from_pretrained(MODEL)(text.read_text(), add_special_tokens=False).input_ids]
+    nll, count, end = 0.0, 0, 0
+    for begin in range(0, len(ids), 50):  # after transformers' "Perplexity of fixed-length models"
+        stop = min(begin + 128, len(ids))
+        window = torch.tensor([ids[begin:stop]])
+        with torch.no_grad():
+            log_p = model(window).logits[0].log_softmax(-1)
+        for i in range(max(end - begin, 1), stop - begin):
+            nll, count = nll - float(log_p[i - 1, ids[begin + i]]), count + 1
+        end = stop
+        if end == len(ids):
+            break
+    assert e.text["tokens_scored"] == count == len(ids) - 1
+    assert e.models[0].ppl == pytest.approx(np.exp(nll / count), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("Llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+                                       "high_freq_factor": 4.0, "original_max_position_embeddings": 64}}),
+        ("Llama", {"attention_bias": True, "head_dim": 24}),
+        ("Mistral", {"sliding_window": None}),
+        ("Qwen2", {"tie_word_embeddings": True}),
+        ("Qwen3", {"head_dim": 32}),
+    ],
+)  # fmt: skip
+def test_gguf_runs_as_its_checkpoint(tmp_path: Path, kind: str, changes: dict[str, Any]) -> None:
+    """Names, permutations, biases, head sizes, rope scaling, tokenizer and config all come back from GGUF metadata."""
+    source = checkpoints.model(tmp_path / "hf", kind, **changes)
+    qf.convert(source, tmp_path / "a.gguf", "F32")
+    options: dict[str, Any] = {"text": MODEL.parent / "text" / "calibration.txt", "ctx": 128, "chunks": 2, "metrics": ["kld"]}
+    forward = qf.evaluate(tmp_path / "a.gguf", reference=source, **options)
+    assert forward.models[0].kld_max < 1e-5 and forward.models[0].ppl == pytest.approx(forward.reference.ppl, rel=1e-4)
+    back = qf.evaluate(source, reference=tmp_path / "a.gguf", **options)
+    assert back.models[0].kld_max < 1e-5 and back.reference.ppl == pytest.approx(forward.reference.ppl, rel=1e-4)
+    assert back.text == forward.text
+
+
+def test_layers_stream(tmp_path: Path) -> None:
+    """One block of each model at a time: what is held does not grow with depth."""
+    held = []
+    for layers in (2, 8):
+        source = checkpoints.model(tmp_path / str(layers), "Llama", num_hidden_layers=layers)
+        e = qf.evaluate(source, reference=source, ctx=64, chunks=2, metrics=["ppl"])
+        held.append((e.run["block_bytes"], e.run["hidden_bytes"]))
+    assert held[0] == held[1] and held[0][0] > 0
+
+
+def test_report_and_command_line(tmp_path: Path, ggufs: dict[str, Path]) -> None:
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("In Python,\n\nThe table\n")
+    arguments = ["evaluate", str(ggufs["Q4_0"]), "--reference", str(MODEL), "--chunks", "2", "--prompts", str(prompts)]
+    reports = [str(tmp_path / f"r.{s}") for s in ("html", "md", "json")]
+    done = CliRunner().invoke(group, [*arguments, "--answer-tokens", "5", *(x for r in reports for x in ("--report", r))])
+    assert done.exit_code == 0, done.output
+    assert done.output.startswith("## What quantization cost")
+    got = json.loads((tmp_path / "r.json").read_text())
+    assert got["models"][0]["name"] == "Q4_0" and got["similarity"]["prompts"] == 2
+    assert got["text"]["sha256"] and got["run"]["versions"]["torch"] and got["text"]["ctx"] == 256
+    assert "Q4_0" in (tmp_path / "r.html").read_text() and "| Q4_0 |" in (tmp_path / "r.md").read_text()
+
+
+def test_compare_ranks_and_chooses(tmp_path: Path) -> None:
+    e = qf.compare(MODEL, ["Q2_K", "Q8_0", "Q4_0"], memory="7MB", context=1000, chunks=2, metrics=["kld"], out=tmp_path / "kept")
+    assert [m.name for m in e.ranked()] == ["Q8_0", "Q4_0", "Q2_K"]
+    assert sorted(p.name for p in (tmp_path / "kept").iterdir()) == ["Q2_K.gguf", "Q4_0.gguf", "Q8_0.gguf"]
+    assert e.choice.kv_bytes == 1000 * 2 * 2 * 6 * 4 * 32  # tokens, key and value, f16, layers, heads, width
+    assert e.choice.best == "Q4_0" and e.choice.needs["Q4_0"] == e.models[2].bytes + e.choice.kv_bytes <= 7_000_000
+    assert "Q4_0 is the closest" in e.choice.why and "of the 2 that fit into 7.00 MB" in e.choice.why
+    assert "Q8_0 would be closer but needs 9.3" in e.choice.why
+    none = qf.compare(MODEL, ["Q8_0"], memory=1000, chunks=1, metrics=["kld"], noise_floor=False)
+    assert none.choice.best is None and "None of these fits" in none.choice.why and none.noise_floor is None
+
+
+def test_sizes() -> None:
+    assert [parse_bytes(t) for t in ("6GB", "1.5 GiB", "800m", "42", "3kb")] == [6 * 10**9, 3 * 2**29, 8 * 10**8, 42, 3000]
+    with pytest.raises(RecipeError, match="write a size like 6GB"):
+        parse_bytes("much")
+
+
+# ---- bad input: one clear line each
+
+
+def test_text_shorter_than_a_window(tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("Too short.")
+    with pytest.raises(RecipeError, match=r"t\.txt: \d+ tokens are less than one window of 256"):
+        qf.evaluate(MODEL, reference=MODEL, text=tmp_path / "t.txt")
+
+
+def test_vocabulary_of_another_size(tmp_path: Path) -> None:
+    other = checkpoints.model(tmp_path / "other", "Llama")
+    with pytest.raises(ShapeError, match=r"other has a vocabulary of 320, the reference demo-model one of 4096"):
+        qf.evaluate(other, reference=MODEL)
+
+
+def test_vocabulary_with_other_tokens(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        checkpoints.model(tmp_path / name, "Llama")
+    tokenizer = json.loads((tmp_path / "b" / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    swapped = {k: {256: 257, 257: 256}.get(v, v) for k, v in vocab.items()}
+    (tmp_path / "b" / "tokenizer.json").write_text(json.dumps(tokenizer | {"model": tokenizer["model"] | {"vocab": swapped}}))
+    qf.convert(tmp_path / "b", tmp_path / "b.gguf", "F16")
+    with pytest.raises(ShapeError, match=r"b has another vocabulary than the reference a: token 25[67] is"):
+        qf.evaluate(tmp_path / "b.gguf", reference=tmp_path / "a")
+
+
+def damaged(tmp_path: Path, tensor: str, value: float, at: tuple[int, ...]) -> Path:
+    shutil.copytree(MODEL, tmp_path / "damaged", ignore=shutil.ignore_patterns("*.gguf", "llama.cpp.json"))
+    weights = load_file(MODEL / "model.safetensors")
+    weights[tensor] = weights[tensor].copy()
+    weights[tensor][at] = value
+    save_file(weights, tmp_path / "damaged" / "model.safetensors", {"format": "pt"})
+    return tmp_path / "damaged"
+
+
+def test_weights_that_are_no_numbers(tmp_path: Path) -> None:
+    path = damaged(tmp_path, "model.layers.2.mlp.up_proj.weight", float("nan"), (3, 5))
+    with pytest.raises(NonFiniteError, match=r"damaged: model\.layers\.2\.mlp\.up_proj\.weight: weight \[3, 5\] is nan"):
+        qf.evaluate(path, reference=MODEL, chunks=1)
+
+
+def test_activations_that_overflow(tmp_path: Path) -> None:
+    path = damaged(tmp_path, "model.layers.2.mlp.up_proj.weight", 3e38, (slice(None), slice(None)))
+    with pytest.raises(NonFiniteError, match=r"damaged: not a number after model\.layers\.2\.mlp\.up_proj"):
+        qf.evaluate(path, reference=MODEL, chunks=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"metrics": ["perplexity"]}, RecipeError, "unknown metric perplexity"),
+        ({"prompts": []}, RecipeError, "0 prompts: at least two"),
+        ({"ctx": 2}, RecipeError, "--ctx 2"),
+        ({"stride": 0}, RecipeError, "--stride 0"),
+        ({"stride": 300}, RecipeError, "--stride 300"),
+        ({"chunks": 0}, RecipeError, "--chunks 0"),
+        ({"answer_tokens": 250}, RecipeError, "exceed the model's context of 256"),
+        ({"device": "tpu"}, RecipeError, "--device tpu"),
+        ({"report": "r.pdf"}, UnsupportedError, "must end in"),
+        ({"text": "no/such/file"}, FormatError, "cannot read the text"),
+        ({"embedder": "/no/such/embedder"}, UnsupportedError, "--embedder"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message) as raised:
+        qf.evaluate(MODEL, reference=MODEL, **{"chunks": 1, **options})
+    assert "\n" not in str(raised.value)
+
+
+def test_empty_prompts_on_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("\n  \n")
+    done = CliRunner().invoke(group, ["evaluate", str(MODEL), "--reference", str(MODEL), "--prompts", str(tmp_path / "p.txt")])
+    assert isinstance(done.exception, RecipeError) and "0 prompts" in str(done.exception)

@@ -28,7 +28,6 @@ class IQCodec(GgmlCodec):
 
     def __init__(self, name: str, *, needs_importance: bool = False) -> None:
         super().__init__(name, takes_importance=True, needs_importance=needs_importance)
-        self.encodes = name.startswith("IQ4")
 
     @cached_property
     def grid(self) -> Array:

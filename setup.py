@@ -21,8 +21,8 @@ CXXFLAGS = [
     "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra",
     # float32 sums keep ggml's order and rounding: never contract a*b+c
     "-ffp-contract=off",
-    # GCC's own AVX-512 headers trip this one
-    "-Wno-maybe-uninitialized",
+    # GCC's own AVX-512 headers trip these
+    "-Wno-maybe-uninitialized", "-Wno-uninitialized",
 ]  # fmt: skip
 
 

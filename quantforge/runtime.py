@@ -25,7 +25,7 @@ from torch import nn
 from . import archs
 from .arrays import F32
 from .codecs import Codec
-from .errors import FormatError, NonFiniteError, ShapeError, UnsupportedError
+from .errors import FormatError, NonFiniteError, QuantForgeError, ShapeError, UnsupportedError
 
 if TYPE_CHECKING:
     from .formats import Source
@@ -56,6 +56,8 @@ class Model:
         self.module = _meta_module(self.config, source, dtype)
         self.layers = _layers(self.module, name)
         self.prefix = next(k for k, m in self.module.named_modules() if m is self.layers)
+        self.tied = _tied(self.module)
+        """Head's weight -> embedding's weight, where they are one."""
         self.places = self._places()
         self._rope_factors()
         for owner in self.module.modules():
@@ -139,10 +141,11 @@ class Model:
 
     def roles(self) -> dict[str, str]:
         """Checkpoint name -> role (GGUF stem), where the architecture is known."""
-        if self.arch is None:
-            return {}
-        shapes = dict(_checkpoint_shapes(self.module))
-        return {source: w.role for w in self.arch.weights(self.config, shapes) for source in w.sources}
+        try:
+            weights = self.arch.weights(self.config, dict(_checkpoint_shapes(self.module))) if self.arch else []
+        except QuantForgeError:  # something that transformers runs and llama.cpp does not
+            weights = []
+        return {source: w.role for w in weights for source in w.sources}
 
     def outer_names(self) -> set[str]:
         """Names in the file of the embeddings and the head."""
@@ -165,28 +168,18 @@ class Model:
 
     def parameter(self, name: str) -> F32:
         """A parameter of the module by its name there: a checkpoint tensor, or experts' tensors stacked."""
+        name = self.tied.get(name, name)
         if name in self.places:
             return self.decode(name)
-        if tied := self._tied(name):
-            return self.decode(tied)
         if pieces := self.parts(name):
             shape = tuple(self.module.get_parameter(name).shape)
             return np.concatenate([self.decode(p) for p in pieces]).reshape(shape)
         raise FormatError(self.source.path, f"tensor {name} is missing")
 
-    def _tied(self, name: str) -> str | None:
-        """The embedding's name where `name` is a head that the checkpoint leaves out."""
-        head, embedding = self.module.get_output_embeddings(), self.module.get_input_embeddings()
-        names = {id(m): k for k, m in self.module.named_modules()}
-        if head is not None and name == f"{names[id(head)]}.weight" and self.module.config.tie_word_embeddings:
-            other = f"{names[id(embedding)]}.weight"
-            return other if other in self.places else None
-        return None
-
     def load(self, module: nn.Module, prefix: str, skip: Sequence[nn.Module] = ()) -> None:
         """Decode the parameters of `module`, whose name is `prefix`, into it; sub-modules in `skip` stay empty."""
         avoided = {id(m) for s in skip for m in s.modules()}
-        done: dict[int, nn.Parameter] = {}
+        done: dict[str, nn.Parameter] = {}
         for path, owner in module.named_modules():
             if id(owner) in avoided:
                 continue
@@ -194,15 +187,14 @@ class Model:
             for leaf, parameter in list(owner._parameters.items()):
                 if parameter is None or parameter.device.type != "meta":
                     continue
-                if id(parameter) not in done:  # a tied head is decoded once
-                    w = self.parameter(f"{stem}.{leaf}")
+                name = self.tied.get(f"{stem}.{leaf}", f"{stem}.{leaf}")
+                if name not in done:  # a tied head is decoded once
+                    w = self.parameter(name)
                     if w.shape != tuple(parameter.shape):
-                        raise ShapeError(
-                            f"{self.name}: {stem}.{leaf}: shape {list(w.shape)}, config says {list(parameter.shape)}"
-                        )
+                        raise ShapeError(f"{self.name}: {name}: shape {list(w.shape)}, config says {list(parameter.shape)}")
                     value = torch.from_numpy(np.ascontiguousarray(w)).to(self.device, self.dtype)
-                    done[id(parameter)] = nn.Parameter(value, requires_grad=False)
-                owner._parameters[leaf] = done[id(parameter)]
+                    done[name] = nn.Parameter(value, requires_grad=False)
+                owner._parameters[leaf] = done[name]
             for leaf, buffer in list(owner._buffers.items()):
                 if buffer is not None and leaf not in owner._non_persistent_buffers_set and f"{stem}.{leaf}" in self.places:
                     owner._buffers[leaf] = torch.from_numpy(self.decode(f"{stem}.{leaf}")).to(self.device, buffer.dtype)
@@ -310,8 +302,7 @@ class Model:
     def head(self) -> Iterator[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:
         """A function (hidden [windows, ctx, hidden], positions int[k]) -> logits [windows, k, vocabulary]."""
         embedding = self.module.get_input_embeddings()
-        tied = self.module.get_output_embeddings().weight is embedding.weight
-        self.load(self.module, "", skip=[self.layers] if tied else [self.layers, embedding])
+        self.load(self.module, "", skip=[self.layers] if self.tied else [self.layers, embedding])
 
         def logits(hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
             def final(i: int, _: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -523,13 +514,18 @@ def _layers(module: Any, name: str) -> nn.ModuleList:
     return lists[0]
 
 
+def _tied(module: Any) -> dict[str, str]:
+    head, embedding = module.get_output_embeddings(), module.get_input_embeddings()
+    names = {id(m): k for k, m in module.named_modules()}
+    same = head is not None and head.weight is embedding.weight
+    return {f"{names[id(head)]}.weight": f"{names[id(embedding)]}.weight"} if same else {}
+
+
 def _checkpoint_shapes(module: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names and shapes as a checkpoint has them: a tied head left out, stacked experts one by one."""
-    head, embedding = module.get_output_embeddings(), module.get_input_embeddings()
-    tied = head is not None and head.weight is embedding.weight
-    names = {id(m): k for k, m in module.named_modules()}
+    tied = _tied(module)
     for name, value in module.state_dict(keep_vars=True).items():
-        if tied and name == f"{names[id(head)]}.weight":
+        if name in tied:
             continue
         match = re.search(r"\.experts(\.\w+)$", name)
         if match and match.group(1) in FUSED and value.ndim == 3:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
@@ -25,6 +26,30 @@ if TYPE_CHECKING:
 
 Params: TypeAlias = "dict[str, torch.Tensor]"
 Codes: TypeAlias = "torch.Tensor"
+
+
+@dataclass(frozen=True, slots=True)
+class IntegerGrid:
+    """Numbers step · (code − zero), code in 0..hi."""
+
+    hi: int
+    zero: int | None
+    """The same for all weights; None: stored per group."""
+    group: int
+    """Columns that share a step; 0: whole rows."""
+    real: bool = False
+    """True where what is stored is not `zero` but step · zero, as a real number."""
+    exact: bool = True
+    """False where steps are wider than f16."""
+
+
+@dataclass(frozen=True, slots=True)
+class Integers:
+    """A matrix on an `IntegerGrid`: codes u8[out, in], step f32[out, groups], zero u8[out, groups]."""
+
+    codes: Array
+    step: F32
+    zero: Array
 
 
 class Codec(ABC):
@@ -49,6 +74,24 @@ class Codec(ABC):
     row_local: bool = False
     """True if the parts of rows a:b depend on rows a:b alone and every part has the tensor's
     leading axes, so that tensors can be encoded in tiles of rows, in parallel."""
+    shared: frozenset[str] = frozenset()
+    """Of a codec that is not row-local: the parts that all rows need, if the others have the
+    tensor's leading axes, so that rows can be decoded alone."""
+    integers: IntegerGrid | None = None
+    """The evenly spaced numbers that are stored, if that is what this codec stores."""
+
+    @property
+    def sliceable(self) -> bool:
+        """True if `Encoded.rows` can take rows out without decoding."""
+        return self.row_local or bool(self.shared)
+
+    def to_integers(self, parts: Parts, shape: tuple[int, ...]) -> Integers:
+        """The codes of a codec whose `integers` are not offset by a real number."""
+        raise NotImplementedError(self.name)
+
+    def from_integers(self, codes: Integers) -> Parts:
+        """Inverse of `to_integers`, for any codes that `repacks` says fit."""
+        raise NotImplementedError(self.name)
 
     @abstractmethod
     def layout(self, shape: tuple[int, ...]) -> dict[str, TensorInfo]:
@@ -141,22 +184,54 @@ class Encoded:
         return b"".join(np.ascontiguousarray(self.parts[k]).tobytes() for k in self.codec.layout(self.shape))
 
     def rows(self, rows: slice | Any) -> Encoded:
-        """Rows of a 2-D (or 1-D-per-row) tensor of a row-local codec, without decoding.
+        """Rows of a 2-D (or 1-D-per-row) tensor of a sliceable codec, without decoding.
 
         rows: a slice (parts stay views) or an index array over the first axis.
         """
-        assert self.codec.row_local
-        parts = {k: p[rows] for k, p in self.parts.items()}
-        n = next(iter(parts.values())).shape[0]
+        assert self.codec.sliceable
+        shared = self.codec.shared
+        parts = {k: p if k in shared else p[rows] for k, p in self.parts.items()}
+        n = next(p.shape[0] for k, p in parts.items() if k not in shared)
         return Encoded(self.codec, (n, *self.shape[1:]), parts)
 
     def flat(self) -> Encoded:
-        """The same tensor with all leading axes merged: shape [rows, in] (row-local codecs)."""
-        assert self.codec.row_local
+        """The same tensor with all leading axes merged: shape [rows, in] (sliceable codecs)."""
+        assert self.codec.sliceable
         n_in = self.shape[-1]
         rows = int(np.prod(self.shape[:-1], dtype=np.int64))
-        parts = {k: p.reshape(rows, -1) for k, p in self.parts.items()}
+        parts = {k: p if k in self.codec.shared else p.reshape(rows, -1) for k, p in self.parts.items()}
         return Encoded(self.codec, (rows, n_in), parts)
+
+
+def repacks(source: Codec, target: Codec, shape: tuple[int, ...]) -> bool:
+    """True if `repack` can take a tensor of `shape` from one codec to the other."""
+    a, b = source.integers, target.integers
+    if a is None or b is None or a.real or not shape:
+        return False
+    n = shape[-1]
+    if (a.group or n) % (b.group or n):
+        return False
+    if b.zero is None:
+        return a.hi <= b.hi
+    return a.zero is not None and a.zero <= b.zero and a.hi - a.zero <= b.hi - b.zero
+
+
+def repack(e: Encoded, target: Codec) -> Encoded:
+    """The same integers in another codec, never decoded: equal but for the rounding of steps to what it stores.
+
+    e: a matrix for which `repacks` is true.
+    """
+    found = e.codec.to_integers(e.parts, e.shape)
+    grid = target.integers
+    assert grid is not None
+    codes, zero = found.codes, found.zero
+    if grid.zero is not None:
+        codes = codes + (grid.zero - zero.flat[0] if zero.size else 0)
+        zero = np.full_like(zero, grid.zero)
+    n, groups = e.shape[-1], found.step.shape[-1]
+    times = n // (grid.group or n) // groups
+    moved = Integers(codes.astype(np.uint8, copy=False), found.step.repeat(times, -1), zero.repeat(times, -1))
+    return Encoded(target, e.shape, target.from_integers(moved))
 
 
 def check_weights(w: Any, codec: Codec) -> F32:
@@ -257,6 +332,9 @@ class AffineCodec(GgmlCodec, GridCodec):
     def __init__(self, name: str, grid: AffineGrid, *, takes_importance: bool = True) -> None:
         super().__init__(name, takes_importance=takes_importance)
         self.grid = grid
+        if not grid.ints:
+            real = "m" in grid.floats
+            self.integers = IntegerGrid(grid.q.hi, None if real else grid.q.zero, self.block_size, real)
 
     def fit(self, w: torch.Tensor, importance: torch.Tensor | None = None) -> Params:
         """Choose the stored scales and mins, minimising Σ importance (w − ŵ)²; see `GridCodec.fit`."""
@@ -282,6 +360,20 @@ class AffineCodec(GgmlCodec, GridCodec):
         (data,) = check_parts(parts, shape, self)
         # torch warns of read-only memory (a map of a file)
         return self.grid.read(torch.from_numpy(np.require(data.reshape(-1, data.shape[-1]), requirements=["W"])))
+
+    def to_integers(self, parts: Parts, shape: tuple[int, ...]) -> Integers:
+        """Codes and f16 steps of the types without sub-blocks and mins."""
+        codes, params = self.unpack(parts, shape)
+        step = to_numpy(params["d"]).astype(np.float32)
+        return Integers(to_numpy(codes), step, np.full(step.shape, self.grid.q.zero, np.uint8))
+
+    def from_integers(self, codes: Integers) -> Parts:
+        """Steps (and mins −step · zero) are rounded to f16."""
+        import torch
+
+        floats = {"d": codes.step, "m": -codes.step * codes.zero}
+        params = {k: torch.from_numpy(floats[k]).clamp(-65504, 65504).half() for k in self.grid.floats}
+        return self.pack(torch.from_numpy(np.require(codes.codes, requirements=["C", "W"])), params)
 
 
 def check_matrix(w: torch.Tensor, importance: torch.Tensor | None, codec: Codec) -> None:
@@ -329,6 +421,7 @@ def check_importance(importance: F32, shape: tuple[int, ...], codec: Codec) -> F
 
 
 _registry: dict[str, Codec] = {}
+_families: list[Callable[[str], Codec | None]] = []
 _C = TypeVar("_C", bound="type[Codec] | Codec")
 
 
@@ -343,6 +436,23 @@ def register(codec: _C) -> _C:
         raise UnsupportedError(f"a codec named {instance.name} is already registered by {type(known).__module__}")
     _registry[instance.name] = instance
     return codec
+
+
+def register_family(parse: Callable[[str], Codec | None]) -> None:
+    """Make codecs known that are described by their names: parse("int4-g128-sym") is a codec, or None if the
+    (lower-case) name is not of this family. The same codec has the same `name`, however it was spelled.
+    """
+    _families.append(parse)
+
+
+_made: dict[str, Codec] = {}
+
+
+def _of_family(name: str) -> Codec | None:
+    for parse in _families:
+        if (codec := parse(name.lower())) is not None:
+            return _made.setdefault(codec.name, codec)  # one instance per name
+    return None
 
 
 @cache
@@ -367,10 +477,10 @@ def get(name: str | Codec) -> Codec:
         return name
     _discover()
     folded = {k.lower(): v for k, v in _registry.items()}
-    try:
-        return _registry.get(name) or folded[name.lower()]
-    except KeyError:
-        raise UnsupportedError(f"unknown type {name}{nearest(name, _registry)}; `quantforge types` lists all") from None
+    codec = _registry.get(name) or folded.get(name.lower()) or _of_family(name)
+    if codec is None:
+        raise UnsupportedError(f"unknown type {name}{nearest(name, _registry)}; `quantforge types` lists all")
+    return codec
 
 
 def by_ggml_type(ggml_type: int) -> Codec | None:

@@ -12,9 +12,14 @@ from quantforge.codecs.plain import PlainCodec
 from quantforge.errors import NonFiniteError, ShapeError, UnsupportedError
 from tests import ggml_oracle
 
-ALL = codecs.names()
+FAMILIES = (  # codecs described by their names
+    *(f"int{b}-g64-{s}" for b, s in ((2, "sym"), (3, "asym"), (4, "sym"), (4, "asym"), (5, "sym"), (8, "sym"))),
+    *("int2-channel-sym", "int4-channel-asym-bf16", "int8-channel-sym-f32", "int3-tensor-asym", "int8-tensor-sym"),
+    *("fp8-tensor", "fp8-channel-bf16"),
+)
+ALL = [*codecs.names(), *FAMILIES]
 ENCODERS = [n for n in ALL if codecs.get(n).encodes]
-BLOCKS = [n for n in ENCODERS if not isinstance(codecs.get(n), PlainCodec)]
+BLOCKS = [n for n in ENCODERS if not isinstance(codecs.get(n), PlainCodec) and native.has(n, "encode")]
 WEIGHTED = [n for n in BLOCKS if getattr(codecs.get(n), "takes_importance", False)]
 GGML = [n for n in ALL if codecs.get(n).ggml_type is not None and (n in ("F32", "F16", "BF16") or codecs.get(n).block_size > 1)]
 SAME_BYTES = [n for n in ENCODERS if codecs.get(n).ggml_bytes]
@@ -115,7 +120,7 @@ def test_decoded_weights_are_near(name: str) -> None:
         np.testing.assert_array_equal(d, w.astype(codec.dtype).astype(np.float32))
         return
     error = np.sqrt(np.mean((d - w) ** 2) / np.mean(w**2))
-    assert error < (0.85 if e.bpw < 3 else 1.6 * 2.0 ** (1 - e.bpw)), error
+    assert error < (0.85 if e.bpw < 3 else 0.03 if name.startswith("fp8") else 1.6 * 2.0 ** (1 - e.bpw)), error
 
 
 @pytest.mark.parametrize("name", ENCODERS)
@@ -133,6 +138,8 @@ def test_one_block_odd_rows_and_threads(name: str) -> None:
         assert equal(codec.encode(w[:rows]), {k: p[:rows] for k, p in whole.items()}), rows
     flat = codecs.Encoded(codec, w.shape, whole)
     np.testing.assert_array_equal(flat.rows(slice(3, 9)).decode(), flat.decode()[3:9])
+    if codec.block_size == 1 and not isinstance(codec, PlainCodec):
+        return  # parameters are a whole row's
     np.testing.assert_array_equal(
         codec.decode(codec.encode(one), one.shape), codec.decode(whole, w.shape)[:1, : codec.block_size]
     )

@@ -1,0 +1,77 @@
+"""FP8 (E4M3) under a scale, a family of codecs: fp8-tensor, fp8-channel, fp8-block128 (tiles of 128 × 128);
+scales are f32, or -bf16, -f16."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+
+from ..arrays import BF16, F8_E4M3, F32, Array, Parts, TensorInfo
+from ..errors import ShapeError
+from .base import Codec, check_parts, check_weights, raise_non_finite, register_family
+
+_NAME = re.compile(r"fp8-(tensor|channel|block([1-9]\d{0,5}))(?:-(f16|bf16|f32))?")
+_DTYPES = {"f16": np.dtype(np.float16), "bf16": BF16, "f32": np.dtype(np.float32)}
+_MAX = np.float32(448)
+
+
+class Fp8Codec(Codec):
+    """w = code · scale.  Parts: codes: f8_e4m3[..., in]; scale: [1], [..., 1], or [..., out/block, in/block] rounded up."""
+
+    def __init__(self, per: str, scale: str = "f32") -> None:
+        self.per, self.scale_dtype = per, _DTYPES[scale]
+        self.tile = int(per.removeprefix("block")) if per.startswith("block") else 0
+        self.name = f"fp8-{per}" + ("" if scale == "f32" else f"-{scale}")
+        self.row_local = per == "channel"
+        self.shared = frozenset({"scale"}) if per == "tensor" else frozenset()
+
+    def layout(self, shape: tuple[int, ...]) -> dict[str, TensorInfo]:
+        """Parts codes and scale."""
+        if len(shape) < (2 if self.tile else 1):
+            raise ShapeError(f"{self.name}: weights {list(shape)} are no matrix; choose fp8-channel or a float type")
+        scales: tuple[int, ...] = (1,)
+        if self.tile:
+            scales = (*shape[:-2], -(-shape[-2] // self.tile), -(-shape[-1] // self.tile))
+        elif self.row_local:
+            scales = (*shape[:-1], 1)
+        return {"codes": TensorInfo(F8_E4M3, shape), "scale": TensorInfo(self.scale_dtype, scales)}
+
+    def encode(self, w: F32, importance: F32 | None = None, *, threads: int = 1) -> Parts:
+        """The largest weight of a scale becomes 448; round to the nearest. Importance does not matter here."""
+        w = check_weights(w, self)
+        info = self.layout(w.shape)["scale"]
+        if self.tile:
+            magnitude = np.pad(np.abs(w), [(0, 0)] * (w.ndim - 2) + [(0, -n % self.tile) for n in w.shape[-2:]])
+            tiles = magnitude.reshape(*w.shape[:-2], info.shape[-2], self.tile, info.shape[-1], self.tile)
+            amax = tiles.max((-3, -1), initial=0)
+        else:
+            rows = w.reshape(*info.shape[:-1], -1)
+            amax = np.maximum(rows.max(-1, initial=0), -rows.min(-1, initial=0)).reshape(info.shape)
+        if not np.isfinite(amax).all():
+            raise_non_finite(w, self.name)
+        largest = 65504.0 if self.scale_dtype == np.float16 else 3.38e38
+        scale = np.minimum(amax / _MAX, largest).astype(self.scale_dtype)
+        wide = self._spread(scale.astype(np.float32), w.shape)
+        with np.errstate(over="ignore"):
+            x = w / np.where(wide > 0, wide, np.float32(np.inf))
+        return {"codes": np.clip(x, -_MAX, _MAX).astype(F8_E4M3), "scale": scale}
+
+    def decode(self, parts: Parts, shape: tuple[int, ...], *, threads: int = 1) -> F32:
+        """f32[shape]."""
+        codes, scale = check_parts(parts, shape, self)
+        return np.asarray(codes.astype(np.float32) * self._spread(scale.astype(np.float32), shape), np.float32)
+
+    def _spread(self, scale: Array, shape: tuple[int, ...]) -> Array:
+        """Scales in a shape that broadcasts to the weights'."""
+        if not self.tile:
+            return scale
+        return scale.repeat(self.tile, -2).repeat(self.tile, -1)[..., : shape[-2], : shape[-1]]
+
+
+def _of_name(name: str) -> Codec | None:
+    match = _NAME.fullmatch(name)
+    return match and Fp8Codec(match[1], match[3] or "f32")
+
+
+register_family(_of_name)

@@ -493,7 +493,8 @@ def _meta_module(config: Mapping[str, Any], source: Source, dtype: torch.dtype) 
     settings._attn_implementation = "sdpa" if getattr(cls, "_supports_sdpa", False) else "eager"
 
     def to_meta(owner: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
-        return nn.Parameter(parameter.to("meta"), requires_grad=False)
+        # what is there already must stay the same object: a head is tied by registering the embedding's weight
+        return parameter if parameter.is_meta else nn.Parameter(parameter.to("meta"), requires_grad=False)
 
     # a fresh parameter becomes meta the moment a module registers it: its memory is never touched
     hook = nn.modules.module.register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]

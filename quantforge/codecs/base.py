@@ -17,7 +17,7 @@ import gguf
 import numpy as np
 
 from .. import native
-from ..arrays import F32, Array, Parts, TensorInfo, to_numpy
+from ..arrays import F32, Array, Parts, TensorInfo, empty, to_numpy
 from ..errors import NonFiniteError, ShapeError, UnsupportedError, nearest
 from ..grid import AffineGrid
 
@@ -245,7 +245,7 @@ def check_weights(w: Any, codec: Codec) -> F32:
 
 def check_block(shape: tuple[int, ...], codec: Codec) -> None:
     """Raise ShapeError unless the last axis is a multiple of the codec's block."""
-    if not shape or shape[-1] % codec.block_size:
+    if not shape or shape[-1] % codec.block_size or (codec.block_size > 1 and not shape[-1]):
         n = shape[-1] if shape else 0
         raise ShapeError(
             f"{codec.name}: rows of {n} weights are not a multiple of the block size {codec.block_size}; "
@@ -296,7 +296,7 @@ class GgmlCodec(Codec):
         """Quantize w: f32[..., in] with the compiled kernel; see `Codec.encode`."""
         w = check_weights(w, self)
         info = self.layout(w.shape)["data"]
-        data = np.empty(info.shape, info.dtype)
+        data = empty(info.shape, info.dtype)
         rows, out = w.reshape(-1, w.shape[-1]), data.reshape(-1, info.shape[-1])
         try:
             if importance is None or not self.takes_importance:
@@ -317,7 +317,7 @@ class GgmlCodec(Codec):
         """f32[shape]; bit-equal to ggml's and gguf-py's dequantization."""
         (data,) = check_parts(parts, shape, self)
         data = data.reshape(-1, data.shape[-1])
-        w = np.empty(shape, np.float32)
+        w = empty(shape, np.float32)
         native.call_rows(self.name, "decode", [data], [], [w.reshape(-1, shape[-1])], threads)
         return w
 

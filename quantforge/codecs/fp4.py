@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .. import native
-from ..arrays import F32, Array, Parts, TensorInfo
+from ..arrays import F32, Array, Parts, TensorInfo, empty
 from .base import GgmlCodec, check_importance, check_parts, check_weights, raise_non_finite, register
 
 E4M3_MAX, E2M1_MAX = 448.0, 6.0
@@ -34,7 +34,7 @@ class NVFP4(GgmlCodec):
     def encode(self, w: F32, importance: F32 | None = None, *, threads: int = 1) -> Parts:
         """Quantize w: f32[..., out, in]; see `Codec.encode`."""
         w = check_weights(w, self)
-        parts = {k: np.empty(i.shape, i.dtype) for k, i in self.layout(w.shape).items()}
+        parts = {k: empty(i.shape, i.dtype) for k, i in self.layout(w.shape).items()}
         per: list[Array] = [] if importance is None else list(check_importance(importance, w.shape, self))
         scale = parts["scale"]
         for i, (rows, data) in enumerate(zip(_matrices(w, len(scale)), _matrices(parts["data"], len(scale)), strict=True)):
@@ -52,7 +52,7 @@ class NVFP4(GgmlCodec):
         if "scale" not in parts:
             parts = parts | {"scale": np.ones(self.layout(shape)["scale"].shape, np.float32)}
         data, scale = check_parts(parts, shape, self)
-        w = np.empty(shape, np.float32)
+        w = empty(shape, np.float32)
         for i, (rows, out) in enumerate(zip(_matrices(data, len(scale)), _matrices(w, len(scale)), strict=True)):
             native.call_rows(self.name, "decode", [rows], [scale[i : i + 1]], [out], threads)
         return w

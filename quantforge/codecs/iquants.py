@@ -12,7 +12,7 @@ import gguf.quants
 import numpy as np
 
 from .. import native
-from ..arrays import F32, Array, Parts, to_numpy
+from ..arrays import F32, Array, Parts, empty, to_numpy
 from ..errors import NonFiniteError, ShapeError
 from .base import GgmlCodec, check_parts, check_weights, raise_non_finite, register
 
@@ -43,7 +43,7 @@ class IQCodec(GgmlCodec):
         """Quantize w: f32[..., in]; importance: f32[in], or anything that broadcasts to w."""
         w = check_weights(w, self)
         info = self.layout(w.shape)["data"]
-        data = np.empty(info.shape, info.dtype)
+        data = empty(info.shape, info.dtype)
         rows, out = w.reshape(-1, w.shape[-1]), data.reshape(-1, info.shape[-1])
         by_row: list[Array] = []
         shared: list[Array] = [np.empty(0, np.float32)]
@@ -73,7 +73,7 @@ class IQCodec(GgmlCodec):
         """f32[shape]; bit-equal to ggml's and gguf-py's dequantization."""
         (data,) = check_parts(parts, shape, self)
         data = data.reshape(-1, data.shape[-1])
-        w = np.empty(shape, np.float32)
+        w = empty(shape, np.float32)
         native.call_rows(self.name, "decode", [data], [self.grid, KSIGNS], [w.reshape(-1, shape[-1])], threads)
         return w
 

@@ -8,7 +8,7 @@ import gguf
 import numpy as np
 
 from .. import native
-from ..arrays import BF16, F8_E4M3, F8_E5M2, F32, Array, Parts, TensorInfo
+from ..arrays import BF16, F8_E4M3, F8_E5M2, F32, Array, Parts, TensorInfo, empty
 from .base import Codec, check_parts, check_weights, raise_non_finite, register
 
 
@@ -32,7 +32,7 @@ class PlainCodec(Codec):
         """Round to nearest even. Importance does not matter here."""
         w = check_weights(w, self)
         if native.has(self.name, "encode"):
-            out = np.empty(w.shape, self.dtype)
+            out = empty(w.shape, self.dtype)
             try:
                 native.call_rows(self.name, "encode", [_rows(w)], [], [_bytes(out)], threads)
             except native.KernelError as e:
@@ -47,14 +47,14 @@ class PlainCodec(Codec):
         """Exact widening to f32 (F64 and 64-bit integers round)."""
         (data,) = check_parts(parts, shape, self)
         if native.has(self.name, "decode"):
-            w = np.empty(shape, np.float32)
+            w = empty(shape, np.float32)
             native.call_rows(self.name, "decode", [_bytes(data)], [], [_rows(w)], threads)
             return w
         return data.astype(np.float32)
 
 
 def _rows(w: Array) -> Array:
-    return w.reshape(-1, w.shape[-1]) if w.ndim else w.reshape(1, 1)
+    return w.reshape(-1, w.shape[-1]) if w.ndim and w.size else w.reshape(w.size, 1)
 
 
 def _bytes(a: Array) -> Array:

@@ -162,6 +162,13 @@ def test_any_array_of_the_same_numbers(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ENCODERS)
+def test_no_rows(name: str) -> None:
+    codec = codecs.get(name)
+    w = np.zeros((0, IN), np.float32)
+    assert codec.decode(codec.encode(w), w.shape).shape == w.shape
+
+
+@pytest.mark.parametrize("name", ENCODERS)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_non_finite_weights_are_named(name: str, bad: float) -> None:
     w = weights(name, 33)
@@ -179,7 +186,7 @@ def test_non_finite_weights_are_named(name: str, bad: float) -> None:
 def test_wrong_sizes_are_shape_errors(name: str) -> None:
     codec = codecs.get(name)
     if codec.block_size > 1:
-        for shape in [(codec.block_size + 1,), (2, codec.block_size - 1), ()]:
+        for shape in [(codec.block_size + 1,), (2, codec.block_size - 1), (2, 0), ()]:
             with pytest.raises(ShapeError, match=name):
                 codec.layout(shape)
             if codec.encodes:

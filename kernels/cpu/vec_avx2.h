@@ -79,7 +79,6 @@ QF_INLINE vf lookup16(const float *table, vi i) {
     const __m256 lo = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), i.v), hi = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), i.v);
     return {_mm256_blendv_ps(lo, hi, _mm256_castsi256_ps(_mm256_slli_epi32(i.v, 28)))};
 }
-QF_INLINE vi widen_u8(const uint8_t *p) { return {_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p))}; }
 QF_INLINE vi widen_i8(const uint8_t *p) { return {_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p))}; }
 QF_INLINE vi widen_u16(const uint8_t *p) { return {_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p))}; }
 QF_INLINE void narrow_u16(uint8_t *p, vi a) {

@@ -71,7 +71,6 @@ QF_INLINE vf from_half(vi a) { return {_mm512_cvtph_ps(_mm512_cvtepi32_epi16(a.v
 QF_INLINE vf gather(const float *p, vi i) { return {_mm512_i32gather_ps(i.v, p, 4)}; }
 QF_INLINE vi gather(const int32_t *p, vi i) { return {_mm512_i32gather_epi32(i.v, p, 4)}; }
 QF_INLINE vf lookup16(const float *table, vi i) { return {_mm512_permutexvar_ps(i.v, _mm512_loadu_ps(table))}; }
-QF_INLINE vi widen_u8(const uint8_t *p) { return {_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p))}; }
 QF_INLINE vi widen_i8(const uint8_t *p) { return {_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p))}; }
 QF_INLINE vi widen_u16(const uint8_t *p) { return {_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p))}; }
 QF_INLINE void narrow_u16(uint8_t *p, vi a) { _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(a.v)); }

@@ -70,8 +70,7 @@ QF_INLINE vf from_half(vi a) { return {float_of_half((uint16_t)a.v)}; }
 QF_INLINE vf gather(const float *p, vi i) { return {p[i.v]}; }
 QF_INLINE vi gather(const int32_t *p, vi i) { return {p[i.v]}; }
 QF_INLINE vf lookup16(const float *table, vi i) { return {table[i.v]}; }                 // 0 <= i < 16
-QF_INLINE vi widen_u8(const uint8_t *p) { return {*p}; }                                 // W bytes to W integers
-QF_INLINE vi widen_i8(const uint8_t *p) { return {(int8_t)*p}; }
+QF_INLINE vi widen_i8(const uint8_t *p) { return {(int8_t)*p}; }                         // W of them to W integers
 QF_INLINE vi widen_u16(const uint8_t *p) { uint16_t h; memcpy(&h, p, 2); return {h}; }
 QF_INLINE void narrow_u16(uint8_t *p, vi a) { const uint16_t h = (uint16_t)a.v; memcpy(p, &h, 2); }  // 0 <= a < 2^16
 

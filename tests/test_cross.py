@@ -66,7 +66,8 @@ def test_neon_compiles_and_writes_the_same_bytes(tmp_path: Path) -> None:
         pytest.skip(f"compiled, but no {QEMU} to run it (Debian: apt-get install qemu-user)")
 
     rng = np.random.default_rng(5)
-    w = (rng.normal(size=(ROWS, IN)) * np.logspace(-42, 30, ROWS)[:, None]).astype(np.float32)
+    # neither huge nor denormal: where a sum becomes NaN, its sign is the hardware's
+    w = (rng.normal(size=(ROWS, IN)) * np.logspace(-10, 4, ROWS)[:, None]).astype(np.float32)
     w[2] = 0
     w[3, ::2] = rng.integers(-8, 9, IN // 2)
     q = np.exp(rng.normal(size=IN)).astype(np.float32)

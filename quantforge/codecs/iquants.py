@@ -49,6 +49,8 @@ class IQCodec(GgmlCodec):
         shared: list[Array] = [np.empty(0, np.float32)]
         if importance is not None:
             q = np.asarray(to_numpy(importance), dtype=np.float32)
+            if q.ndim == w.ndim - 1:  # one row of importance per matrix
+                q = q[..., None, :]
             if not np.isfinite(q).all() or (q < 0).any():
                 raise NonFiniteError(f"{self.name}: importance must be finite and not negative", ())
             try:

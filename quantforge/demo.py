@@ -15,7 +15,7 @@ from .errors import NativeError
 DATA = Path(__file__).with_name("data")
 MODEL = DATA / "demo-model"
 IMATRIX = MODEL / "llama.cpp-imatrix.gguf"
-TYPES = ("F16", "Q8_0", "Q4_K_M", "Q4_0")
+TYPES = ("F16", "Q8_0", "Q4_K_M", "Q4_0", "IQ2_XXS")
 PROMPT = "The following example shows how to open a file and read"
 
 

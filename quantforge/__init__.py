@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .calibration import CalibrationReport, calibrate
     from .codecs import Codec, Encoded, GridCodec, quantize, register
     from .conversion import Report, convert
     from .errors import (
@@ -36,6 +37,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CalibrationError",
+    "CalibrationReport",
     "Codec",
     "Encoded",
     "Evaluation",
@@ -53,6 +55,7 @@ __all__ = [
     "ShapeError",
     "UnsupportedError",
     "__version__",
+    "calibrate",
     "compare",
     "convert",
     "evaluate",
@@ -68,6 +71,7 @@ _HOMES = {
     **dict.fromkeys(("Codec", "Encoded", "GridCodec", "quantize", "register"), ("codecs", "")),
     **dict.fromkeys(("Report", "convert"), ("conversion", "")),
     **dict.fromkeys(("Plan", "plan"), ("planning", "")),
+    **dict.fromkeys(("CalibrationReport", "calibrate"), ("calibration", "")),
     "Importance": ("importance", ""),
     "Recipe": ("recipes", ""),
     "Evaluation": ("report", ""),

@@ -17,7 +17,7 @@ LAYERS = [
     {"native"},
     {"codecs", "archs", "metrics", "tokenizer"},
     {"formats", "methods", "runtime", "nn", "presets", "corpus"},
-    {"recipes", "calibrate", "importance", "report", "similarity", "tasks"},
+    {"recipes", "calibration", "importance", "report", "similarity", "tasks"},
     {"planning"},
     {"conversion", "evaluation"},
     {"scorecard", "inspection"},
@@ -28,7 +28,7 @@ LAYERS = [
 ]
 FREE = {"errors"}
 HEAVY = {"torch", "transformers"}
-MAY_BE_HEAVY = {"methods", "runtime", "calibrate", "nn"}
+MAY_BE_HEAVY = {"methods", "runtime", "calibration", "nn"}
 
 MODULES = sorted(p.relative_to(PACKAGE) for p in PACKAGE.rglob("*.py") if "data" not in p.relative_to(PACKAGE).parts)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import gguf
 import numpy as np
@@ -129,7 +129,7 @@ class GridCodec(Codec):
     `at` is a column of the matrix, a multiple of `vector`; blocks may be entered anywhere.
     """
 
-    vector: ClassVar[int] = 1
+    vector: int = 1
     """Columns that are rounded together: 1, or 4/8 for codebook types."""
 
     @abstractmethod

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import struct
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -31,11 +32,11 @@ _DTYPES = ["u1", "i1", "u2", "i2", "u4", "i4", "i8", "f2", BF16, "f4", "f8"]
 _DTYPE_CODES = {np.dtype(d): i for i, d in enumerate(_DTYPES)}
 
 
-class _Array(ctypes.Structure):
-    _fields_ = (("data", ctypes.c_void_p), ("shape", ctypes.c_int64 * 4), ("ndim", ctypes.c_int32), ("dtype", ctypes.c_int32))
+_DESCRIPTOR = struct.Struct("@P4qii")  # qf_array
 
 
-_Fn = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(_Array), ctypes.c_int, ctypes.POINTER(_Array), ctypes.c_int, ctypes.c_void_p)
+# qf_fn; the descriptors go as packed bytes, several times quicker to make than ctypes structures
+_Fn = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_void_p)
 
 
 class _Kernel(ctypes.Structure):
@@ -102,13 +103,13 @@ def has(codec: str, op: str) -> bool:
     return (codec, op) in _table(os.environ.get("QUANTFORGE_ISA") or None)[1]
 
 
-def _describe(arrays: Sequence[Array]) -> ctypes.Array[_Array]:
-    descriptors = (_Array * max(1, len(arrays)))()
-    for d, a in zip(descriptors, arrays, strict=False):
+def _describe(arrays: Sequence[Array]) -> bytes:
+    packed = []
+    for a in arrays:
         assert a.flags.c_contiguous and a.ndim <= 4
-        d.data, d.ndim, d.dtype = a.ctypes.data, a.ndim, _DTYPE_CODES[a.dtype]
-        d.shape[: a.ndim] = a.shape
-    return descriptors
+        shape = (*a.shape, 0, 0, 0, 0)[:4]
+        packed.append(_DESCRIPTOR.pack(a.ctypes.data, *shape, a.ndim, _DTYPE_CODES[a.dtype]))
+    return b"".join(packed)
 
 
 def call(codec: str, op: str, inputs: Sequence[Array], outputs: Sequence[Array]) -> None:

@@ -15,6 +15,9 @@ QF_INLINE vi load(const int32_t *p) { return {_mm256_loadu_si256((const __m256i 
 QF_INLINE vi load(const uint8_t *p) { return {_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p))}; }
 QF_INLINE void store(float *p, vf a) { _mm256_storeu_ps(p, a.v); }
 QF_INLINE void store(int32_t *p, vi a) { _mm256_storeu_si256((__m256i *)p, a.v); }
+// past the cache, to an aligned address; stream_end orders it before what other threads read
+QF_INLINE void stream(float *p, vf a) { _mm256_stream_ps(p, a.v); }
+QF_INLINE void stream_end() { _mm_sfence(); }
 QF_INLINE vi lane_index() { return {_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)}; }
 
 QF_INLINE vf operator+(vf a, vf b) { return {_mm256_add_ps(a.v, b.v)}; }

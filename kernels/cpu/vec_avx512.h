@@ -15,6 +15,9 @@ QF_INLINE vi load(const int32_t *p) { return {_mm512_loadu_si512(p)}; }
 QF_INLINE vi load(const uint8_t *p) { return {_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p))}; }
 QF_INLINE void store(float *p, vf a) { _mm512_storeu_ps(p, a.v); }
 QF_INLINE void store(int32_t *p, vi a) { _mm512_storeu_si512(p, a.v); }
+// past the cache, to an aligned address; stream_end orders it before what other threads read
+QF_INLINE void stream(float *p, vf a) { _mm512_stream_ps(p, a.v); }
+QF_INLINE void stream_end() { _mm_sfence(); }
 QF_INLINE vi lane_index() { return {_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)}; }
 
 QF_INLINE vf operator+(vf a, vf b) { return {_mm512_add_ps(a.v, b.v)}; }

@@ -19,6 +19,8 @@ QF_INLINE vi load(const uint8_t *p) {
 }
 QF_INLINE void store(float *p, vf a) { vst1q_f32(p, a.v); }
 QF_INLINE void store(int32_t *p, vi a) { vst1q_s32(p, a.v); }
+QF_INLINE void stream(float *p, vf a) { store(p, a); }
+QF_INLINE void stream_end() {}
 QF_INLINE vi lane_index() { const int32_t i[4] = {0, 1, 2, 3}; return {vld1q_s32(i)}; }
 
 QF_INLINE vf operator+(vf a, vf b) { return {vaddq_f32(a.v, b.v)}; }

@@ -14,6 +14,8 @@ QF_INLINE vi load(const int32_t *p) { return {*p}; }
 QF_INLINE vi load(const uint8_t *p) { return {*p}; }                                   // W bytes, widened
 QF_INLINE void store(float *p, vf a) { *p = a.v; }
 QF_INLINE void store(int32_t *p, vi a) { *p = a.v; }
+QF_INLINE void stream(float *p, vf a) { *p = a.v; }
+QF_INLINE void stream_end() {}
 QF_INLINE vi lane_index() { return {0}; }
 
 QF_INLINE vf operator+(vf a, vf b) { return {a.v + b.v}; }

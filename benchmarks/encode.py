@@ -26,7 +26,7 @@ from quantforge import codecs, native
 from quantforge.codecs.base import GgmlCodec
 from tests import ggml_oracle
 
-ROWS, IN = 256, 4096
+ROWS, IN = 1024, 4096
 FLOATS = ("F32", "F16", "BF16")
 
 

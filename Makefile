@@ -1,11 +1,12 @@
 # make demo   set up .venv, convert the shipped model, let llama.cpp speak with it
 # make test   set up .venv, lint, type-check, run the tests
+# make test-clients   load our GPTQ and AWQ checkpoints in GPTQModel and transformers, in .venv-clients
 PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
 KERNELS := $(wildcard kernels/*.h kernels/cpu/*)
 
-.PHONY: setup build demo test lint bench clean
+.PHONY: setup build demo test test-clients lint bench clean
 .NOTPARALLEL:
 
 setup: $(VENV)/.installed build
@@ -31,6 +32,19 @@ lint: setup
 
 test: lint
 	$(PY) -m pytest -n auto
+
+# GPTQModel and others whose checkpoints we write need versions of their own (1.7 GB)
+CLIENTS := .venv-clients
+$(CLIENTS)/.installed: constraints-clients.txt
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install -q --upgrade pip setuptools wheel
+	$(CLIENTS)/bin/python -m pip install -q -c constraints-clients.txt torch
+	$(CLIENTS)/bin/python -m pip install -q -c constraints-clients.txt --no-build-isolation gptqmodel optimum bitsandbytes compressed-tensors transformers
+	$(CLIENTS)/bin/python -m pip install -q -c constraints-clients.txt pytest gguf ml_dtypes click rich plotly
+	touch $@
+
+test-clients: build $(CLIENTS)/.installed
+	GPTQMODEL_CPU_WORKERS=2 $(CLIENTS)/bin/python -m pytest -rs tests/clients/test_checkpoints.py
 
 bench: setup
 	$(PY) benchmarks/encode.py

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -89,6 +90,14 @@ def _split_rule(context: click.Context, parameter: click.Parameter, values: tupl
     return rules
 
 
+def _bytes(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", value or "0", re.IGNORECASE)
+    size = 0 if match is None else int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " "))
+    if value is not None and size < 1:
+        raise click.BadParameter(f"{value!r} is no size like 5GB, 500MB or 200MiB")
+    return size or None
+
+
 def recipe_options(command: F) -> F:
     """The options that choose which tensor gets which type."""
     options = [
@@ -126,6 +135,14 @@ def recipe_options(command: F) -> F:
 
         if kind and recipe:
             raise RecipeError("--type and --recipe exclude each other: name the base preset inside the recipe file")
+        own_rules = bool(recipe or tensor_types or output_tensor_type or token_embedding_type or pure or keep_output)
+        if kwargs.get("bits") is not None or kwargs.get("format") not in (None, "gguf", "safetensors"):
+            # one type for the linear layers of the blocks, which the format knows by its own names
+            if own_rules:
+                raise RecipeError("--bits and checkpoint formats quantize the blocks' linear layers to one type: no other rules")
+            return command(*args, recipe=kind, **kwargs)
+        if not own_rules and kind is None:
+            return command(*args, recipe=None, **kwargs)
         chosen = recipes.get(recipe or kind or "Q4_K_M").with_rules(
             tensor_types=tensor_types,
             output_tensor_type=output_tensor_type,
@@ -193,6 +210,21 @@ def _print_plan(plan: Plan) -> None:
 @click.argument("model", type=click.Path())
 @click.argument("out", type=click.Path())
 @recipe_options
+@click.option(
+    "--format",
+    metavar="F",
+    help="gguf, safetensors, gptq, awq, compressed-tensors, bitsandbytes; default: gguf for *.gguf, else safetensors.",
+)
+@click.option("--method", metavar="M", default="rtn", show_default=True, help="How codes are chosen: rtn, round to nearest.")
+@click.option(
+    "--bits", metavar="N", type=click.IntRange(2, 8), help="Integers of that width for the linear layers of the blocks."
+)
+@click.option("--group-size", metavar="N", type=click.IntRange(-1), help="Columns that share a scale; -1: a scale per row.")
+@click.option(
+    "--sym/--asym", "symmetric", default=None, help="Without or with a zero point; default: what the format usually has."
+)
+@click.option("--checkpoint-format", metavar="V", help="GPTQ layout: gptq (v1) or gptq_v2; default: v1 where symmetric, else v2.")
+@click.option("--max-shard-size", metavar="SIZE", callback=_bytes, help="Largest weight file, as 5GB or 500MB; default 5GB.")
 @click.option("--imatrix", metavar="FILE", type=click.Path(dir_okay=False), help="Importance matrix (llama.cpp's GGUF or .dat).")
 @click.option(
     "--threads", metavar="N", type=click.IntRange(1), help="Threads; default: all CPUs. Output bytes do not depend on it."
@@ -207,6 +239,13 @@ def convert(
     model: str,
     out: str,
     recipe: Any,
+    format: str | None,
+    method: str,
+    bits: int | None,
+    group_size: int | None,
+    symmetric: bool | None,
+    checkpoint_format: str | None,
+    max_shard_size: int | None,
     imatrix: str | None,
     threads: int | None,
     pre_tokenizer: str | None,
@@ -220,7 +259,12 @@ def convert(
     from . import convert as run
     from . import plan as make_plan
 
-    options: dict[str, Any] = {"allow_requantize": allow_requantize, "pre_tokenizer": pre_tokenizer}
+    if method != "rtn":
+        raise RecipeError(f"unknown method {method}; known: rtn")
+    options: dict[str, Any] = {"allow_requantize": allow_requantize, "pre_tokenizer": pre_tokenizer, "format": format}
+    options |= {"bits": bits, "group_size": group_size, "symmetric": symmetric, "max_shard_size": max_shard_size}
+    if checkpoint_format is not None:
+        options["version"] = checkpoint_format
     if dry_run:
         plan = make_plan(model, out, recipe, imatrix, **options)
         if as_json:

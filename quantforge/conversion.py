@@ -18,7 +18,7 @@ import numpy as np
 
 from .archs.base import Weight
 from .arrays import F32, Parts
-from .codecs import Encoded
+from .codecs import Encoded, repack, repacks
 from .codecs.plain import PlainCodec
 from .errors import NonFiniteError, OutputError
 from .formats import Sink, Source
@@ -89,24 +89,24 @@ class Progress:
 def convert(
     model: str | Path | Source,
     out: str | Path,
-    recipe: str | Path | Recipe = "Q4_K_M",
+    recipe: str | Path | Recipe | None = None,
     importance: str | Path | Importance | None = None,
     *,
-    allow_requantize: bool = False,
-    pre_tokenizer: str | None = None,
     threads: int | None = None,
     force: bool = False,
     measure: bool = False,
     progress: Callable[[Progress], None] | None = None,
+    **options: Any,
 ) -> Report:
     """Convert a model; the output appears at `out` when it is complete, or not at all.
 
     recipe: a preset ("Q4_K_M"), a type, a TOML file or a Recipe. importance: an imatrix file.
     measure: also decode what was written and report each tensor's error. threads: all CPUs by
     default; the output does not depend on it. progress: called after each tile of rows.
+    options: those of `plan`: format, bits, group_size, symmetric, max_shard_size, ...
     Raises what `plan` raises, and NonFiniteError (NaN or infinity: names tensor and index).
     """
-    job = plan(model, out, recipe, importance, allow_requantize=allow_requantize, pre_tokenizer=pre_tokenizer)
+    job = plan(model, out, recipe, importance, **options)
     try:
         return run(job, out, threads=threads, force=force, measure=measure, progress=progress)
     finally:
@@ -205,7 +205,8 @@ class _Work:
             # a tile never spans two sources; a codec with parameters for the whole tensor gets it whole
             within = rows // max(1, len(t.weight.sources))
             cuts = [(i, a, min(a + step, b + within)) for b in range(0, rows, within) for a in range(b, b + within, step)]
-            if not t.codec.row_local:
+            stored = [self.job.source.weights[s].codec for s in t.weight.sources]
+            if not t.codec.row_local or (t.via and not t.via.row_local) or not all(c.sliceable for c in stored):
                 cuts = [(i, 0, rows)]
             self._left[i] = len(cuts)
             yield from cuts
@@ -273,6 +274,8 @@ class _Work:
         if isinstance(stored, Encoded):
             if stored.codec is t.codec and not isinstance(t.codec, PlainCodec) and t.weight.transform.value is None:
                 return stored.parts, None
+            if t.via is None and t.weight.transform.value is None and repacks(stored.codec, t.codec, stored.shape):
+                return repack(stored, t.codec).parts, stored.decode() if self.measure else None
             w = stored.decode()
         else:
             w = stored
@@ -281,6 +284,8 @@ class _Work:
         if not t.codec.row_local or len(t.shape) == 1:
             w = w.reshape(t.shape)
         try:
+            if t.via is not None:
+                return repack(Encoded(t.via, w.shape, t.via.encode(w, q)), t.codec).parts, w
             return t.codec.encode(w, q), w
         except NonFiniteError as e:
             if not e.index:
@@ -310,7 +315,7 @@ def _stored_rows(source: Source, weight: Weight, a: int, b: int) -> Encoded | F3
         )
     at, first = divmod(a, per)
     e = source.read(weight.sources[at])
-    if e.codec.row_local and len(e.shape) > 1:
+    if e.codec.sliceable and len(e.shape) > 1:
         return e.flat().rows(slice(first, first + b - a) if order is None else order[first : first + b - a])
     w = e.decode()
     if w.ndim == 1:

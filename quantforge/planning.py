@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 
-from . import archs, codecs, formats, recipes, tokenizer
+from . import archs, codecs, formats, layouts, recipes, tokenizer
 from .archs.base import Weight
 from .arrays import F32
-from .codecs import Codec
+from .codecs import Codec, repacks
 from .codecs.plain import PlainCodec
-from .errors import CalibrationError, FormatError, RecipeError, ShapeError, UnsupportedError
+from .errors import CalibrationError, FormatError, RecipeError, ShapeError, UnsupportedError, nearest
 from .formats import Format, Header, Source, Stored
 from .importance import Importance
 from .importance import read as read_importance
+from .layouts import Layout
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +39,8 @@ class PlannedTensor:
     codec: Codec
     source_codec: Codec
     note: str | None = None
+    via: Codec | None = None
+    """The codec that is quantized to, where `codec` then takes over its integers."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -115,51 +119,85 @@ def plain(value: Any) -> Any:
 def plan(
     model: str | Path | Source,
     out: str | Path,
-    recipe: str | Path | recipes.Recipe = "Q4_K_M",
+    recipe: str | Path | recipes.Recipe | None = None,
     importance: str | Path | Importance | None = None,
     *,
+    format: str | None = None,
+    bits: int | None = None,
+    group_size: int | None = None,
+    symmetric: bool | None = None,
+    max_shard_size: int | None = None,
     allow_requantize: bool = False,
     pre_tokenizer: str | None = None,
+    **layout_options: Any,
 ) -> Plan:
     """Decide everything about a conversion from headers alone.
 
     model: a directory, a .safetensors or .gguf file, or an open Source. out: a path; `.gguf` means
-    GGUF, anything else a directory of safetensors. importance: an imatrix file. Raises FormatError,
-    UnsupportedError, RecipeError, ShapeError, CalibrationError.
+    GGUF, anything else a directory of safetensors. recipe: Q4_K_M, or what the format usually has.
+    importance: an imatrix file. format: "gguf", "safetensors", or a layout of `layouts`, in which
+    the linear layers of the blocks are quantized and nothing else; so they are where bits (and
+    group_size: -1 for rows; symmetric) are given instead of a recipe. max_shard_size: bytes.
+    layout_options: of that layout, such as version="gptq_v2". Raises FormatError, UnsupportedError,
+    RecipeError, ShapeError, CalibrationError.
     """
     source = model if isinstance(model, Source) else formats.open_path(model)
-    target = formats.get("gguf" if Path(out).suffix == ".gguf" else "safetensors")
-    rules = recipe if isinstance(recipe, recipes.Recipe) else recipes.get(str(recipe))
+    target, layout = _target(Path(out), format, layout_options)
     weights, metadata, files = _model(source, target.name, pre_tokenizer)
     stored = {w.name: source.weights[w.sources[0]].codec if w.sources else codecs.get("F32") for w in weights}
     imatrix = read_importance(importance) if isinstance(importance, str | Path) else importance
     table = _check_importance(imatrix, weights)
-    choices = rules.assign(weights, metadata, stored, importance=table.keys())
+    if layout is not None or bits is not None:
+        if recipe is not None and bits is not None:
+            raise RecipeError("--type and --bits exclude each other: give one of them")
+        if isinstance(recipe, recipes.Recipe):
+            recipe = recipe.base.name
+        scheme = layout or layouts.get("compressed-tensors")
+        chosen, codec = scheme.choose(None if recipe is None else str(recipe), bits, group_size, symmetric, _dtype(source))
+        layout = chosen if layout is not None else None
+        choices, name = _assign_linears(weights, stored, codec, source), codec.name
+        file_type = int(gguf.LlamaFileType.GUESSED)
+    else:
+        if group_size is not None or symmetric is not None:
+            raise RecipeError("--group-size and --sym go with --bits, or with --format gptq, awq or compressed-tensors")
+        rules = recipe if isinstance(recipe, recipes.Recipe) else recipes.get(str(recipe or "Q4_K_M"))
+        choices, name = rules.assign(weights, metadata, stored, importance=table.keys()), rules.name
+        file_type = rules.file_type
 
     tensors: list[PlannedTensor] = []
     for w in weights:
         codec, have, note = choices[w.name].codec, stored[w.name], choices[w.name].note
-        if codec is not have and not isinstance(have, PlainCodec) and not allow_requantize:
-            raise RecipeError(
-                f"{w.name}: the source is already quantized ({have.name}); quantizing it again to {codec.name} "
-                "loses more than quantizing the original would: use that, or --allow-requantize"
-            )
-        if target.name == "gguf":
-            if codec.ggml_type is None:
+        via = None
+        if target.name == "gguf" and codec.ggml_type is None:
+            holder = _ggml_holder(codec, w.shape)
+            if holder is None:
                 raise UnsupportedError(
                     f"{w.name}: GGUF cannot hold {codec.name}; give a directory as output to write safetensors"
                 )
-            tensors.append(PlannedTensor(w.name, w, codec, have, note))
+            via, codec = (None if codec is have else codec), holder
+            note = f"{(via or have).name} as {codec.name}"
+        if via is None and codec is not have and not isinstance(have, PlainCodec):
+            if w.transform.value is None and repacks(have, codec, w.shape):
+                note = _repack_note(have, codec)
+            elif not isinstance(codec, PlainCodec) and not allow_requantize:
+                same = _ggml_holder(have, w.shape)
+                raise RecipeError(
+                    f"{w.name}: the source is already quantized ({have.name}); quantizing it again to {codec.name} "
+                    f"loses more than quantizing the original would: use that, or --allow-requantize"
+                    + (f" ({same.name} takes it over as it is)" if same and target.name == "gguf" else "")
+                )
+        if target.name == "gguf":
+            tensors.append(PlannedTensor(w.name, w, codec, have, note, via))
         else:  # the checkpoint's own names and numbers
-            for name in w.sources:
-                tensors.append(PlannedTensor(name, Weight(w.name, source.weights[name].shape, (name,)), codec, have, note))
+            for s in w.sources:
+                tensors.append(PlannedTensor(s, Weight(w.name, source.weights[s].shape, (s,)), codec, have, note))
     for t in tensors:
         try:
             t.codec.layout(t.shape)
         except ShapeError as e:
             raise ShapeError(f"{t.name}: {e}") from None
 
-    warnings = []
+    warnings = [] if layout is None else layout.warnings(codec)
     blind = sorted({choices[w.name].codec.name for w in weights if choices[w.name].lacks_importance})
     if blind:
         warnings.append(
@@ -167,9 +205,76 @@ def plan(
             "an imatrix of the model (--imatrix) gives a clearly better file"
         )
     if target.name == "gguf":
-        metadata = {**metadata, **_quantization_metadata(rules, imatrix)}
-    header = Header(metadata, {t.name: Stored(t.codec, t.shape) for t in tensors}, files)
-    return Plan(source, target, header, tensors, table, rules.name, warnings)
+        metadata = {**metadata, **_quantization_metadata(file_type, imatrix)}
+    header = Header(metadata, {t.name: Stored(t.codec, t.shape) for t in tensors}, files, layout)
+    if max_shard_size is not None:
+        header = replace(header, max_shard_size=max_shard_size)
+    return Plan(source, target, header, tensors, table, name, warnings)
+
+
+def _target(out: Path, format: str | None, options: Mapping[str, Any]) -> tuple[Format, Layout | None]:
+    """The format that is written and, for a checkpoint directory, its layout."""
+    is_gguf = out.suffix == ".gguf"
+    known = ("gguf", "safetensors", *layouts.names())
+    if format is not None and format not in known:
+        raise RecipeError(f"unknown format {format}{nearest(format, known)}; known: {', '.join(known)}")
+    if format is not None and is_gguf != (format == "gguf"):
+        raise RecipeError(f"{out}: a {format} output is {'a file named *.gguf' if format == 'gguf' else 'a directory'}")
+    if format in layouts.names():
+        try:
+            return formats.get("safetensors"), layouts.get(format, **options)
+        except TypeError:
+            raise RecipeError(f"--format {format} has no option {', '.join(options)}") from None
+    if options:
+        raise RecipeError(f"{', '.join(options)}: only with the --format that has it")
+    return formats.get("gguf" if is_gguf else "safetensors"), None
+
+
+def _dtype(source: Source) -> str:
+    """What most of the weights of a checkpoint are, as codecs call it: "bf16", "f16" or "f32"."""
+    sizes = {"BF16": 0, "F16": 0, "F32": 0}
+    for s in source.weights.values():
+        if s.codec.name in sizes:
+            sizes[s.codec.name] += count(s.shape)
+    return max(sizes, key=lambda k: sizes[k]).lower()
+
+
+_NO_LINEAR = re.compile(r"norm|embed|router|(^|[._])(gate|conv1d|wte|wpe)$|\bln_")
+
+
+def _is_linear(name: str, shape: Sequence[int]) -> bool:
+    """True for the weight of a linear layer inside of a numbered block, going by a checkpoint's names."""
+    stem = name.removesuffix(".weight")
+    return len(shape) == 2 and stem != name and re.search(r"\.\d+\.", name) is not None and not _NO_LINEAR.search(stem)
+
+
+def _assign_linears(
+    weights: Sequence[Weight], stored: Mapping[str, Codec], codec: Codec, source: Source
+) -> dict[str, recipes.Choice]:
+    """`codec` for the linear layers of the blocks; everything else stays, in floats."""
+    choices = {}
+    for w in weights:
+        linear = bool(w.sources) and all(_is_linear(s, source.weights[s].shape) for s in w.sources)
+        have = stored[w.name]
+        choices[w.name] = recipes.Choice(codec if linear else have if isinstance(have, PlainCodec) else codecs.get("BF16"))
+    if not any(c.codec is codec for c in choices.values()):
+        raise UnsupportedError("the model has no linear layers in numbered blocks, which are what --bits and --format quantize")
+    return choices
+
+
+_HOLDERS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+
+
+def _ggml_holder(codec: Codec, shape: tuple[int, ...]) -> Codec | None:
+    """The smallest ggml type that can take over the integers of `codec`, or None."""
+    return next((c for c in map(codecs.get, _HOLDERS) if repacks(codec, c, shape)), None)
+
+
+def _repack_note(have: Codec, codec: Codec) -> str:
+    a, b = have.integers, codec.integers
+    assert a is not None and b is not None
+    inexact = [*(["scales"] if b.exact and not a.exact else []), *(["mins"] if b.real else [])]
+    return f"the integers of {have.name}, " + (f"{' and '.join(inexact)} rounded to f16" if inexact else "lossless")
 
 
 def _model(source: Source, target: str, pre_tokenizer: str | None) -> tuple[list[Weight], dict[str, Any], dict[str, bytes]]:
@@ -184,7 +289,7 @@ def _model(source: Source, target: str, pre_tokenizer: str | None) -> tuple[list
     directory = source.path if source.path.is_dir() else source.path.parent
     if target != "gguf":
         try:
-            weights = archs.find(source.config).weights(source.config, shapes)
+            weights = archs.find(source.config).weights(source.config, shapes, source.optional)
         except UnsupportedError as e:
             log.warning("%s; every tensor keeps its name and only --type and --tensor-type decide", e)
             weights = [Weight(name, shape, (name,)) for name, shape in shapes.items()]
@@ -192,12 +297,12 @@ def _model(source: Source, target: str, pre_tokenizer: str | None) -> tuple[list
             f.name: f.read_bytes()
             for f in sorted(directory.iterdir())
             if f.suffix in (".json", ".model", ".jinja", ".txt", ".md")
-            and f.name != "config.json"
+            and f.name not in ("config.json", "quantize_config.json")
             and ".safetensors" not in f.name
         }
         return weights, dict(source.config), files
     arch = archs.find(source.config)
-    weights = arch.weights(source.config, shapes)
+    weights = arch.weights(source.config, shapes, source.optional)
     generation = _json(directory / "generation_config.json")
     metadata = {
         **arch.metadata(source.config, generation),
@@ -235,10 +340,10 @@ def _general(directory: Path, weights: Sequence[Weight]) -> dict[str, Any]:
     return {k: v.value for k, v in recorder.kv_data[0].items() if not k.startswith(skipped)}
 
 
-def _quantization_metadata(rules: recipes.Recipe, imatrix: Importance | None) -> dict[str, Any]:
+def _quantization_metadata(file_type: int, imatrix: Importance | None) -> dict[str, Any]:
     values: dict[str, Any] = {
         gguf.Keys.General.QUANTIZATION_VERSION: QUANTIZATION_VERSION,
-        gguf.Keys.General.FILE_TYPE: rules.file_type,
+        gguf.Keys.General.FILE_TYPE: file_type,
     }
     if imatrix is not None:
         values["quantize.imatrix.file"] = imatrix.path.name

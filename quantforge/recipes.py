@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -277,9 +278,8 @@ def get(name: str | Path | Recipe) -> Recipe:
     if upper in PRESETS:
         preset = PRESETS[upper]
         return Recipe(upper, _codec(preset.base, upper), _preset=preset)
-    if text.lower() in map(str.lower, codecs.names()):
-        codec = _codec(text, "type")
-        return Recipe(codec.name, codec, pure=True)
+    with suppress(UnsupportedError):
+        return Recipe(codecs.get(text).name, _codec(text, "type"), pure=True)
     if Path(text).is_file():
         return read(text)
     known = [*PRESETS, *ALIASES, *codecs.names()]

@@ -16,6 +16,7 @@ LAYERS = [
     {"arrays", "grid"},
     {"native"},
     {"codecs", "archs", "metrics", "tokenizer"},
+    {"layouts"},
     {"formats", "methods", "runtime", "nn", "presets", "corpus"},
     {"recipes", "calibration", "importance", "report", "similarity", "tasks"},
     {"planning"},

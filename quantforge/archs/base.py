@@ -7,7 +7,7 @@ import logging
 import math
 import pkgutil
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, TypeAlias
@@ -174,10 +174,11 @@ class Arch:
             "expert_ff": h.get("moe_intermediate_size", h["intermediate_size"]),
         }
 
-    def weights(self, config: Config, tensors: Mapping[str, Shape]) -> list[Weight]:
+    def weights(self, config: Config, tensors: Mapping[str, Shape], optional: Collection[str] = ()) -> list[Weight]:
         """The tensors of the GGUF file: first the computed ones, then the checkpoint's, in the order of `tensors`.
 
-        tensors: checkpoint name -> shape. Buffers and tied copies are left out; experts that the
+        tensors: checkpoint name -> shape; optional: those that may be left out if the model has no
+        place for them. Buffers and tied copies are left out; experts that the
         checkpoint stores one by one are gathered. Raises ShapeError naming missing or unknown
         tensors and shapes that contradict the config.
         """

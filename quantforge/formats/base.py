@@ -26,6 +26,7 @@ from typing_extensions import Self
 from ..arrays import Array, Parts, TensorInfo
 from ..codecs import Codec, Encoded
 from ..errors import FormatError, OutputError, UnsupportedError, nearest
+from ..layouts import Layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,8 @@ class Source(ABC):
     """config.json for safetensors, the key-value metadata for GGUF."""
     weights: Mapping[str, Stored]
     """Every tensor by its name in the file, in file order."""
+    optional: frozenset[str] = frozenset()
+    """Tensors that say nothing where the model has no place for them: biases of zero."""
 
     @property
     @abstractmethod
@@ -83,6 +86,10 @@ class Header:
     """Every tensor that will be written, in file order."""
     files: Mapping[str, bytes] = field(default_factory=dict)
     """Extra files beside the weights, for directory formats (single-file formats ignore them): tokenizer.json, ..."""
+    layout: Layout | None = None
+    """How a checkpoint directory holds tensors that are not plain; None: in quantforge's own way."""
+    max_shard_size: int = 5_000_000_000
+    """Bytes of tensors in each file of a checkpoint directory; one tensor may exceed it."""
 
 
 class Sink(ABC):

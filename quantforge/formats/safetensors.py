@@ -5,21 +5,26 @@ Tensors of plain codecs are ordinary safetensors. Any other codec's are stored p
 
     "quantization_config": {"quant_method": "quantforge", "version": 1,
                             "tensors": {NAME: {"codec": "my-int3", "shape": [out, in]}}}
+
+or as one of the `layouts` has it: GPTQ, AWQ, compressed-tensors, bitsandbytes.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import threading
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 
-from .. import codecs
-from ..arrays import SAFETENSORS_DTYPES, TensorInfo
-from ..errors import FormatError, OutputError, QuantForgeError, UnsupportedError
+from .. import codecs, layouts
+from ..arrays import SAFETENSORS_DTYPES, Array, Parts, TensorInfo
+from ..codecs import Encoded
+from ..errors import FormatError, OutputError, QuantForgeError, ShapeError, UnsupportedError
 from .base import FileSink, Header, MappedFile, MappedSource, Place, Placement, Sink, Slot, Source, Stored, shards
 
 name = "safetensors"
@@ -29,6 +34,7 @@ _MAX_CONFIG = 1 << 26  # bytes of a config.json or an index
 _MAX_DIMS = 64  # NumPy's limit
 _MAX_DIM = (1 << 63) - 1
 _VERSION = 1
+_UNPACKED = 4  # tensors of a layout that are kept in memory: rows are read in tiles, by a few threads
 _SINGLE, _INDEX, _CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 _DTYPE_NAMES = {dtype: dtype_name for dtype_name, dtype in SAFETENSORS_DTYPES.items()}
 
@@ -202,9 +208,64 @@ class SafetensorsSource(MappedSource):
         self._places = {k: {"data": v} for k, v in tensors.items()}
         plain = {dtype: codecs.get(dtype_name) for dtype_name, dtype in SAFETENSORS_DTYPES.items()}
         self.weights = {k: Stored(plain[v.info.dtype], v.info.shape) for k, v in tensors.items()}
+        self._layout_tensors: dict[str, layouts.Gathered] = {}
+        self._unpacked: OrderedDict[str, Encoded] = OrderedDict()
+        self._lock = threading.Lock()
         own = self.config.get("quantization_config")
         if isinstance(own, dict) and own.get("quant_method") == "quantforge":
             self._gather(config, own, tensors)
+        elif isinstance(own, dict) and (layout := layouts.find(own)) is not None:
+            self._find(layout, own, tensors)
+
+    def _find(self, layout: layouts.Layout, config: Mapping[str, Any], tensors: Mapping[str, Place]) -> None:
+        """Make one tensor of those that a layout holds together."""
+
+        def load(tensor: str) -> Array:
+            return tensors[tensor].file.array(tensors[tensor].offset, tensors[tensor].info)
+
+        try:
+            found = layout.find(config, {k: v.info for k, v in tensors.items()}, load)
+        except (TypeError, ValueError, AttributeError, KeyError):
+            raise FormatError(self.path, f"quantization_config: not what {layout.name} writes") from None
+        except QuantForgeError as e:
+            raise FormatError(self.path, str(e)) from None
+        owner = {array: k for k, g in found.tensors.items() for array in g.arrays.values()}
+        weights: dict[str, Stored] = {}
+        for k in tensors:
+            whole = owner.get(k, k)
+            if k not in found.dropped:
+                g = found.tensors.get(whole)
+                weights[whole] = Stored(g.codec, g.shape) if g else self.weights[k]
+        self.weights, self.optional = weights, found.optional
+        self._layout_tensors = dict(found.tensors)
+        self._places = {
+            k: {a: tensors[v] for a, v in found.tensors[k].arrays.items()} if k in found.tensors else {"data": tensors[k]}
+            for k in weights
+        }
+
+    def read(self, name: str) -> Encoded:
+        """The stored tensor. Parts are views of the files, or copies where a layout has them in another order."""
+        gathered = self._layout_tensors.get(name)
+        if gathered is None:
+            return super().read(name)
+        with self._lock:
+            e = self._unpacked.get(name)
+            if e is None:
+                arrays = {k: p.file.array(p.offset, p.info) for k, p in self._places[name].items()}
+                try:
+                    e = Encoded(gathered.codec, gathered.shape, gathered.unpack(arrays))
+                except ValueError:
+                    raise FormatError(self.path, f"tensor {name}: its arrays do not fit {gathered.codec.name}") from None
+                self._unpacked[name] = e
+                while len(self._unpacked) > _UNPACKED:
+                    self._unpacked.popitem(last=False)
+        return e
+
+    def release(self, name: str) -> None:
+        """Tell the system that this tensor's pages are not needed any more."""
+        with self._lock:
+            self._unpacked.pop(name, None)
+        super().release(name)
 
     def _gather(self, config: Path, own: Mapping[str, Any], tensors: Mapping[str, Place]) -> None:
         """Make one tensor of those that are the parts of a quantforge codec."""
@@ -282,18 +343,27 @@ def _dump(value: Any) -> bytes:
 
 
 def _config(header: Header, quantized: Mapping[str, Stored]) -> dict[str, Any]:
-    """header.metadata with our own quantization_config, or without one where there is none any more."""
+    """header.metadata with the quantization_config of what is written, or without one where there is none any more."""
     config = dict(header.metadata)
     before = config.get("quantization_config")
-    if isinstance(before, dict) and before.get("quant_method") == "quantforge":
+    if isinstance(before, dict) and before.get("quant_method") in ("quantforge", *layouts.names()):
         del config["quantization_config"]
-    if quantized:
+    if quantized and header.layout is not None:
+        modules = [k.removesuffix(".weight") for k, v in header.tensors.items() if len(v.shape) == 2 and k.endswith(".weight")]
+        inside = {k.removesuffix(".weight") for k in quantized}
+        kept = [m for m in modules if m not in inside and not _NO_LINEAR.search(m)]
+        config["quantization_config"] = header.layout.config([v.codec for v in quantized.values()], kept)
+    elif quantized:
         config["quantization_config"] = {
             "quant_method": "quantforge",
             "version": _VERSION,
             "tensors": {k: {"codec": v.codec.name, "shape": list(v.shape)} for k, v in quantized.items()},
         }
     return config
+
+
+# two axes, but no linear layer
+_NO_LINEAR = re.compile(r"(^|[._])(embed\w*|wte|wpe|word_embeddings|\w*norm|ln_\w+)$", re.IGNORECASE)
 
 
 def _shard(entries: Mapping[str, Mapping[str, TensorInfo]]) -> tuple[bytes, dict[str, int], int]:
@@ -320,15 +390,17 @@ def _shard(entries: Mapping[str, Mapping[str, TensorInfo]]) -> tuple[bytes, dict
 
 def _place(header: Header, max_shard_size: int) -> Placement:
     entries: dict[str, dict[str, TensorInfo]] = {}  # tensor -> name in the file -> dtype and shape
+    parts_of: dict[str, dict[str, str]] = {}  # tensor -> part -> name in the file
     quantized: dict[str, Stored] = {}
     taken: dict[str, str] = {}
     for tensor, stored in header.tensors.items():
-        layout = stored.codec.layout(stored.shape)
         if stored.codec.name in SAFETENSORS_DTYPES:
-            entries[tensor] = {tensor: layout["data"]}
+            found = {"data": (tensor, stored.codec.layout(stored.shape)["data"])}
         else:
             quantized[tensor] = stored
-            entries[tensor] = {f"{tensor}.{part}": info for part, info in layout.items()}
+            found = {part: (f"{stem}.{part}", info) for stem, part, info in _arrays(header.layout, tensor, stored)}
+        parts_of[tensor] = {part: k for part, (k, _) in found.items()}
+        entries[tensor] = dict(found.values())
         for k, info in entries[tensor].items():
             if k in taken or k == "__metadata__":
                 raise UnsupportedError(f"tensor {tensor}: {k} is already the name of {taken.get(k, 'the metadata')}")
@@ -354,8 +426,7 @@ def _place(header: Header, max_shard_size: int) -> Placement:
         file = _SINGLE if len(groups) == 1 else f"model-{i:05}-of-{len(groups):05}.safetensors"
         heads[file], offsets, sizes[file] = _shard(group)
         for tensor, parts in group.items():
-            names = zip(header.tensors[tensor].codec.layout(header.tensors[tensor].shape), parts.items(), strict=True)
-            slots[tensor] = {part: Slot(file, offsets[k], info) for part, (k, info) in names}
+            slots[tensor] = {part: Slot(file, offsets[k], parts[k]) for part, k in parts_of[tensor].items()}
             weight_map.update(dict.fromkeys(parts, file))
     extra = dict(header.files)
     for file in extra:
@@ -363,6 +434,8 @@ def _place(header: Header, max_shard_size: int) -> Placement:
             raise UnsupportedError(f"{file!r} cannot be the name of a file beside the weights")
     if config := _config(header, quantized):
         extra[_CONFIG] = _dump(config)
+    if quantized and header.layout is not None:
+        extra |= {k: _dump(v) for k, v in header.layout.files(config["quantization_config"]).items()}
     if len(groups) > 1:
         total = sum(info.nbytes for parts in entries.values() for info in parts.values())
         extra[_INDEX] = _dump({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
@@ -371,18 +444,67 @@ def _place(header: Header, max_shard_size: int) -> Placement:
     return Placement(heads, sizes, slots)
 
 
-def size(header: Header, max_shard_size: int = 5_000_000_000) -> int:
+def _arrays(layout: layouts.Layout | None, tensor: str, stored: Stored) -> list[tuple[str, str, TensorInfo]]:
+    """(stem, part, dtype and shape) of what a tensor that is not plain is stored as: the file has it as STEM.PART."""
+    if layout is None:
+        return [(tensor, part, info) for part, info in stored.codec.layout(stored.shape).items()]
+    if not tensor.endswith(".weight"):
+        raise UnsupportedError(f"tensor {tensor}: {layout.name} checkpoints hold only modules' weights; keep it in a float type")
+    try:
+        return [(tensor[: -len(".weight")], part, info) for part, info in layout.arrays(stored.codec, stored.shape).items()]
+    except ShapeError as e:
+        raise ShapeError(f"{tensor}: {e}") from None
+
+
+class _LayoutSink(FileSink):
+    """A sink that gathers the rows of a tensor until it is whole, then stores it as the layout has it."""
+
+    def __init__(self, path: Path, header: Header, layout: layouts.Layout) -> None:
+        self._layout = layout
+        self._gathered: dict[str, tuple[Parts, list[int]]] = {}
+        self._gathering = threading.Lock()
+        super().__init__(path, header.tensors, _place(header, header.max_shard_size), directory=True)
+
+    def write(self, name: str, parts: Parts, row: int = 0) -> None:
+        """See `Sink.write`."""
+        stored = self._tensors.get(name)
+        if stored is None or stored.codec.name in SAFETENSORS_DTYPES:
+            super().write(name, parts, row)
+            return
+        layout, shape = stored.codec.layout(stored.shape), stored.shape
+        if parts.keys() != layout.keys():
+            raise OutputError(self._path, f"tensor {name}: parts {sorted(parts)} given, {sorted(layout)} expected")
+        rows = len(parts["codes"]) if "codes" in parts else len(next(iter(parts.values())))
+        if rows < shape[0]:
+            with self._gathering:
+                whole, left = self._gathered.setdefault(
+                    name, ({k: np.empty(i.shape, i.dtype) for k, i in layout.items()}, [shape[0]])
+                )
+            for k, p in parts.items():
+                whole[k][row : row + rows] = p
+            with self._gathering:
+                left[0] -= rows
+                if left[0] > 0:
+                    return
+                del self._gathered[name]
+            parts = whole
+        super().write(name, self._layout.pack(stored.codec, parts, shape))
+
+
+def size(header: Header) -> int:
     """The exact bytes of all files that `create` would write."""
-    return _place(header, max_shard_size).nbytes
+    return _place(header, header.max_shard_size).nbytes
 
 
-def create(path: Path, header: Header, max_shard_size: int = 5_000_000_000) -> Sink:
-    """Begin a checkpoint directory with files of at most `max_shard_size` bytes of tensors (one tensor may exceed it).
+def create(path: Path, header: Header) -> Sink:
+    """Begin a checkpoint directory with files of at most `header.max_shard_size` bytes of tensors.
 
-    Raises UnsupportedError for what safetensors cannot hold, OutputError.
+    Raises UnsupportedError for what safetensors or the layout cannot hold, OutputError.
     """
     if path.suffix == ".safetensors":
         raise OutputError(
             path, "a safetensors checkpoint is a directory (weights, config.json, tokenizer); give a name without suffix"
         )
-    return FileSink(path, header.tensors, _place(header, max_shard_size), directory=True)
+    if header.layout is not None:
+        return _LayoutSink(path, header, header.layout)
+    return FileSink(path, header.tensors, _place(header, header.max_shard_size), directory=True)

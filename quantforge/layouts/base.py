@@ -1,0 +1,133 @@
+"""What a layout is: a codec's parts under a library's own tensor names, and config.json's quantization_config.
+A layout is one module here, found by the config's `quant_method`; it knows no files."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar
+
+import numpy as np
+
+from ..arrays import BF16, Array, Parts, TensorInfo
+from ..codecs import Codec
+from ..errors import UnsupportedError, nearest
+
+SCALES = {np.dtype(np.float16): "f16", BF16: "bf16", np.dtype(np.float32): "f32"}
+"""Dtypes of scales and how codecs' names call them."""
+
+Arrays = Mapping[str, TensorInfo]
+Load = Callable[[str], Array]
+
+
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """A tensor that several arrays of a checkpoint hold together."""
+
+    codec: Codec
+    shape: tuple[int, ...]
+    arrays: Mapping[str, str]
+    """What `unpack` calls an array -> its name in the checkpoint."""
+    unpack: Callable[[Parts], Parts]
+    """The arrays as the codec's parts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a layout makes of a checkpoint's arrays; arrays of neither field are tensors of their own."""
+
+    tensors: Mapping[str, Gathered]
+    dropped: frozenset[str] = frozenset()
+    """Arrays that say nothing about weights, such as scales of activations."""
+    optional: frozenset[str] = frozenset()
+    """Tensors that a model may lack: biases of zero."""
+
+
+class Layout(ABC):
+    """One library's layout. Instances carry what is chosen when writing."""
+
+    name: ClassVar[str]
+    """`quant_method` in config.json, and --format."""
+
+    @abstractmethod
+    def find(self, config: Mapping[str, Any], arrays: Arrays, load: Load) -> Found:
+        """The quantized tensors of a checkpoint.
+
+        config: the quantization_config; load: an array by name, for the small ones that decide
+        what the codec is. Raises UnsupportedError, ShapeError.
+        """
+
+    @abstractmethod
+    def choose(
+        self, kind: str | None, bits: int | None, group_size: int | None, symmetric: bool | None, scale: str
+    ) -> tuple[Layout, Codec]:
+        """What --type, --bits, --group-size (−1: rows) and --sym mean here: this layout with the choices that are its own.
+
+        scale: the model's dtype, "bf16". Raises UnsupportedError, saying what there is.
+        """
+
+    @abstractmethod
+    def arrays(self, codec: Codec, shape: tuple[int, ...]) -> dict[str, TensorInfo]:
+        """Suffix ("qweight") -> dtype and shape of what `pack` gives. Raises UnsupportedError, ShapeError."""
+
+    @abstractmethod
+    def pack(self, codec: Codec, parts: Parts, shape: tuple[int, ...]) -> Parts:
+        """The arrays of a whole tensor, by suffix."""
+
+    @abstractmethod
+    def config(self, codecs: Iterable[Codec], kept: Iterable[str]) -> dict[str, Any]:
+        """The quantization_config; codecs: all that were used; kept: modules that are linear and not quantized."""
+
+    def warnings(self, codec: Codec) -> list[str]:
+        """What users should know about this type in this layout."""
+        return []
+
+    def files(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """More JSON files, by name, for this quantization_config."""
+        return {}
+
+
+def stems(arrays: Arrays, suffix: str) -> list[str]:
+    """Modules that have an array of that name: "model.layers.0.mlp.up_proj"."""
+    return [k[: -len(suffix) - 1] for k in arrays if k.endswith(f".{suffix}")]
+
+
+def words(packed: Array) -> Array:
+    """A row-wise stream of bytes u8[..., n] as little-endian int32[..., n/4]."""
+    return np.ascontiguousarray(packed).view("<i4").astype(np.int32, copy=False)
+
+
+def octets(packed: Array) -> Array:
+    """Inverse of `words`."""
+    return np.ascontiguousarray(packed).astype("<i4", copy=False).view(np.uint8)
+
+
+@cache
+def _classes() -> dict[str, type[Layout]]:
+    package = importlib.import_module(__package__)
+    modules = [m.name for m in pkgutil.iter_modules(package.__path__) if m.name != "base"]
+    found = [importlib.import_module(f"{__package__}.{name}").LAYOUT for name in modules]
+    return {layout.name: layout for layout in found}
+
+
+def names() -> list[str]:
+    """Names of all layouts."""
+    return list(_classes())
+
+
+def get(name: str, **options: Any) -> Layout:
+    """The layout of that name, with what is chosen when writing. Raises UnsupportedError."""
+    try:
+        return _classes()[name](**options)
+    except KeyError:
+        raise UnsupportedError(f"unknown checkpoint format {name}{nearest(name, _classes())}") from None
+
+
+def find(config: Mapping[str, Any]) -> Layout | None:
+    """The layout that a quantization_config speaks of, or None."""
+    name = config.get("quant_method")
+    return get(name) if name in _classes() else None

@@ -1,0 +1,182 @@
+"""GPTQ as AutoGPTQ and GPTQModel write it: fields run down the input dimension, zeros along the output.
+
+    w[n, k] = scales[g, n] · (q[k, n] − z[g, n]),  g = g_idx[k]
+
+The v1 layout ("gptq") stores z − 1, v2 ("gptq_v2") z itself. A zero of 0 cannot be told in v1: its
+readers disagree, and AutoGPTQ's own packer spoils the zeros beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import numpy as np
+
+from .. import __version__, codecs
+from ..arrays import Array, Parts, TensorInfo
+from ..codecs import Codec
+from ..codecs.integers import ActOrderCodec, IntegerCodec, pack_bits, unpack_bits
+from ..errors import ShapeError, UnsupportedError
+from .base import SCALES, Arrays, Found, Gathered, Layout, Load, octets, stems, words
+
+BITS = (2, 3, 4, 8)
+V1, V2 = "gptq", "gptq_v2"
+
+
+def _zeros(qzeros: Array, bits: int, n: int, version: str) -> Array:
+    """Zeros u8[groups, n] of int32[groups, n·bits/32]."""
+    zeros = unpack_bits(octets(qzeros), bits, n)
+    return zeros if version == V2 else (zeros + np.uint8(1)) & np.uint8((1 << bits) - 1)
+
+
+def _unpack(codec: IntegerCodec | ActOrderCodec, version: str, arrays: Parts) -> Parts:
+    plain = codec.plain if isinstance(codec, ActOrderCodec) else codec
+    parts = {"codes": octets(arrays["qweight"].T), "scale": np.ascontiguousarray(arrays["scales"].T)}
+    if not plain.symmetric:
+        n = arrays["scales"].shape[1]
+        parts["zero"] = np.ascontiguousarray(_zeros(arrays["qzeros"], plain.bits, n, version).T)
+    if codec is not plain:
+        parts["group"] = np.ascontiguousarray(arrays["g_idx"])
+    return parts
+
+
+@dataclass(frozen=True, slots=True)
+class Gptq(Layout):
+    """GPTQ; version: "gptq", "gptq_v2", or None for v1 where symmetric (most readers) and v2 where not."""
+
+    name: ClassVar[str] = "gptq"
+    version: str | None = None
+
+    def find(self, config: Mapping[str, Any], arrays: Arrays, load: Load) -> Found:
+        """See `Layout.find`. Bits, groups and act-order are taken from the arrays."""
+        version = config.get("checkpoint_format") or config.get("format") or V1
+        if version not in (V1, V2) or config.get("is_marlin_format"):
+            shown = "marlin" if config.get("is_marlin_format") else version
+            raise UnsupportedError(
+                f"GPTQ checkpoint_format {shown!r}: gptq and gptq_v2 are read; save it as one of them with GPTQModel"
+            )
+        if config.get("pack_dtype", "int32") != "int32":
+            raise UnsupportedError(f"GPTQ pack_dtype {config['pack_dtype']!r}: int32 is read; pack it so with GPTQModel")
+        tensors = {}
+        for stem in stems(arrays, "qweight"):
+            tensors[f"{stem}.weight"] = self._gather(stem, config, version, arrays, load)
+        biases = {f"{stem}.bias" for stem in stems(arrays, "qweight")} & arrays.keys()
+        # AutoGPTQ gives every layer a bias, of zeros where the model has none
+        optional = {b for b in biases if not load(b).any()}
+        return Found(tensors, frozenset(), frozenset(optional))
+
+    def _gather(self, stem: str, config: Mapping[str, Any], version: str, arrays: Arrays, load: Load) -> Gathered:
+        names = {k: f"{stem}.{k}" for k in ("qweight", "qzeros", "scales", "g_idx") if f"{stem}.{k}" in arrays}
+        if missing := {"qweight", "qzeros", "scales"} - names.keys():
+            raise ShapeError(f"{stem}: {', '.join(sorted(missing))} missing beside qweight")
+        shapes = {k: arrays[v].shape for k, v in names.items()}
+        groups, n = shapes["scales"] if len(shapes["scales"]) == 2 else (0, 0)
+        bits = config.get("bits")
+        inputs = shapes["g_idx"][0] if "g_idx" in names else 0
+        if inputs:
+            bits = shapes["qweight"][0] * 32 // inputs
+        elif bits in BITS:
+            inputs = shapes["qweight"][0] * 32 // int(bits)
+        wanted = {"qweight": (inputs * int(bits or 0) // 32, n), "qzeros": (groups, n * int(bits or 0) // 32)}
+        scale = SCALES.get(arrays[names["scales"]].dtype)
+        if bits not in BITS or not groups or scale is None or any(shapes[k] != v for k, v in wanted.items()):
+            raise ShapeError(f"{stem}: arrays { ({k: list(v) for k, v in shapes.items()}) } are no GPTQ weights of {bits} bits")
+        if inputs % groups:
+            raise ShapeError(f"{stem}: {inputs} columns are no multiple of its {groups} groups")
+        size = inputs // groups
+        middle = 1 << (bits - 1)
+        symmetric = config.get("sym") is not False and bool((_zeros(load(names["qzeros"]), bits, n, version) == middle).all())
+        act = ""
+        if groups > 1 and "g_idx" in names:
+            g_idx = load(names["g_idx"])
+            act = "" if np.array_equal(g_idx, np.arange(inputs) // size) else "-act"
+        per = f"g{size}" if groups > 1 else "channel"
+        codec = codecs.get(f"int{bits}-{per}-{'sym' if symmetric else 'asym'}-{scale}{act}")
+        assert isinstance(codec, IntegerCodec | ActOrderCodec)
+        return Gathered(codec, (n, inputs), names, partial(_unpack, codec, version))
+
+    def choose(
+        self, kind: str | None, bits: int | None, group_size: int | None, symmetric: bool | None, scale: str
+    ) -> tuple[Layout, Codec]:
+        """Symmetric 4 bits in groups of 128 unless said otherwise; scales are f16."""
+        if kind is not None:
+            return self, codecs.get(kind)
+        group_size = 128 if group_size is None else group_size
+        per = "channel" if group_size == -1 else f"g{group_size}"
+        bits = 4 if bits is None else bits
+        if bits not in BITS:
+            raise UnsupportedError(f"GPTQ checkpoints have 2, 3, 4 or 8 bits, not {bits}")
+        return self, codecs.get(f"int{bits}-{per}-{'asym' if symmetric is False else 'sym'}")
+
+    def arrays(self, codec: Codec, shape: tuple[int, ...]) -> dict[str, TensorInfo]:
+        """qweight, qzeros, scales and g_idx."""
+        plain = codec.plain if isinstance(codec, ActOrderCodec) else codec
+        if not isinstance(plain, IntegerCodec) or plain.bits not in BITS or plain.per == "tensor":
+            raise UnsupportedError(
+                f"GPTQ checkpoints cannot hold {codec.name}; they hold int2, int3, int4 and int8 by group or row"
+            )
+        if self.version == V1 and not plain.symmetric:
+            raise UnsupportedError(
+                f"{codec.name} in the v1 layout: asymmetric zeros of 0 are lost there and GPTQModel refuses the file; "
+                "choose gptq_v2, or --sym"
+            )
+        if len(shape) != 2 or shape[0] % 32 or shape[1] % 32:
+            raise ShapeError(f"GPTQ checkpoints hold matrices whose sides are multiples of 32, not {list(shape)}")
+        n, k = shape
+        groups = plain.layout(shape)["scale"].shape[1]
+        i32 = np.dtype(np.int32)
+        return {
+            "qweight": TensorInfo(i32, (k * plain.bits // 32, n)),
+            "qzeros": TensorInfo(i32, (groups, n * plain.bits // 32)),
+            "scales": TensorInfo(plain.scale_dtype, (groups, n)),
+            "g_idx": TensorInfo(i32, (k,)),
+        }
+
+    def pack(self, codec: Codec, parts: Parts, shape: tuple[int, ...]) -> Parts:
+        """See `Layout.pack`."""
+        plain = codec.plain if isinstance(codec, ActOrderCodec) else codec
+        assert isinstance(plain, IntegerCodec)
+        scale = parts["scale"]
+        zero = np.full(scale.shape, plain.middle, np.uint8) if plain.symmetric else parts["zero"]
+        stored = zero.T - np.uint8(self._version(plain.symmetric) == V1)
+        columns = np.arange(shape[1], dtype=np.int32)
+        return {
+            "qweight": np.ascontiguousarray(words(parts["codes"]).T),
+            "qzeros": words(pack_bits(stored, plain.bits)),
+            "scales": np.ascontiguousarray(scale.T),
+            "g_idx": parts["group"] if codec is not plain else columns // np.int32(plain.group or shape[1]),
+        }
+
+    def _version(self, symmetric: bool) -> str:
+        return self.version or (V1 if symmetric else V2)
+
+    def config(self, codecs: Iterable[Codec], kept: Iterable[str]) -> dict[str, Any]:
+        """See `Layout.config`. Raises UnsupportedError for more than one codec."""
+        used = list(codecs)
+        plain = {c.plain if isinstance(c, ActOrderCodec) else c for c in used}
+        if len(plain) != 1:
+            raise UnsupportedError("a GPTQ checkpoint holds one type, not " + ", ".join(sorted(c.name for c in plain)))
+        codec = plain.pop()
+        assert isinstance(codec, IntegerCodec)
+        if inside := [m for m in kept if any(part.isdigit() for part in m.split("."))]:
+            raise UnsupportedError(f"GPTQ checkpoints quantize every linear of the blocks; {inside[0]} is left out")
+        return {
+            "quant_method": "gptq",
+            "bits": codec.bits,
+            "group_size": codec.group or -1,
+            "desc_act": any(isinstance(c, ActOrderCodec) for c in used),
+            "sym": codec.symmetric,
+            "lm_head": False,
+            "checkpoint_format": self._version(codec.symmetric),
+            "meta": {"quantizer": [f"quantforge:{__version__}"]},
+        }
+
+    def files(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """quantize_config.json, without which AutoGPTQ 0.7 does not open a checkpoint."""
+        return {"quantize_config.json": {**config, "model_file_base_name": "model"}}
+
+
+LAYOUT = Gptq

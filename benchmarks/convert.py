@@ -26,6 +26,9 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
 from quantforge.demo import MODEL
 
 
@@ -68,7 +71,8 @@ def run(command: list[str], env: dict[str, str] | None = None) -> dict[str, floa
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     began = time.perf_counter()
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **(env or {})})
+        env = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env)
         peaks = {"VmHWM": 0, "RssAnon": 0}
 
         def watch() -> None:

@@ -114,9 +114,8 @@ def main() -> None:
               f"{seen / one['wall']:,.0f} against {seen / total['wall']:,.0f} tokens/s")  # fmt: skip
         print(f"\n{'type':<10} {'PPL ours':>10} {'llama.cpp':>10} {'KLD ours':>10} {'llama.cpp':>10}")
         for m in got["models"]:
-            print(
-                f"{m['name']:<10} {m['ppl']:>10.4f} {passes[m['name']]['ppl']:>10.4f} {m['kld_mean']:>10.6f} {passes[m['name']]['kld']:>10.6f}"
-            )
+            its = passes[m["name"]]
+            print(f"{m['name']:<10} {m['ppl']:>10.4f} {its['ppl']:>10.4f} {m['kld_mean']:>10.6f} {its['kld']:>10.6f}")
         if a.json:
             for m in (*steps, one, floor):
                 m.pop("output", None)

@@ -265,8 +265,8 @@ class Model:
         base = self.module.get_decoder()
         prefix = next(k for k, m in self.module.named_modules() if m is base)
         self.load(base, prefix, skip=[self.layers])
-        found = []
-        for chunk in torch.split(ids, batch):
+        states = torch.empty(*ids.shape, self.module.config.hidden_size, dtype=self.dtype, device=self.device)
+        for chunk, out in zip(torch.split(ids, batch), torch.split(states, batch), strict=True):
             given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
             first: list[torch.Tensor] = []
 
@@ -279,9 +279,9 @@ class Model:
             with self._instead(note):
                 base(input_ids=chunk, use_cache=False)
             self._inputs[len(chunk)] = given
-            found.append(first[0])
+            out.copy_(first[0])
         self.unload(base)
-        return torch.cat(found)
+        return states
 
     def run_block(self, i: int, layer: nn.Module, hidden: torch.Tensor, batch: int) -> None:
         """Advance hidden states [windows, ctx, hidden] through one block, in place."""

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from .archs.base import Weight
+from .archs.base import IDENTITY, Weight
 from .arrays import F32, Parts
 from .codecs import Encoded, repack, repacks
 from .codecs.plain import PlainCodec
@@ -270,7 +270,11 @@ class _Work:
 
     def _encode(self, t: PlannedTensor, a: int, b: int, q: F32 | None) -> tuple[Parts, F32 | None]:
         """Stored parts of rows a:b, and the weights they stand for (None where bytes were copied)."""
-        stored = _stored_rows(self.job.source, t.weight, a, b)
+        source, whole = self.job.source, b - a == count(t.shape[:-1])
+        if whole and t.weight.sources and t.weight.transform is IDENTITY and not isinstance(t.codec, PlainCodec):
+            if source.weights[t.weight.sources[0]].codec is t.codec and len(t.weight.sources) == 1:
+                return source.read(t.weight.sources[0]).parts, None
+        stored = _stored_rows(source, t.weight, a, b)
         if isinstance(stored, Encoded):
             if stored.codec is t.codec and not isinstance(t.codec, PlainCodec) and t.weight.transform.value is None:
                 return stored.parts, None

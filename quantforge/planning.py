@@ -23,6 +23,7 @@ from .formats import Format, Header, Source, Stored
 from .importance import Importance
 from .importance import read as read_importance
 from .layouts import Layout
+from .presets import kept
 
 log = logging.getLogger(__name__)
 
@@ -147,6 +148,7 @@ def plan(
     stored = {w.name: source.weights[w.sources[0]].codec if w.sources else codecs.get("F32") for w in weights}
     imatrix = read_importance(importance) if isinstance(importance, str | Path) else importance
     table = _check_importance(imatrix, weights)
+    warnings: list[str] = []
     if layout is not None or bits is not None:
         if recipe is not None and bits is not None:
             raise RecipeError("--type and --bits exclude each other: give one of them")
@@ -155,7 +157,8 @@ def plan(
         scheme = layout or layouts.get("compressed-tensors")
         chosen, codec = scheme.choose(None if recipe is None else str(recipe), bits, group_size, symmetric, _dtype(source))
         layout = chosen if layout is not None else None
-        choices, name = _assign_linears(weights, stored, codec, source), codec.name
+        choices, name = _assign_linears(weights, stored, codec, source, target.name == "gguf"), codec.name
+        warnings = chosen.warnings(codec) if layout is not None else []
         file_type = int(gguf.LlamaFileType.GUESSED)
     else:
         if group_size is not None or symmetric is not None:
@@ -197,7 +200,6 @@ def plan(
         except ShapeError as e:
             raise ShapeError(f"{t.name}: {e}") from None
 
-    warnings = [] if layout is None else layout.warnings(codec)
     blind = sorted({choices[w.name].codec.name for w in weights if choices[w.name].lacks_importance})
     if blind:
         warnings.append(
@@ -249,14 +251,15 @@ def _is_linear(name: str, shape: Sequence[int]) -> bool:
 
 
 def _assign_linears(
-    weights: Sequence[Weight], stored: Mapping[str, Codec], codec: Codec, source: Source
+    weights: Sequence[Weight], stored: Mapping[str, Codec], codec: Codec, source: Source, gguf_rules: bool
 ) -> dict[str, recipes.Choice]:
     """`codec` for the linear layers of the blocks; everything else stays, in floats."""
     choices = {}
     for w in weights:
         linear = bool(w.sources) and all(_is_linear(s, source.weights[s].shape) for s in w.sources)
         have = stored[w.name]
-        choices[w.name] = recipes.Choice(codec if linear else have if isinstance(have, PlainCodec) else codecs.get("BF16"))
+        as_is = kept(w, have, codec.name) if gguf_rules else have if isinstance(have, PlainCodec) else codecs.get("BF16")
+        choices[w.name] = recipes.Choice(codec if linear else as_is)
     if not any(c.codec is codec for c in choices.values()):
         raise UnsupportedError("the model has no linear layers in numbered blocks, which are what --bits and --format quantize")
     return choices

@@ -199,7 +199,8 @@ class Arch:
             if name in tied:
                 continue
             if name not in expected or not source.startswith(self.prefixes):
-                unknown.append(source)
+                if source not in optional:
+                    unknown.append(source)
                 continue
             gathered = sources.setdefault(name, {})
             index = int(expert.group(1)) if expert else -1

@@ -27,6 +27,7 @@ from .base import (
     check_matrix,
     check_parts,
     check_weights,
+    get,
     raise_non_finite,
     register,
     register_family,
@@ -349,7 +350,7 @@ def reorder(e: Encoded, permutation: Array) -> Encoded:
     inverse = np.argsort(permutation)
     group = (inverse // e.codec.group).astype(np.int32)
     parts = e.parts | {"codes": pack_bits(np.ascontiguousarray(codes[..., inverse]), e.codec.bits), "group": group}
-    return Encoded(_of_name(e.codec.name + "-act") or e.codec, e.shape, parts)
+    return Encoded(get(e.codec.name + "-act"), e.shape, parts)
 
 
 class RowInt8(Codec):
@@ -399,7 +400,11 @@ def _of_name(name: str) -> Codec | None:
     if match is None or (match[6] and not match[3]):
         return None
     plain = IntegerCodec(int(match[1]), match[2], symmetric=match[4] != "asym", scale=match[5] or "f16")
-    return ActOrderCodec(plain) if match[6] else plain
+    if not match[6]:
+        return plain
+    known = get(plain.name)
+    assert isinstance(known, IntegerCodec)
+    return ActOrderCodec(known)
 
 
 register_family(_of_name)

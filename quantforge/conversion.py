@@ -270,10 +270,10 @@ class _Work:
 
     def _encode(self, t: PlannedTensor, a: int, b: int, q: F32 | None) -> tuple[Parts, F32 | None]:
         """Stored parts of rows a:b, and the weights they stand for (None where bytes were copied)."""
-        source, whole = self.job.source, b - a == count(t.shape[:-1])
-        if whole and t.weight.sources and t.weight.transform is IDENTITY and not isinstance(t.codec, PlainCodec):
-            if source.weights[t.weight.sources[0]].codec is t.codec and len(t.weight.sources) == 1:
-                return source.read(t.weight.sources[0]).parts, None
+        source, names = self.job.source, t.weight.sources
+        same = len(names) == 1 and source.weights[names[0]].codec is t.codec and t.weight.transform is IDENTITY
+        if same and b - a == count(t.shape[:-1]) and not isinstance(t.codec, PlainCodec):
+            return source.read(names[0]).parts, None
         stored = _stored_rows(source, t.weight, a, b)
         if isinstance(stored, Encoded):
             if stored.codec is t.codec and not isinstance(t.codec, PlainCodec) and t.weight.transform.value is None:

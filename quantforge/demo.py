@@ -9,13 +9,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from . import scorecard
 from .conversion import Report, convert
 from .errors import NativeError
+from .report.markdown import render
 
 DATA = Path(__file__).with_name("data")
 MODEL = DATA / "demo-model"
 IMATRIX = MODEL / "llama.cpp-imatrix.gguf"
 TYPES = ("F16", "Q8_0", "Q4_K_M", "Q4_0", "IQ2_XXS")
+SCORECARD_WINDOWS = 80
 PROMPT = "The following example shows how to open a file and read"
 
 
@@ -35,10 +38,15 @@ def run(out: Path, say: Callable[[str], None], types: tuple[str, ...] = TYPES, p
         say(f"{r.recipe:<8} {r.total_bytes:>12,} {r.bpw:>7.3f} {r.seconds:>8.2f}   {median[0]:.3g}, {worst[0]:.3g} ({worst[1]})")
     if importlib.util.find_spec("xllamacpp") is None:
         say("\nTo hear the files speak in llama.cpp: pip install 'quantforge[llama-cpp]'")
-        return reports
-    say(f"\nllama.cpp, greedily, after: {prompt!r}")
-    for r in reports:
-        say(f"{r.recipe:<8} {complete(Path(r.path), prompt)!r}")
+    else:
+        say(f"\nllama.cpp, greedily, after: {prompt!r}")
+        for r in reports:
+            say(f"{r.recipe:<8} {complete(Path(r.path), prompt)!r}")
+    say(f"\nScorecard: {', '.join(scorecard.TYPES)} against the original, on {SCORECARD_WINDOWS} windows of held-out text\n")
+    card = out / "scorecard.html"
+    found = scorecard.compare(MODEL, memory="5MB", chunks=SCORECARD_WINDOWS, report=[card, out / "scorecard.json"])
+    say(render(found))
+    say(f"To look at: {card}")
     return reports
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import tempfile
@@ -11,13 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from . import importance
+from .calibration import calibrate
 from .conversion import convert
-from .errors import RecipeError
+from .errors import CalibrationError, RecipeError
 from .evaluation import PathLike, Progress, evaluate
 from .report import Choice, Evaluation, ModelResult
 from .report.base import check_suffix
 
+logger = logging.getLogger(__name__)
+
 TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_XS", "Q3_K_M", "Q2_K", "IQ2_XXS")
+_CALIBRATION_CHUNKS = 100
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
@@ -36,21 +41,21 @@ def compare(
     """Convert a checkpoint to several types, evaluate all of them at once, rank them and choose.
 
     types: presets, types or recipe files. imatrix: importance for the conversion; "auto": a file with
-    "imatrix" in its name beside the model, where there is one. memory: bytes, or text like "6GB", into which
-    weights and the KV cache (f16) of `context` tokens (default: the model's) must fit. out: keep the GGUF files in
+    "imatrix" in its name beside the model, else gathered from the shipped calibration text. memory: bytes, or text
+    like "6GB", into which weights and the KV cache (f16) of `context` tokens (default: the model's) must fit. out: keep the GGUF files in
     this directory. report, progress and other options: as for `evaluate`.
     """
     limit = None if memory is None else parse_bytes(memory)
     reports = [report] if isinstance(report, (str, os.PathLike)) else list(report)
     for path in reports:
         check_suffix(path)
-    weights = _imatrix(Path(model), imatrix)
     names = list(dict.fromkeys(types))
     if not names:
         raise RecipeError("--types names no type")
     with ExitStack() as stack:
         where = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="quantforge-")) if out is None else out)
         where.mkdir(parents=True, exist_ok=True)
+        weights, origin = _imatrix(Path(model), imatrix, where, progress)
         paths: dict[str, Path] = {}
         for i, kind in enumerate(names):
             if progress:
@@ -61,7 +66,7 @@ def compare(
         found = evaluate(paths, reference=model, progress=progress, **options)
     if limit is not None:
         found.choice = choose(found, limit, context)
-    found.run["imatrix"] = "none" if weights is None else str(imatrix if imatrix != "auto" else "beside the model")
+    found.run["imatrix"] = origin
     for path in reports:
         found.save(path)
     return found
@@ -106,11 +111,20 @@ def _size(n: float) -> str:
     return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.2f} MB"
 
 
-def _imatrix(model: Path, imatrix: Any) -> importance.Importance | None:
+def _imatrix(model: Path, imatrix: Any, scratch: Path, progress: Progress | None) -> tuple[importance.Importance | None, str]:
+    """The importance to convert with, and where it is from."""
     if imatrix is None or isinstance(imatrix, importance.Importance):
-        return imatrix
+        return imatrix, "none" if imatrix is None else "given"
     if imatrix != "auto":
-        return importance.read(Path(imatrix))
+        return importance.read(Path(imatrix)), str(imatrix)
     directory = model if model.is_dir() else model.parent
     beside = sorted(p for p in directory.glob("*imatrix*") if p.suffix in (".gguf", ".dat"))
-    return importance.read(beside[0]) if beside else None
+    if beside:
+        return importance.read(beside[0]), beside[0].name
+    path = scratch / "imatrix.gguf"
+    try:
+        made = calibrate(model, path, chunks=_CALIBRATION_CHUNKS, force=True, progress=progress)
+    except CalibrationError as e:
+        logger.warning("no importance: %s", e)
+        return None, "none"
+    return importance.read(path), f"{made.tokens:,} tokens of {made.text}"

@@ -188,6 +188,7 @@ def method(e: Evaluation) -> list[tuple[str, str]]:
         ("text", f"{t['name']}, sha256 {t['sha256']}, {t['documents']} documents"),
         ("tokens", f"{t['tokens_scored']:,} scored in {t['windows']} windows of {t['ctx']}; {t['scoring']}; {t['bos_note']}"),
         ("intervals", e.intervals.get("method", "")),
+        ("importance", r.get("imatrix", "")),
         ("KLD", "KL(reference ‖ model), float32 log-softmax of full logits"),
         ("noise floor", "the reference computed in bf16 against itself in f32")
         if e.noise_floor

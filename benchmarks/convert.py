@@ -29,10 +29,23 @@ from safetensors.numpy import save_file
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from quantforge.demo import MODEL
+from quantforge.demo import MODEL  # noqa: E402
 
 
-def make_model(directory: Path, layers: int, hidden: int, feed_forward: int, seed: int = 0) -> int:
+def save_sparse(shapes: dict[str, tuple[int, ...]], path: Path) -> None:
+    """bf16 zeros that take no room on disk: for memory figures of models larger than the disk."""
+    header, at = {}, 0
+    for name, shape in shapes.items():
+        size = 2 * int(np.prod(shape))
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header).encode()
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + at)
+
+
+def make_model(directory: Path, layers: int, hidden: int, feed_forward: int, seed: int = 0, sparse: bool = False) -> int:
     """A random Llama with the demo model's tokenizer; returns its number of parameters."""
     directory.mkdir(parents=True)
     rng = np.random.default_rng(seed)
@@ -56,11 +69,14 @@ def make_model(directory: Path, layers: int, hidden: int, feed_forward: int, see
     index = {}
     for shard, part in enumerate((names[: len(names) // 2], names[len(names) // 2 :]), 1):
         file = f"model-{shard:05d}-of-00002.safetensors"
+        index |= dict.fromkeys(part, file)
+        if sparse:
+            save_sparse({name: shapes[name] for name in part}, directory / file)
+            continue
         tensors = {}
         for name in part:
             w = rng.standard_normal(shapes[name], np.float32) * 0.02 + (1.0 if "norm" in name else 0.0)
             tensors[name] = w.astype(ml_dtypes.bfloat16)
-            index[name] = file
         save_file(tensors, directory / file, metadata={"format": "pt"})
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     return sum(int(np.prod(s)) for s in shapes.values())
@@ -111,6 +127,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=22, help="22 layers of 2048 × 5632 make 1.0 B parameters")
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--feed-forward", type=int, default=5632)
+    parser.add_argument("--sparse", action="store_true", help="weights are zeros in sparse files: memory only, no speed")
     parser.add_argument("--work", type=Path, help="where the model and the results go (default: a temporary directory)")
     parser.add_argument("--llama-cpp", type=Path, help="a llama.cpp checkout")
     parser.add_argument("--llama-quantize", type=Path, help="the built llama-quantize")
@@ -121,7 +138,10 @@ def main() -> None:
     try:
         model = work / "model"
         if not model.exists():
-            print(f"{make_model(model, a.layers, a.hidden, a.feed_forward) / 1e9:.2f} B parameters", file=sys.stderr)
+            print(
+                f"{make_model(model, a.layers, a.hidden, a.feed_forward, sparse=a.sparse) / 1e9:.2f} B parameters",
+                file=sys.stderr,
+            )
         rows = []
 
         def step(name: str, out: Path, command: list[str], env: dict[str, str] | None = None) -> dict[str, float]:

@@ -215,7 +215,6 @@ def _print_plan(plan: Plan) -> None:
     metavar="F",
     help="gguf, safetensors, gptq, awq, compressed-tensors, bitsandbytes; default: gguf for *.gguf, else safetensors.",
 )
-@click.option("--method", metavar="M", default="rtn", show_default=True, help="How codes are chosen: rtn, round to nearest.")
 @click.option(
     "--bits", metavar="N", type=click.IntRange(2, 8), help="Integers of that width for the linear layers of the blocks."
 )
@@ -235,12 +234,15 @@ def _print_plan(plan: Plan) -> None:
 @click.option("--force", is_flag=True, help="Overwrite an existing output.")
 @click.option("--report", metavar="FILE.json", type=click.Path(dir_okay=False), help="Write a report with each tensor's error.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan or the report as JSON.")
+@click.option("--method", metavar="M", default="rtn", show_default=True, help="rtn, gptq, awq or awq+gptq (torch).")
+@click.option("--calibration", metavar="FILE", default="builtin", show_default=True, help="Text that --method sees.")
+@click.option("--calibration-chunks", metavar="N", type=click.IntRange(2), help="Windows of it; default 128.")
+@click.option("--device", metavar="D", default="cpu", show_default=True, help="Where --method runs: cpu or cuda.")
 def convert(
     model: str,
     out: str,
     recipe: Any,
     format: str | None,
-    method: str,
     bits: int | None,
     group_size: int | None,
     symmetric: bool | None,
@@ -254,14 +256,18 @@ def convert(
     force: bool,
     report: str | None,
     as_json: bool,
+    **calibration: Any,
 ) -> None:
     """Convert MODEL (a directory, a .safetensors or .gguf file) to OUT (a .gguf file, or a directory of safetensors)."""
     from . import convert as run
     from . import plan as make_plan
 
-    if method != "rtn":
-        raise RecipeError(f"unknown method {method}; known: rtn")
-    options: dict[str, Any] = {"allow_requantize": allow_requantize, "pre_tokenizer": pre_tokenizer, "format": format}
+    options: dict[str, Any] = {
+        "allow_requantize": allow_requantize,
+        "pre_tokenizer": pre_tokenizer,
+        "format": format,
+        **calibration,
+    }
     options |= {"bits": bits, "group_size": group_size, "symmetric": symmetric, "max_shard_size": max_shard_size}
     if checkpoint_format is not None:
         options["version"] = checkpoint_format

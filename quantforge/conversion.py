@@ -23,7 +23,7 @@ from .codecs.plain import PlainCodec
 from .errors import NonFiniteError, OutputError
 from .formats import Sink, Source
 from .importance import Importance
-from .planning import Plan, PlannedTensor, count, plan
+from .planning import Calibration, Plan, PlannedTensor, count, plan
 from .recipes import Recipe
 
 log = logging.getLogger(__name__)
@@ -46,6 +46,12 @@ class TensorReport:
     """‖w − ŵ‖ / ‖w‖, where measured."""
     weighted_rel_rmse: float | None
     """The same with every column weighted by its importance, where there is importance."""
+    method: str = "rtn"
+    """How its codes were chosen: the method asked for, or rtn where that was no worse."""
+    output_error: float | None = None
+    """Relative squared error of its outputs on held-out calibration windows."""
+    rtn_output_error: float | None = None
+    """The same for rtn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +109,7 @@ def convert(
     recipe: a preset ("Q4_K_M"), a type, a TOML file or a Recipe. importance: an imatrix file.
     measure: also decode what was written and report each tensor's error. threads: all CPUs by
     default; the output does not depend on it. progress: called after each tile of rows.
-    options: those of `plan`: format, bits, group_size, symmetric, max_shard_size, ...
+    options: those of `plan`: format, bits, group_size, symmetric, max_shard_size, method, calibration, ...
     Raises what `plan` raises, and NonFiniteError (NaN or infinity: names tensor and index).
     """
     job = plan(model, out, recipe, importance, **options)
@@ -131,6 +137,8 @@ def run(
     began, cpu = time.perf_counter(), time.process_time()
     work = _Work(job, measure, progress)
     with job.format.create(out, job.header) as sink:
+        if job.calibrated is not None:
+            work.calibrated(job.calibrated, sink)
         with ThreadPoolExecutor(threads, "quantforge") as pool:
             try:
                 for worker in [pool.submit(work.drain, sink) for _ in range(threads)]:
@@ -150,12 +158,7 @@ def run(
         cpu_seconds=time.process_time() - cpu,
         peak_rss_bytes=peak,
         threads=threads,
-        tensors=[
-            TensorReport(
-                t.name, t.codec.name, t.source_codec.name, tuple(t.shape), t.nbytes, t.note, *work.errors[i].ratios(measure)
-            )
-            for i, t in enumerate(job.tensors)
-        ],
+        tensors=[work.report(i) for i in range(len(job.tensors))],
         warnings=job.warnings,
     )
 
@@ -177,6 +180,12 @@ class _Errors:
         columns, norms = np.einsum("ij,ij->j", delta, delta), np.einsum("ij,ij->j", w, w)
         return float(columns.sum()), float(norms.sum()), float(columns @ q), float(norms @ q)
 
+    def take(self, sums: tuple[float, float, float, float]) -> None:
+        self.error += sums[0]
+        self.norm += sums[1]
+        self.weighted_error += sums[2]
+        self.weighted_norm += sums[3]
+
     def ratios(self, measured: bool) -> tuple[float | None, float | None]:
         if not measured:
             return None, None
@@ -191,7 +200,10 @@ class _Work:
     def __init__(self, job: Plan, measure: bool, progress: Callable[[Progress], None] | None) -> None:
         self.job, self.measure, self.progress = job, measure, progress
         self.errors = [_Errors() for _ in job.tensors]
+        self.methods: dict[str, tuple[str, float | None, float | None]] = {}
+        """Tensor -> method kept, its output error, rtn's; of stacked experts, the means."""
         self._lock = threading.Lock()
+        self._done: set[str] = set()
         self._tiles = self._cut()
         self._left: dict[int, int] = {}
         self._stopped = False
@@ -200,6 +212,8 @@ class _Work:
     def _cut(self) -> Iterator[tuple[int, int, int]]:
         """(tensor, first row, last row) of every tile, in file order."""
         for i, t in enumerate(self.job.tensors):
+            if t.name in self._done:
+                continue
             rows = count(t.shape[:-1])
             step = max(1, TILE // max(1, t.shape[-1]))
             # a tile never spans two sources; a codec with parameters for the whole tensor gets it whole
@@ -210,6 +224,54 @@ class _Work:
                 cuts = [(i, 0, rows)]
             self._left[i] = len(cuts)
             yield from cuts
+
+    def report(self, i: int) -> TensorReport:
+        """What became of tensor i."""
+        t = self.job.tensors[i]
+        plain, weighted = self.errors[i].ratios(self.measure)
+        kept, mine, rtn = self.methods.get(t.name, ("rtn", None, None))
+        shape = tuple(t.shape)
+        return TensorReport(t.name, t.codec.name, t.source_codec.name, shape, t.nbytes, t.note, plain, weighted, kept, mine, rtn)
+
+    def calibrated(self, how: Calibration, sink: Sink) -> None:
+        """Do the tensors of the model's blocks, one block after the other; the rest stays for the tiles."""
+        from .blockwise import Outcome, quantize_blocks
+        from .calibration import context, read_windows
+        from .runtime import Model
+        from .tokenizer import Tokenizer
+
+        source, at = self.job.source, {t.name: i for i, t in enumerate(self.job.tensors)}
+        tokenizer = Tokenizer(source.path, source.config, gguf_metadata=source.format == "gguf")
+        ctx = context(None, Model(source, source.path.name))
+        ids = read_windows(how.text, tokenizer, ctx, how.chunks, spread=True)
+        found: dict[str, list[Outcome]] = {}
+
+        def write(o: Outcome) -> None:
+            i = at[o.task.name]
+            t, parts = self.job.tensors[i], o.parts
+            if t.via is not None:
+                parts = repack(Encoded(t.via, o.weights.shape, parts), t.codec).parts
+            sink.write(t.name, parts, o.task.row)
+            if self.measure:
+                w = o.weights.reshape(-1, o.weights.shape[-1])
+                decoded = t.codec.decode(parts, o.weights.shape).reshape(w.shape)
+                self.errors[i].take(self.errors[i].add(w, decoded, None))
+            found.setdefault(t.name, []).append(o)
+            s = self._state
+            whole = len(found[t.name]) == max(1, len(t.weight.sources))
+            self._done.add(t.name)
+            s.tensors, s.weights, s.name = s.tensors + whole, s.weights + o.weights.size, t.name
+            s.bytes += sum(p.nbytes for p in parts.values())
+            if self.progress is not None:
+                self.progress(s)
+
+        tensors = [(t.name, t.via or t.codec, t.weight) for t in self.job.tensors]
+        quantize_blocks(source, tensors, ids, how.method, write, device=how.device)
+        for name, outcomes in found.items():
+            kinds = sorted({o.method for o in outcomes})
+            mine = [o.output_error for o in outcomes if o.output_error is not None]
+            rtn = [o.rtn_error for o in outcomes if o.rtn_error is not None]
+            self.methods[name] = (", ".join(kinds), sum(mine) / len(mine) if mine else None, sum(rtn) / len(rtn) if rtn else None)
 
     def stop(self) -> None:
         with self._lock:
@@ -242,10 +304,7 @@ class _Work:
         with self._lock:
             e, s = self.errors[i], self._state
             if sums is not None:
-                e.error += sums[0]
-                e.norm += sums[1]
-                e.weighted_error += sums[2]
-                e.weighted_norm += sums[3]
+                e.take(sums)
                 e.has_importance = column_weights is not None
             self._left[i] -= 1
             done = self._left[i] == 0

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gguf
 import numpy as np
@@ -25,8 +25,13 @@ from .importance import read as read_importance
 from .layouts import Layout
 from .presets import kept
 
+if TYPE_CHECKING:
+    from .methods import Method
+
 log = logging.getLogger(__name__)
 
+CALIBRATION_CHUNKS = 128
+"""Windows of calibration text that a method sees by default."""
 QUANTIZATION_VERSION = 2
 """general.quantization_version: ggml's GGML_QNT_VERSION, the layout of its block types."""
 
@@ -63,6 +68,17 @@ class PlannedTensor:
 
 
 @dataclass(frozen=True, slots=True)
+class Calibration:
+    """A calibrated method for the blocks' matrices, and the text it sees."""
+
+    method: Method
+    text: str | Path
+    chunks: int
+    """Windows, spread over the text."""
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """Everything about a conversion that is known before a tensor is read."""
 
@@ -73,6 +89,7 @@ class Plan:
     importance: Mapping[str, F32]
     recipe: str
     warnings: Sequence[str] = ()
+    calibrated: Calibration | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -130,6 +147,10 @@ def plan(
     max_shard_size: int | None = None,
     allow_requantize: bool = False,
     pre_tokenizer: str | None = None,
+    method: str | Method = "rtn",
+    calibration: str | Path = "builtin",
+    calibration_chunks: int | None = None,
+    device: str = "cpu",
     **layout_options: Any,
 ) -> Plan:
     """Decide everything about a conversion from headers alone.
@@ -139,7 +160,9 @@ def plan(
     importance: an imatrix file. format: "gguf", "safetensors", or a layout of `layouts`, in which
     the linear layers of the blocks are quantized and nothing else; so they are where bits (and
     group_size: -1 for rows; symmetric) are given instead of a recipe. max_shard_size: bytes.
-    layout_options: of that layout, such as version="gptq_v2". Raises FormatError, UnsupportedError,
+    method: "rtn", "gptq", "awq", "awq+gptq" or an object of `quantforge.methods`, for the matrices of the model's
+    blocks. calibration: the text it sees, a file or "builtin"; calibration_chunks: windows of it, default 128;
+    device: where it runs. layout_options: of that layout, such as version="gptq_v2". Raises FormatError, UnsupportedError,
     RecipeError, ShapeError, CalibrationError.
     """
     source = model if isinstance(model, Source) else formats.open_path(model)
@@ -149,6 +172,8 @@ def plan(
     imatrix = read_importance(importance) if isinstance(importance, str | Path) else importance
     table = _check_importance(imatrix, weights)
     warnings: list[str] = []
+    how = _calibration(method, calibration, calibration_chunks, device)
+    seen = {w.name for w in weights if w.layer is not None} if how else set()
     if layout is not None or bits is not None:
         if recipe is not None and bits is not None:
             raise RecipeError("--type and --bits exclude each other: give one of them")
@@ -164,12 +189,17 @@ def plan(
         if group_size is not None or symmetric is not None:
             raise RecipeError("--group-size and --sym go with --bits, or with --format gptq, awq or compressed-tensors")
         rules = recipe if isinstance(recipe, recipes.Recipe) else recipes.get(str(recipe or "Q4_K_M"))
-        choices, name = rules.assign(weights, metadata, stored, importance=table.keys()), rules.name
+        choices, name = rules.assign(weights, metadata, stored, importance=table.keys() | seen), rules.name
         file_type = rules.file_type
 
     tensors: list[PlannedTensor] = []
     for w in weights:
         codec, have, note = choices[w.name].codec, stored[w.name], choices[w.name].note
+        if how and w.layer is not None and not isinstance(have, PlainCodec) and not allow_requantize:
+            raise RecipeError(
+                f"{w.name}: the source is already quantized ({have.name}); --method chooses codes for the original "
+                "model's weights: use that, or --allow-requantize"
+            )
         via = None
         if target.name == "gguf" and codec.ggml_type is None:
             holder = _ggml_holder(codec, w.shape)
@@ -206,12 +236,26 @@ def plan(
             f"{', '.join(blind)} without calibrated importance for every tensor: a data-free estimate stands in; "
             "an imatrix of the model (--imatrix) gives a clearly better file"
         )
+    if how and not any(w.layer is not None and not isinstance(choices[w.name].codec, PlainCodec) for w in weights):
+        warnings.append("no matrix in the model's blocks is quantized: --method has nothing to do")
     if target.name == "gguf":
         metadata = {**metadata, **_quantization_metadata(file_type, imatrix)}
+        if how:
+            metadata["quantforge.method"] = how.method.name
+            metadata["quantforge.calibration"] = Path(how.text).name
     header = Header(metadata, {t.name: Stored(t.codec, t.shape) for t in tensors}, files, layout)
     if max_shard_size is not None:
         header = replace(header, max_shard_size=max_shard_size)
-    return Plan(source, target, header, tensors, table, name, warnings)
+    return Plan(source, target, header, tensors, table, name, warnings, how)
+
+
+def _calibration(method: str | Method, text: str | Path, chunks: int | None, device: str) -> Calibration | None:
+    """What a method needs; None for plain rounding, which runs without torch."""
+    if method == "rtn":
+        return None
+    from . import methods
+
+    return Calibration(methods.get(method), text, chunks or CALIBRATION_CHUNKS, device)
 
 
 def _target(out: Path, format: str | None, options: Mapping[str, Any]) -> tuple[Format, Layout | None]:

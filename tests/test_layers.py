@@ -19,7 +19,7 @@ LAYERS = [
     {"layouts"},
     {"formats", "methods", "runtime", "nn", "presets", "corpus"},
     {"recipes", "calibration", "importance", "report", "similarity", "tasks"},
-    {"planning"},
+    {"planning", "blockwise"},
     {"conversion", "evaluation"},
     {"scorecard", "inspection"},
     {"__init__"},
@@ -29,7 +29,7 @@ LAYERS = [
 ]
 FREE = {"errors"}
 HEAVY = {"torch", "transformers"}
-MAY_BE_HEAVY = {"methods", "runtime", "calibration", "nn"}
+MAY_BE_HEAVY = {"methods", "runtime", "calibration", "blockwise", "nn"}
 
 MODULES = sorted(p.relative_to(PACKAGE) for p in PACKAGE.rglob("*.py") if "data" not in p.relative_to(PACKAGE).parts)
 

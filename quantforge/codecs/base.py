@@ -144,6 +144,13 @@ class GridCodec(Codec):
     def round(self, w: torch.Tensor, params: Params, at: int = 0) -> Codes:
         """Nearest codes of columns at:at+n under fixed params; w: f32[out, n] -> integers [out, n/vector]."""
 
+    def round_weighted(self, w: torch.Tensor, params: Params, at: int, importance: torch.Tensor) -> Codes:
+        """`round`, where columns that share a code count as their importance says: f32[n].
+
+        Only codecs whose `vector` is not 1 can tell the difference.
+        """
+        return self.round(w, params, at)
+
     @abstractmethod
     def expand(self, codes: Codes, params: Params, at: int = 0) -> torch.Tensor:
         """f32[out, n]: exactly what `decode` gives for these codes at columns at:at+n."""

@@ -143,6 +143,10 @@ class IQCodec(GgmlCodec, GridCodec):
 
         Raises ShapeError where columns do not begin and end between vectors.
         """
+        return self.round_weighted(w, params, at, None)
+
+    def round_weighted(self, w: torch.Tensor, params: Params, at: int, importance: torch.Tensor | None) -> Codes:
+        """`round`, minimising Σ importance · (w − ŵ)² of each vector; importance: f32[n]."""
         import torch
 
         scale, shift = self._scales(params, at, w.shape[1])
@@ -152,8 +156,15 @@ class IQCodec(GgmlCodec, GridCodec):
         moved = None if shift is None else shift.expand(scale.shape).reshape(-1)
         entries = torch.from_numpy(self.entries).to(w.device)
         rows = max(1, _AT_ONCE // len(entries))
+        c = None if importance is None else importance.float().reshape(-1, self.vector).repeat(len(w), 1)
         found = [
-            _nearest(y[i : i + rows], None if moved is None else moved[i : i + rows], entries, self.fields)
+            _nearest(
+                y[i : i + rows],
+                None if moved is None else moved[i : i + rows],
+                entries,
+                self.fields,
+                None if c is None else c[i : i + rows],
+            )
             for i in range(0, len(y), rows)
         ]
         return torch.cat(found).reshape(scale.shape)
@@ -228,8 +239,10 @@ class IQCodec(GgmlCodec, GridCodec):
         return scale, 0.125 - 0.25 * params["shift"].float()[:, sub] if f.shift else None
 
 
-def _nearest(y: torch.Tensor, shift: torch.Tensor | None, entries: torch.Tensor, f: Fields) -> torch.Tensor:
-    """Codes of groups y: f32[groups, vector], in steps: i32[groups].
+def _nearest(
+    y: torch.Tensor, shift: torch.Tensor | None, entries: torch.Tensor, f: Fields, c: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Codes of groups y: f32[groups, vector], in steps: i32[groups]. c: the weights' importance, if not alike.
 
     As in kernels/cpu/iquants_search.inc: an entry's cost is that of its two halves, which are few.
     No sums but of a group's own squares: the same codes on every device.
@@ -240,7 +253,7 @@ def _nearest(y: torch.Tensor, shift: torch.Tensor | None, entries: torch.Tensor,
         values = entries[:, 0].float()
         return torch.bucketize(y[:, 0], (values[1:] + values[:-1]) / 2).int()
     if f.moved and shift is None:
-        trials = [_costs(y - s, entries)[0].min(1) for s in (0.125, -0.125)]
+        trials = [_costs(y - s, entries, c=c)[0].min(1) for s in (0.125, -0.125)]
         up, down = trials
         lower = down.values < up.values
         return (down.indices.where(lower, up.indices) | lower.long() << f.moved).int()
@@ -248,11 +261,12 @@ def _nearest(y: torch.Tensor, shift: torch.Tensor | None, entries: torch.Tensor,
     if shift is not None:
         y = y - shift.unsqueeze(-1)
     if not n:
-        return _costs(y, entries)[0].argmin(1).int()
+        return _costs(y, entries, c=c)[0].argmin(1).int()
     minus = y < 0
     y = y.abs()
     width = entries.shape[1]
-    found = [_costs(part, entries, flips=n == 7) for part in torch.split(y, width, 1)]
+    cs = [None] * (f.vector // width) if c is None else torch.split(c, width, 1)
+    found = [_costs(part, entries, n == 7, own) for part, own in zip(torch.split(y, width, 1), cs, strict=True)]
     plain = [c.min(1) for c, _ in found]
     index = [p.indices for p in plain]
     if n == 7:
@@ -265,8 +279,8 @@ def _nearest(y: torch.Tensor, shift: torch.Tensor | None, entries: torch.Tensor,
         flip = [odd & ~where, odd & where][: len(found)]
         index = [b.indices.where(m, p) for b, p, m in zip(flipped, index, flip, strict=True)]
         cost = [
-            (part * entries.float()[i]).masked_fill(~m.unsqueeze(-1), torch.inf)
-            for part, i, m in zip(torch.split(y, width, 1), index, flip, strict=True)
+            (part * entries.float()[i] * (1 if own is None else own)).masked_fill(~m.unsqueeze(-1), torch.inf)
+            for part, i, m, own in zip(torch.split(y, width, 1), index, flip, cs, strict=True)
         ]
         cheapest = torch.cat(cost, 1).argmin(1)
         minus = minus ^ (torch.nn.functional.one_hot(cheapest, f.vector).bool() & odd.unsqueeze(-1))
@@ -278,7 +292,9 @@ def _nearest(y: torch.Tensor, shift: torch.Tensor | None, entries: torch.Tensor,
     return codes.int()
 
 
-def _costs(y: torch.Tensor, entries: torch.Tensor, flips: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _costs(
+    y: torch.Tensor, entries: torch.Tensor, flips: bool = False, c: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Squared distance of each y[group] to each entry, and with the best one sign flipped: f32[groups, entries]."""
     import torch
 
@@ -286,12 +302,14 @@ def _costs(y: torch.Tensor, entries: torch.Tensor, flips: bool = False) -> tuple
     plain, flipped = [], []
     for h in (slice(0, half), slice(half, 2 * half)):
         patterns, which = torch.unique(entries[:, h], dim=0, return_inverse=True)
-        v, x = patterns.float(), y[:, h]
+        v, x, importance = patterns.float(), y[:, h], None if c is None else c[:, h, None]
         cost, least = x.new_zeros((len(x), len(v))), None
         for j in range(half):
-            cost += (x[:, j, None] - v[:, j]).square()
+            square = (x[:, j, None] - v[:, j]).square()
+            cost += square if importance is None else square * importance[:, j]
             if flips:  # (x + v)² = (x − v)² + 4xv
                 more = 4 * x[:, j, None] * v[:, j]
+                more = more if importance is None else more * importance[:, j]
                 least = more if least is None else least.minimum(more)
         plain.append(cost[:, which])
         if least is not None:

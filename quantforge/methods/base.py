@@ -1,0 +1,109 @@
+"""What a method is: choose a codec's codes for a matrix, knowing what calibration saw. And the registry of
+methods: modules of this package are discovered, third parties `register` or use the entry points `quantforge.methods`."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Protocol, TypeVar, runtime_checkable
+
+import torch
+
+from ..arrays import Parts
+from ..codecs import Codec
+from ..errors import RecipeError, nearest
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Second moments of the inputs x of a matrix over calibration tokens."""
+
+    hessian: torch.Tensor
+    """2·mean x xᵀ: f32[in, in]."""
+    tokens: int
+    shift: torch.Tensor | None = None
+    """2·mean (x₀ − x) xᵀ: f32[in, in], x₀ the input in the unquantized model; None: x = x₀."""
+    drift: torch.Tensor | None = None
+    """2·mean (x₀ − x)(x₀ − x)ᵀ: f32[in, in], where errors are measured."""
+
+    @property
+    def importance(self) -> torch.Tensor:
+        """Mean x²: f32[in]."""
+        return self.hessian.diagonal() / 2
+
+
+def output_error(w: torch.Tensor, quantized: torch.Tensor, stats: Stats) -> float:
+    """How far outputs are from the unquantized model's, relative: mean ‖ŵx − wx₀‖² / mean ‖wx₀‖².
+
+    Without shift: ‖(ŵ − w)x‖² / ‖wx‖². w, quantized: f32[out, in].
+    """
+
+    def trace(a: torch.Tensor, moments: torch.Tensor, b: torch.Tensor) -> float:
+        return float(((a @ moments) * b).sum(dtype=torch.float64))
+
+    d = quantized - w
+    error, norm = trace(d, stats.hessian, d), trace(w, stats.hessian, w)
+    if stats.shift is not None and stats.drift is not None:
+        moved, drift = trace(w, stats.shift, w), trace(w, stats.drift, w)
+        error += drift - 2 * trace(w, stats.shift, d)
+        norm += 2 * moved + drift
+    return max(error, 0.0) / norm if norm > 0 else 0.0
+
+
+@runtime_checkable
+class Method(Protocol):
+    """A way to choose codes. Stateless; options are constructor arguments."""
+
+    @property
+    def name(self) -> str:
+        """As in --method."""
+        ...
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What it uses of calibration, of {"importance", "hessian", "inputs"}."""
+        ...
+
+    def quantize(self, w: torch.Tensor, codec: Codec, stats: Stats | None) -> Parts:
+        """Stored parts of w: f32[out, in]. Raises ShapeError, NonFiniteError, CalibrationError."""
+        ...
+
+
+_registry: dict[str, Method] = {}
+_M = TypeVar("_M", bound="Method")
+
+
+def register(method: _M) -> _M:
+    """Make a method known by its name."""
+    _registry[method.name] = method
+    return method
+
+
+@cache
+def _discover() -> None:
+    package = importlib.import_module(__package__)
+    for module in pkgutil.iter_modules(package.__path__):
+        if module.name != "base":
+            importlib.import_module(f"{__package__}.{module.name}")
+    for point in entry_points(group="quantforge.methods"):
+        register(point.load())
+
+
+def names() -> list[str]:
+    """Names of all methods."""
+    _discover()
+    return sorted(_registry)
+
+
+def get(name: str | Method) -> Method:
+    """The method of that name (any case). Raises RecipeError naming the known ones."""
+    if not isinstance(name, str):
+        return name
+    _discover()
+    try:
+        return _registry[name.lower()]
+    except KeyError:
+        raise RecipeError(f"unknown method {name}{nearest(name, _registry)}; known: {', '.join(names())}") from None

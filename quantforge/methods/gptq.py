@@ -1,0 +1,158 @@
+"""GPTQ on any grid: round columns one after the other and let the columns to come make up for the error.
+
+Source: Frantar et al., "GPTQ", arXiv 2210.17323 (the letters H, U, E are the paper's). Different here: block
+parameters are fitted with the weights 1/U²ⱼⱼ, what an error in column j costs after all that follows has
+made up for it; and the target is the output of the *unquantized* model, w·x₀, for the inputs x that quantized
+predecessors give (‖ŵx − wx₀‖² = ‖(ŵ − w′)x‖² + const with w′ = w(1 + S H⁻¹), S = mean (x₀ − x)xᵀ).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..arrays import Parts
+from ..codecs import Codec, GridCodec
+from ..codecs.base import Codes, Params, check_matrix
+from ..errors import CalibrationError, NonFiniteError, UnsupportedError
+from .base import Stats, register
+
+SEGMENT = 128
+"""Columns whose errors reach the columns behind them in one matrix product."""
+_TRIES = 6
+
+
+def damped(hessian: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(H, U, dead): H + damping·mean(diag H) in f64, U upper with H⁻¹ = UᵀU, and the columns that no input reaches.
+
+    Damping grows tenfold, up to 6 times, until H can be factored. Raises CalibrationError, NonFiniteError.
+    """
+    if not bool(torch.isfinite(hessian).all()):
+        raise NonFiniteError("the calibration inputs are not finite", ())
+    h = hessian.double().clone()
+    dead = h.diagonal() <= 0
+    if bool(dead.all()):
+        raise CalibrationError("every calibration input is 0")
+    mean = float(h.diagonal()[~dead].mean())
+    h[dead, dead] = mean
+    for _ in range(_TRIES):
+        a = h.clone()
+        a.diagonal().add_(damping * mean)
+        lower, bad = torch.linalg.cholesky_ex(a)
+        if not int(bad):
+            upper, bad = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not int(bad) and bool(torch.isfinite(upper).all()):
+                return a, upper, dead
+        damping = max(damping, 1e-4) * 10
+    raise CalibrationError(f"the Hessian has no Cholesky factor even with damping {damping / 10:g}; calibrate with more text")
+
+
+def gptq(
+    w: torch.Tensor,
+    codec: GridCodec,
+    hessian: torch.Tensor,
+    *,
+    damping: float = 0.01,
+    act_order: bool = False,
+    static_groups: bool = False,
+    segment: int = SEGMENT,
+) -> tuple[Codes, Params]:
+    """Codes and block parameters that make (w − ŵ) H (w − ŵ)ᵀ small.
+
+    w: f32[out, in]; hessian: f32[in, in]. act_order: columns in the order of falling diag H; with static_groups any
+    column may follow any other and all parameters are fitted to w beforehand, else whole blocks follow each other
+    and each is fitted to what the errors before have made of it. Raises ShapeError, NonFiniteError, CalibrationError.
+    """
+    n, v = w.shape[1], codec.vector
+    check_matrix(w, None, codec)
+    size = codec.block_size
+    if size < n and size % segment and segment % size:  # a block is fitted when all errors before it have arrived
+        segment = size
+    order = _order(hessian.diagonal(), size, v, act_order, static_groups)
+    inverse = order.argsort()
+    w = w.float().clone()
+    h = hessian
+    _, u64, dead = damped(h[order][:, order], damping)
+    w[:, order[dead]] = 0  # never multiplied by anything
+    cost = (1 / u64.diagonal() ** 2).float()[inverse]
+    u = u64.float()
+    if static_groups:
+        params = codec.fit(w, cost)
+    blocks: list[Params] = [{} for _ in range(n // size)]
+    codes: list[Codes | None] = [None] * (n // v)
+    w = w[:, order]
+    for s in range(0, n, segment):
+        e = min(s + segment, n)
+        u1, errors = u[s:e, s:e], torch.zeros_like(w[:, s:e])
+        for j in range(0, e - s, v):
+            at = int(order[s + j])
+            b = at // size
+            if static_groups:
+                p, inside = params, at
+            else:
+                if not blocks[b]:
+                    self_order = order[s + j : s + j + size].argsort()
+                    now = w[:, s + j : s + j + size][:, self_order]
+                    blocks[b] = codec.fit(now.contiguous(), cost[b * size : (b + 1) * size])
+                p, inside = blocks[b], at - b * size
+            own = u1[j : j + v, j : j + v]
+            if v == 1:
+                q = codec.round(w[:, s + j : s + j + v], p, inside)
+            else:  # what errors of the vector cost after the columns to come: its part of the inverse, inverted
+                q = codec.round_weighted(w[:, s + j : s + j + v], p, inside, torch.cholesky_inverse(own, upper=True).diagonal())
+            d = w[:, s + j : s + j + v] - codec.expand(q, p, inside)
+            codes[at // v] = q
+            error = d / own if v == 1 else torch.linalg.solve_triangular(own, d, upper=True, left=False)
+            # a block is fitted to what all errors before it have made of it: within the segment, at once
+            w[:, s + j + v : e] -= error @ u1[j : j + v, j + v :]
+            errors[:, j : j + v] = error
+        w[:, e:] -= errors @ u[s:e, e:]
+    if not static_groups:
+        params = {k: torch.cat([p[k] for p in blocks], 1) for k in blocks[0]}
+    return torch.cat([c for c in codes if c is not None], 1), params
+
+
+def _order(diagonal: torch.Tensor, size: int, vector: int, act_order: bool, static_groups: bool) -> torch.Tensor:
+    """Columns in the order in which they are rounded; vectors stay together, and without static groups blocks do."""
+    columns = torch.arange(len(diagonal), device=diagonal.device)
+    if not act_order:
+        return columns
+
+    def falling(groups: torch.Tensor) -> torch.Tensor:
+        return groups[diagonal[groups].reshape(len(groups), -1).sum(1).argsort(descending=True, stable=True)]
+
+    if static_groups:
+        return falling(columns.reshape(-1, vector)).reshape(-1)
+    return torch.cat([falling(block.reshape(-1, vector)).reshape(-1) for block in falling(columns.reshape(-1, size))])
+
+
+@dataclass(frozen=True)
+class GPTQ:
+    """Error feedback on the codec's grid; see `gptq`."""
+
+    damping: float = 0.01
+    act_order: bool = False
+    static_groups: bool = False
+    name: str = "gptq"
+    needs: frozenset[str] = frozenset({"importance", "hessian"})
+
+    def target(self, w: torch.Tensor, stats: Stats) -> torch.Tensor:
+        """The weights that would give the unquantized model's outputs for the inputs at hand: w′ = w(1 + S H⁻¹)."""
+        if stats.shift is None:
+            return w
+        h, _, _ = damped(stats.hessian, self.damping)
+        shift: torch.Tensor = w.double() @ torch.linalg.solve(h, stats.shift.double().T).T
+        return w + shift.float()
+
+    def quantize(self, w: torch.Tensor, codec: Codec, stats: Stats | None) -> Parts:
+        """See `Method.quantize`. Raises UnsupportedError for codecs that are no GridCodec."""
+        if not isinstance(codec, GridCodec):
+            raise UnsupportedError(f"{codec.name} has no grid that error feedback could round to; use method rtn")
+        if stats is None:
+            raise CalibrationError("GPTQ needs a Hessian: calibrate")
+        options = {"damping": self.damping, "act_order": self.act_order, "static_groups": self.static_groups}
+        return codec.pack(*gptq(self.target(w, stats), codec, stats.hessian, **options))  # type: ignore[arg-type]
+
+
+register(GPTQ())

@@ -1,0 +1,107 @@
+"""--method, end to end: the same bytes in size, less error, read by real llama.cpp; and what is refused."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import quantforge as qf
+from quantforge import methods
+from quantforge.cli import group
+from quantforge.demo import MODEL, complete
+from quantforge.errors import CalibrationError, NonFiniteError, RecipeError
+
+
+@pytest.fixture(scope="module")
+def gptq(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, qf.Report]:
+    out = tmp_path_factory.mktemp("gptq") / "m.gguf"
+    return out, qf.convert(MODEL, out, "Q3_K_S", method="gptq", calibration_chunks=24, measure=True)
+
+
+def test_gptq_keeps_the_better(gptq: tuple[Path, qf.Report], tmp_path: Path) -> None:
+    out, report = gptq
+    matrices = [t for t in report.tensors if t.name.startswith("blk.") and t.type == "Q3_K"]
+    assert len(matrices) == 42
+    for t in matrices:
+        assert t.output_error is not None
+        assert t.rtn_output_error is not None
+        assert t.output_error <= t.rtn_output_error
+        assert (t.method == "rtn") == (t.output_error == t.rtn_output_error)
+    assert sum(t.method == "gptq" for t in matrices) > 30
+    assert sum(t.output_error or 0 for t in matrices) < 0.75 * sum(t.rtn_output_error or 0 for t in matrices)
+    plain = qf.convert(MODEL, tmp_path / "plain.gguf", "Q3_K_S")
+    types = {t.name: (t.type, t.bytes) for t in plain.tensors}
+    assert {t.name: (t.type, t.bytes) for t in report.tensors} == types
+    with qf.open(out) as a, qf.open(tmp_path / "plain.gguf") as b:
+        assert a.config["quantforge.method"] == "gptq"
+        for name in ("token_embd.weight", "output_norm.weight", "blk.0.attn_norm.weight"):
+            np.testing.assert_array_equal(a.read(name).parts["data"], b.read(name).parts["data"])
+
+
+def test_the_model_is_nearer_to_the_original(gptq: tuple[Path, qf.Report], tmp_path: Path) -> None:
+    im = MODEL / "llama.cpp-imatrix.gguf"
+    qf.convert(MODEL, tmp_path / "rtn.gguf", "Q3_K_S", im)
+    found = qf.evaluate(
+        {"gptq": gptq[0], "rtn": tmp_path / "rtn.gguf"}, reference=MODEL, chunks=12, metrics=["ppl", "kld"], noise_floor=False
+    )
+    kld = {m.name: m.kld_mean for m in found.models}
+    assert (kld["gptq"] or 1) < 0.8 * (kld["rtn"] or 0)
+
+
+def test_llama_cpp_reads_it(gptq: tuple[Path, qf.Report]) -> None:
+    pytest.importorskip("xllamacpp")
+    assert len(complete(gptq[0], "The following example shows how to open a file and read", tokens=8)) > 5
+
+
+def test_bytes_do_not_depend_on_threads(tmp_path: Path) -> None:
+    for threads in (1, 2):
+        qf.convert(MODEL, tmp_path / f"{threads}.gguf", "Q4_0", method="gptq", calibration_chunks=2, threads=threads)
+    assert (tmp_path / "1.gguf").read_bytes() == (tmp_path / "2.gguf").read_bytes()
+
+
+def test_refusals(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="unknown method gptk"):
+        qf.convert(MODEL, tmp_path / "m.gguf", "Q4_0", method="gptk")
+    (tmp_path / "short.txt").write_text("too short")
+    with pytest.raises(CalibrationError, match="too few to calibrate"):
+        qf.convert(MODEL, tmp_path / "m.gguf", "Q4_0", method="gptq", calibration=tmp_path / "short.txt")
+    held_out = MODEL.parent / "text" / "heldout.txt"
+    with pytest.raises(CalibrationError, match="overlaps the shipped held-out text"):
+        qf.convert(MODEL, tmp_path / "m.gguf", "Q4_0", method="gptq", calibration=held_out)
+    qf.convert(MODEL, tmp_path / "q.gguf", "Q8_0")
+    with pytest.raises(RecipeError, match="already quantized"):
+        qf.convert(tmp_path / "q.gguf", tmp_path / "m.gguf", "Q4_0", method="gptq")
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["q.gguf", "short.txt"]
+
+
+def test_activations_that_are_not_finite_name_the_layer(tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    shutil.copytree(MODEL, tmp_path / "model")
+    w = {k: v.astype(np.float32) for k, v in load_file(MODEL / "model.safetensors").items()}
+    w["model.layers.1.self_attn.v_proj.weight"] *= 1e38
+    save_file(w, tmp_path / "model" / "model.safetensors")
+    with pytest.raises(NonFiniteError, match=r"model\.layers\.1\."):
+        qf.convert(tmp_path / "model", tmp_path / "m.gguf", "Q4_0", method="gptq", calibration_chunks=2)
+    assert not (tmp_path / "m.gguf").exists()
+
+
+def test_from_gguf_gives_the_same_codes(tmp_path: Path) -> None:
+    """Rows lie in another order there; names too."""
+    qf.convert(MODEL, tmp_path / "f.gguf", "F32")
+    options = {"method": "gptq", "calibration_chunks": 2}
+    a = qf.convert(MODEL, tmp_path / "a.gguf", "Q4_0", **options)
+    b = qf.convert(tmp_path / "f.gguf", tmp_path / "b.gguf", "Q4_0", **options)
+    for x, y in zip(a.tensors, b.tensors, strict=True):
+        assert x.name == y.name
+        if x.output_error is not None:
+            assert x.output_error == pytest.approx(y.output_error, rel=0.05)
+
+
+def test_command_line_offers_every_method() -> None:
+    option = next(p for p in group.commands["convert"].params if p.name == "method")
+    assert option.default == "rtn"
+    assert methods.names() == ["awq", "awq+gptq", "gptq", "rtn"]

@@ -277,9 +277,10 @@ def test_compressed_tensors_own_files(preset: str, codec: str, tmp_path: Path) -
     ],
     ids=str,
 )
-def test_gptqmodel_own_files(settings: dict, codec: str, tmp_path: Path, qwen: Path) -> None:
+def test_gptqmodel_own_files(settings: dict, codec: str, tmp_path: Path, qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Quantized by GPTQModel, act-order among them."""
     needs("gptq")
+    monkeypatch.chdir(tmp_path)  # it logs to ./logs
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 
     rng = np.random.default_rng(1)

@@ -3,20 +3,24 @@
 Windows and scoring as in llama-perplexity's run of the same model: the first 300 windows of 256 tokens of the
 held-out text, the second half of each scored. "none" is rtn without importance, "imatrix" with llama.cpp's file.
 
-    python benchmarks/methods.py [--types Q3_K_S,Q2_K] [--methods none,imatrix,gptq] [--chunks 300] [--calibration-chunks 256]
+Types like int3-g128 are symmetric integers for the linear layers of the blocks, in a GPTQ checkpoint.
+
+    python benchmarks/methods.py [--types Q3_K_S,Q2_K] [--methods none,imatrix,gptq] [--chunks 300] [--calibration-chunks 128]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import quantforge as qf
 from quantforge.demo import IMATRIX, MODEL
 
-TYPES = "Q4_0,Q4_K_S,Q3_K_S,Q2_K,IQ3_XXS,IQ2_XXS"
+TYPES = "int4-g128,int3-g128,int2-g64,Q4_0,Q4_K_S,Q3_K_S,Q2_K,IQ3_XXS,IQ2_XXS"
 METHODS = "none,imatrix,gptq,awq,awq+gptq"
 
 
@@ -25,25 +29,28 @@ def main() -> None:
     parser.add_argument("--types", default=TYPES)
     parser.add_argument("--methods", default=METHODS)
     parser.add_argument("--chunks", type=int, default=300, help="windows that are scored")
-    parser.add_argument("--calibration-chunks", type=int, default=256)
-    parser.add_argument("--format", default="gguf", help="gguf, or a safetensors format for types that GGUF cannot hold")
+    parser.add_argument("--calibration-chunks", type=int, default=128)
     parser.add_argument("--json", metavar="FILE", help="also write the numbers here")
     given = parser.parse_args()
     methods, rows = given.methods.split(","), []
     print("| type | bytes | " + " | ".join(methods) + " |\n|---|---|" + "---|" * len(methods), flush=True)
     for kind in given.types.split(","):
+        integers = re.fullmatch(r"int(\d)-g(\d+)", kind)
+        options: dict[str, Any] = {"recipe": kind}
+        if integers:
+            options = {"format": "gptq", "bits": int(integers[1]), "group_size": int(integers[2]), "symmetric": True}
         with tempfile.TemporaryDirectory() as directory:
             files, sizes, seconds = {}, set(), {}
             for method in methods:
-                out = Path(directory) / (f"{method}.gguf" if given.format == "gguf" else method)
+                out = Path(directory) / (method if integers else f"{method}.gguf")
                 plain = method in ("none", "imatrix")
                 report = qf.convert(
                     MODEL,
                     out,
-                    kind,
-                    IMATRIX if method != "none" else None,
+                    importance=IMATRIX if method != "none" else None,
                     method="rtn" if plain else method,
                     calibration_chunks=given.calibration_chunks,
+                    **options,
                 )
                 files[method], seconds[method] = out, report.seconds
                 sizes.add(sum(t.bytes for t in report.tensors))

@@ -1,0 +1,129 @@
+"""AWQ: the search finds what brute force finds; folding changes no function; the file is better than plain rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+import quantforge as qf
+from quantforge import archs, codecs
+from quantforge.codecs import Codec
+from quantforge.demo import MODEL
+from quantforge.methods import AWQ
+from tests import checkpoints
+
+
+def test_scale_search_equals_brute_force() -> None:
+    g = torch.Generator().manual_seed(0)
+    n, codec = 128, codecs.get("Q4_0")
+    x = torch.randn(500, n, generator=g) * torch.exp(1.5 * torch.randn(n, generator=g))
+    ws = [torch.randn(24, n, generator=g), torch.randn(40, n, generator=g)]
+
+    def loss(others: Sequence[torch.Tensor]) -> float:
+        return sum(float((x.double() @ (o - w).double().T).square().sum()) for o, w in zip(others, ws, strict=True))
+
+    found = AWQ().scales(ws, [codec, codec], x.square().mean(0), loss, loss)
+    trials = {}
+    rms = x.double().square().mean(0).sqrt().numpy()
+    for a in np.arange(20) / 20:
+        s = rms**a
+        s = (s / np.sqrt(s.max() * s.min())).astype(np.float32)
+        q = [
+            torch.from_numpy(codec.decode(codec.encode(w.numpy() * s, (rms**2 / s**2).astype(np.float32)), tuple(w.shape)) / s)
+            for w in ws
+        ]
+        trials[a] = (loss(q), s)
+    least, expected = min(trials.values(), key=lambda t: t[0])
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4)
+    assert least < 0.9 * trials[0.0][0]
+
+
+def test_scales_that_held_out_windows_reject_are_not_used() -> None:
+    w, codec = torch.randn(8, 64), codecs.get("Q4_0")
+    falling = iter(range(100, 0, -1))
+    s = AWQ().scales([w], [codec], torch.rand(64), lambda others: float(next(falling)), lambda others: 1.0)
+    assert (s == 1).all()
+
+
+@dataclass(frozen=True)
+class Forced(AWQ):
+    """Scales whatever the search would say."""
+
+    def scales(
+        self,
+        ws: Sequence[torch.Tensor],
+        codecs: Sequence[Codec],
+        importance: torch.Tensor,
+        loss: Callable[[Sequence[torch.Tensor]], float],
+        judge: Callable[[Sequence[torch.Tensor]], float],
+        share: Callable[[torch.Tensor], torch.Tensor] = lambda s: s,
+    ) -> torch.Tensor:
+        """1 or 2: exact in every float, and hardly any harm to a block's common scale."""
+        return share(2.0 ** torch.randint(0, 2, importance.shape, generator=torch.Generator().manual_seed(len(importance))))
+
+
+def test_folding_preserves_the_function(tmp_path: Path) -> None:
+    """Norms, value rows (shared by query heads) and up rows take the scales out again."""
+    qf.convert(MODEL, tmp_path / "plain.gguf", "Q8_0")
+    qf.convert(MODEL, tmp_path / "forced.gguf", "Q8_0", method=Forced(), calibration_chunks=2)
+    with qf.open(tmp_path / "plain.gguf") as a, qf.open(tmp_path / "forced.gguf") as b:
+        for name in ("attn_norm", "ffn_norm", "attn_v", "ffn_up", "attn_q", "ffn_down", "attn_output"):
+            x, y = (s.read(f"blk.3.{name}.weight").decode() for s in (a, b))
+            assert np.abs(np.log2(np.abs(x).mean(-1) / np.abs(y).mean(-1))).max() > 0.1, name
+    found = qf.evaluate(
+        [tmp_path / "plain.gguf", tmp_path / "forced.gguf"], reference=MODEL, chunks=4, metrics=["ppl", "kld"], noise_floor=False
+    )
+    kld = {m.name: m.kld_mean or 1 for m in found.models}
+    assert kld["forced"] < 0.005
+    assert kld["forced"] < 4 * kld["plain"]
+
+
+def test_better_than_rounding(tmp_path: Path) -> None:
+    report = qf.convert(MODEL, tmp_path / "awq.gguf", "Q4_0", method=AWQ(steps=5), calibration_chunks=8)
+    assert {t.method for t in report.tensors if t.type == "Q4_0" and t.name.startswith("blk.")} == {"awq"}
+    qf.convert(MODEL, tmp_path / "none.gguf", "Q4_0")
+    found = qf.evaluate(
+        [tmp_path / "awq.gguf", tmp_path / "none.gguf"], reference=MODEL, chunks=8, metrics=["ppl", "kld"], noise_floor=False
+    )
+    kld = {m.name: m.kld_mean or 1 for m in found.models}
+    assert kld["awq"] < 0.95 * kld["none"]
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq+gptq"])
+def test_experts(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each expert by its own tokens, in its place of the stacked tensor."""
+    dense = archs.supported()["Qwen3ForCausalLM"]
+    tensors = {r: t for r, t in dense.tensors.items() if r not in ("ffn_gate", "ffn_up", "ffn_down")} | {
+        "ffn_gate_inp": archs.Tensor(("experts", "embd")),
+        "ffn_gate_exps": archs.Tensor(("experts", "expert_ff", "embd")),
+        "ffn_up_exps": archs.Tensor(("experts", "expert_ff", "embd")),
+        "ffn_down_exps": archs.Tensor(("experts", "embd", "expert_ff")),
+    }
+    keys = {gguf.Keys.LLM.EXPERT_COUNT: ("num_experts", int), gguf.Keys.LLM.EXPERT_USED_COUNT: ("num_experts_per_tok", int)}
+    arch = replace(
+        dense,
+        hf=("Qwen3MoeForCausalLM",),
+        gguf=gguf.MODEL_ARCH.QWEN3MOE,
+        tensors=tensors,
+        metadata_keys={**dense.metadata_keys, **keys},
+    )
+    monkeypatch.setattr(archs, "supported", lambda: {"Qwen3MoeForCausalLM": arch})
+    monkeypatch.setattr(archs, "find", lambda config: arch)
+    sizes: dict[str, Any] = {"head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    model = checkpoints.model(tmp_path / "moe", "Qwen3Moe", max_position_embeddings=64, **sizes)
+    report = qf.convert(model, tmp_path / "m.gguf", "Q4_0", method=method, calibration_chunks=16, measure=True)
+    stacked = [t for t in report.tensors if "_exps" in t.name]
+    assert len(stacked) == 6
+    for t in stacked:
+        assert t.output_error is not None
+        assert t.rtn_output_error is not None
+        assert t.output_error <= t.rtn_output_error
+        assert "gptq" in t.method
+        assert (t.rel_rmse or 1) < 0.2, "an expert in another's place would be far off"

@@ -40,9 +40,9 @@ def compare(
 ) -> Evaluation:
     """Convert a checkpoint to several types, evaluate all of them at once, rank them and choose.
 
-    types: presets, types or recipe files. imatrix: importance for the conversion; "auto": a file with
-    "imatrix" in its name beside the model, else gathered from the shipped calibration text. memory: bytes, or text
-    like "6GB", into which weights and the KV cache (f16) of `context` tokens (default: the model's) must fit. out: keep the GGUF files in
+    types: presets, types or recipe files. imatrix: importance for the conversion; "auto": a file with "imatrix" in its
+    name beside the model, else gathered from the shipped calibration text. memory: bytes, or text like "6GB", into
+    which weights and the KV cache (f16) of `context` tokens (default: the model's) must fit. out: keep the GGUF files in
     this directory. report, progress and other options: as for `evaluate`.
     """
     limit = None if memory is None else parse_bytes(memory)

@@ -135,7 +135,7 @@ function sizeChart() {
   if (floor > 0) {
     ys.push(floor);
     shapes.push({ type: "line", xref: "paper", x0: 0, x1: 1, y0: floor, y1: floor, line: { color: css("--soft"), dash: "dot", width: 1 } });
-    notes.push({ xref: "paper", x: 1, y: Math.log10(floor), xanchor: "right", yanchor: "bottom", text: "noise floor (bf16)", showarrow: false, font: { size: 11, color: css("--soft") } });
+    notes.push({ xref: "paper", x: 0, y: Math.log10(floor), xanchor: "left", yanchor: "bottom", text: "noise floor (bf16)", showarrow: false, font: { size: 11, color: css("--soft") } });
   }
   const xs = order.map(m => m.bytes / unit), span = Math.max(...xs) - Math.min(...xs) || Math.max(...xs) * .2;
   const low = Math.log10(Math.min(...ys.filter(y => y > 0))), high = Math.log10(Math.max(...ys)), pad = Math.max(.12, (high - low) * .08);

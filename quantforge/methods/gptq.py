@@ -21,29 +21,32 @@ from .base import Stats, register
 SEGMENT = 128
 """Columns whose errors reach the columns behind them in one matrix product."""
 _TRIES = 6
+_DOUBLE = 4096
 
 
-def damped(hessian: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(H, U, dead): H + damping·mean(diag H) in f64, U upper with H⁻¹ = UᵀU, and the columns that no input reaches.
+def factor(hessian: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """U upper with (H + damping·mean(diag H))⁻¹ = UᵀU, and the columns that no input reaches.
 
-    Damping grows tenfold, up to 6 times, until H can be factored. Raises CalibrationError, NonFiniteError.
+    In f64, or f32 above 4096 columns. Damping grows tenfold, up to 6 times, until there is a factor.
+    Raises CalibrationError, NonFiniteError.
     """
-    if not bool(torch.isfinite(hessian).all()):
+    diagonal = hessian.diagonal()
+    if not bool(torch.isfinite(diagonal).all()) or not bool(torch.isfinite(hessian.sum())):
         raise NonFiniteError("the calibration inputs are not finite", ())
-    h = hessian.double().clone()
-    dead = h.diagonal() <= 0
+    dead = diagonal <= 0
     if bool(dead.all()):
         raise CalibrationError("every calibration input is 0")
-    mean = float(h.diagonal()[~dead].mean())
-    h[dead, dead] = mean
+    mean = float(diagonal[~dead].mean())
     for _ in range(_TRIES):
-        a = h.clone()
-        a.diagonal().add_(damping * mean)
-        lower, bad = torch.linalg.cholesky_ex(a)
+        h = hessian.to(torch.float64 if len(hessian) <= _DOUBLE else torch.float32, copy=True)
+        h[dead, dead] = mean
+        h.diagonal().add_(damping * mean)
+        lower, bad = torch.linalg.cholesky_ex(h)
+        del h
         if not int(bad):
             upper, bad = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not int(bad) and bool(torch.isfinite(upper).all()):
-                return a, upper, dead
+            if not int(bad) and bool(torch.isfinite(upper.sum())):
+                return upper, dead
         damping = max(damping, 1e-4) * 10
     raise CalibrationError(f"the Hessian has no Cholesky factor even with damping {damping / 10:g}; calibrate with more text")
 
@@ -52,17 +55,18 @@ def gptq(
     w: torch.Tensor,
     codec: GridCodec,
     hessian: torch.Tensor,
+    shift: torch.Tensor | None = None,
     *,
     damping: float = 0.01,
     act_order: bool = False,
     static_groups: bool = False,
     segment: int = SEGMENT,
 ) -> tuple[Codes, Params]:
-    """Codes and block parameters that make (w − ŵ) H (w − ŵ)ᵀ small.
+    """Codes and block parameters that make ‖ŵx − wx₀‖² small; without shift x₀ = x and this is (ŵ − w) H (ŵ − w)ᵀ.
 
-    w: f32[out, in]; hessian: f32[in, in]. act_order: columns in the order of falling diag H; with static_groups any
-    column may follow any other and all parameters are fitted to w beforehand, else whole blocks follow each other
-    and each is fitted to what the errors before have made of it. Raises ShapeError, NonFiniteError, CalibrationError.
+    w: f32[out, in]; hessian, shift: f32[in, in], of `Stats`. act_order: columns in the order of falling diag H; with
+    static_groups any column may follow any other and all parameters are fitted to w beforehand, else whole blocks
+    follow each other and each is fitted to what the errors before have made of it. Raises ShapeError, NonFiniteError, CalibrationError.
     """
     n, v = w.shape[1], codec.vector
     check_matrix(w, None, codec)
@@ -72,11 +76,13 @@ def gptq(
     order = _order(hessian.diagonal(), size, v, act_order, static_groups)
     inverse = order.argsort()
     w = w.float().clone()
-    h = hessian
-    _, u64, dead = damped(h[order][:, order], damping)
+    exact, dead = factor(hessian[order][:, order] if act_order else hessian, damping)
+    if shift is not None:
+        w = aim(w, shift, exact, order)
     w[:, order[dead]] = 0  # never multiplied by anything
-    cost = (1 / u64.diagonal() ** 2).float()[inverse]
-    u = u64.float()
+    cost = (1 / exact.diagonal() ** 2).float()[inverse]
+    u = exact.float()
+    del exact
     if static_groups:
         params = codec.fit(w, cost)
     blocks: list[Params] = [{} for _ in range(n // size)]
@@ -113,6 +119,14 @@ def gptq(
     return torch.cat([c for c in codes if c is not None], 1), params
 
 
+def aim(w: torch.Tensor, shift: torch.Tensor, upper: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """The weights that give the unquantized model's outputs for the inputs at hand: w′ = w(1 + S H⁻¹), H⁻¹ = UᵀU in `order`."""
+    moved = (w @ shift)[:, order].to(upper.dtype) @ upper.T @ upper
+    w = w.clone()
+    w[:, order] += moved.float()
+    return w
+
+
 def _order(diagonal: torch.Tensor, size: int, vector: int, act_order: bool, static_groups: bool) -> torch.Tensor:
     """Columns in the order in which they are rounded; vectors stay together, and without static groups blocks do."""
     columns = torch.arange(len(diagonal), device=diagonal.device)
@@ -137,14 +151,6 @@ class GPTQ:
     name: str = "gptq"
     needs: frozenset[str] = frozenset({"importance", "hessian"})
 
-    def target(self, w: torch.Tensor, stats: Stats) -> torch.Tensor:
-        """The weights that would give the unquantized model's outputs for the inputs at hand: w′ = w(1 + S H⁻¹)."""
-        if stats.shift is None:
-            return w
-        h, _, _ = damped(stats.hessian, self.damping)
-        shift: torch.Tensor = w.double() @ torch.linalg.solve(h, stats.shift.double().T).T
-        return w + shift.float()
-
     def quantize(self, w: torch.Tensor, codec: Codec, stats: Stats | None) -> Parts:
         """See `Method.quantize`. Raises UnsupportedError for codecs that are no GridCodec."""
         if not isinstance(codec, GridCodec):
@@ -152,7 +158,7 @@ class GPTQ:
         if stats is None:
             raise CalibrationError("GPTQ needs a Hessian: calibrate")
         options = {"damping": self.damping, "act_order": self.act_order, "static_groups": self.static_groups}
-        return codec.pack(*gptq(self.target(w, stats), codec, stats.hessian, **options))  # type: ignore[arg-type]
+        return codec.pack(*gptq(w, codec, stats.hessian, stats.shift, **options))  # type: ignore[arg-type]
 
 
 register(GPTQ())

@@ -10,7 +10,7 @@ from quantforge import codecs, methods
 from quantforge.codecs import GridCodec
 from quantforge.errors import CalibrationError, NonFiniteError, RecipeError, ShapeError, UnsupportedError
 from quantforge.methods import GPTQ, Stats, gptq, output_error
-from quantforge.methods.gptq import damped
+from quantforge.methods.gptq import aim, factor
 
 GRIDS = [n for n in codecs.names() if isinstance(codecs.get(n), GridCodec)]
 
@@ -138,7 +138,8 @@ def test_shift_aims_at_the_unquantized_outputs() -> None:
     m = 2 / len(x)
     s = Stats(m * x.T @ x, len(x), m * (x0 - x).T @ x, m * (x0 - x).T @ (x0 - x))
     w = weights(8, n)
-    target = GPTQ(damping=1e-9).target(w, s)
+    assert s.shift is not None
+    target = aim(w, s.shift, factor(s.hessian, 1e-9)[0], torch.arange(n))
     expected = torch.linalg.lstsq(x.double(), x0.double() @ w.double().T).solution.T
     torch.testing.assert_close(target.double(), expected, rtol=1e-3, atol=1e-5)
     exact = float(((x @ target.T - x0 @ w.T) ** 2).sum() / ((x0 @ w.T) ** 2).sum())
@@ -159,8 +160,10 @@ def test_rank_deficient_hessian_is_damped() -> None:
     rtn = torch.from_numpy(codec.decode(methods.get("rtn").quantize(w, codec, stats(x)), (8, n))) - w
     assert (x @ d.T).norm() < 0.5 * (x @ rtn.T).norm()
     # no damping at all cannot work: the retry finds some
-    a, _, _ = damped(stats(x).hessian, 0.0)
-    assert float((a.diagonal() - stats(x).hessian.double().diagonal()).min()) > 0
+    upper, dead = factor(stats(x).hessian, 0.0)
+    assert not dead.any()
+    found = torch.linalg.inv(upper.T @ upper).diagonal() - stats(x).hessian.double().diagonal()
+    assert float(found.min()) > 0
 
 
 def test_dead_columns() -> None:

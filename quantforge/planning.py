@@ -180,7 +180,9 @@ def plan(
         if isinstance(recipe, recipes.Recipe):
             recipe = recipe.base.name
         scheme = layout or layouts.get("compressed-tensors")
-        chosen, codec = scheme.choose(None if recipe is None else str(recipe), bits, group_size, symmetric, _dtype(source))
+        chosen, codec = scheme.choose(
+            None if recipe is None else str(recipe), bits, group_size, symmetric, _dtype(source) if layout else "f16"
+        )
         layout = chosen if layout is not None else None
         choices, name = _assign_linears(weights, stored, codec, source, target.name == "gguf"), codec.name
         warnings = chosen.warnings(codec) if layout is not None else []

@@ -273,7 +273,8 @@ def test_compressed_tensors_own_files(preset: str, codec: str, tmp_path: Path) -
     [
         ({"bits": 4, "group_size": 32, "desc_act": True}, "int4-g32-sym-act"),
         ({"bits": 3, "group_size": 64, "desc_act": False, "sym": False}, "int3-g64-asym"),
-        ({"bits": 4, "group_size": 32, "quant_method": "awq", "format": "gemm"}, "int4-g32-asym"),
+        ({"bits": 4, "group_size": 32, "quant_method": "awq", "format": "gemm"}, "int4-g32-sym"),
+        ({"bits": 4, "group_size": 32, "quant_method": "awq", "format": "gemm", "sym": False}, "int4-g32-asym"),
     ],
     ids=str,
 )

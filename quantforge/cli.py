@@ -297,6 +297,11 @@ def convert(
         return
     for note in sorted({t.note for t in done.tensors if t.note}):
         click.echo(f"note: {note}", err=True)
+    judged = [t for t in done.tensors if t.output_error is not None]
+    for kept in sorted({t.method for t in judged}):
+        names = [t.name for t in judged if t.method == kept]
+        some = f": {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" if kept == "rtn" else ""
+        click.echo(f"{kept} kept for {len(names)} of {len(judged)} matrices{some}")
     click.echo(f"{done.path}: {done.recipe}, {_size(done.total_bytes)}, {done.bpw:.3f} bits per weight, {done.seconds:.1f} s")
 
 

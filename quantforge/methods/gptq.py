@@ -66,7 +66,8 @@ def gptq(
 
     w: f32[out, in]; hessian, shift: f32[in, in], of `Stats`. act_order: columns in the order of falling diag H; with
     static_groups any column may follow any other and all parameters are fitted to w beforehand, else whole blocks
-    follow each other and each is fitted to what the errors before have made of it. Raises ShapeError, NonFiniteError, CalibrationError.
+    follow each other and each is fitted to what the errors before have made of it.
+    Raises ShapeError, NonFiniteError, CalibrationError.
     """
     n, v = w.shape[1], codec.vector
     check_matrix(w, None, codec)

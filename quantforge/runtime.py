@@ -71,11 +71,8 @@ class Model:
         """Checkpoint name -> where it is stored, for every tensor that the source has."""
         source = self.source
         if source.format != "gguf":
-            names = set(source.weights)
-            if not names & set(self.module.state_dict()):  # saved from the model without its head: no "model." in front
-                base = self.module.base_model_prefix
-                return {f"{base}.{k}": Place(k) for k in names}
-            return {k: Place(k) for k in names}
+            expected = {k for k, _ in _checkpoint_shapes(self.module)}
+            return {_module_name(k, expected, self.module.base_model_prefix): Place(k) for k in source.weights}
         assert self.arch is not None
         shapes = dict(_checkpoint_shapes(self.module))
         found = {}
@@ -114,9 +111,13 @@ class Model:
         """
         place = self.places[name]
         encoded = self.source.read(place.stored)
-        w = encoded.decode(threads=os.cpu_count() or 1)
-        if place.expert is not None:
-            w = w[place.expert]
+        if place.expert is not None and encoded.codec.row_local and len(encoded.shape) == 3:
+            n = encoded.shape[1]
+            encoded = encoded.flat().rows(slice(place.expert * n, (place.expert + 1) * n))
+            w = encoded.decode(threads=os.cpu_count() or 1)
+        else:
+            w = encoded.decode(threads=os.cpu_count() or 1)
+            w = w if place.expert is None else w[place.expert]
         if place.inverse is not None:
             if place.inverse.rows is not None:
                 w = w.reshape(-1, *w.shape[max(1, w.ndim - 1) :])[place.inverse.rows].reshape(w.shape)
@@ -318,16 +319,18 @@ class Model:
         finally:
             self.unload(self.module)
 
-    def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states as the head sees them; the weights must be there (`head`, `resident`)."""
-        with self._instead(lambda i, _, *a, **k: (hidden,) if self._returns_tuple else hidden):
-            out = self.module.get_decoder()(inputs_embeds=hidden, use_cache=False).last_hidden_state
-        assert isinstance(out, torch.Tensor)
-        return out
-
 
 FUSED = {".gate_up_proj": ("gate_proj", "up_proj"), ".down_proj": ("down_proj",)}
 """transformers 5 keeps experts stacked; checkpoints have them one by one: suffix after "experts" -> what is joined."""
+
+RENAMED = (
+    (r"\.block_sparse_moe\.", ".mlp."),
+    (r"\.experts\.(\d+)\.w1\.", r".experts.\1.gate_proj."),
+    (r"\.experts\.(\d+)\.w2\.", r".experts.\1.down_proj."),
+    (r"\.experts\.(\d+)\.w3\.", r".experts.\1.up_proj."),
+    (r"^embed_out\.", "lm_head."),
+)
+"""Older names in checkpoints that transformers 5 renames while loading."""
 
 Observer = Callable[[int, Sequence[nn.Module], Sequence[torch.Tensor]], None]
 
@@ -513,6 +516,16 @@ def _layers(module: Any, name: str) -> nn.ModuleList:
     if len(lists) != 1:
         raise UnsupportedError(f"{name}: {type(module).__name__} has {len(lists)} lists of blocks; one is needed")
     return lists[0]
+
+
+def _module_name(name: str, expected: set[str], base: str) -> str:
+    """What the module calls a tensor of a checkpoint: older names, and those saved without the head, which lack "model."."""
+    if name in expected:
+        return name
+    newer = name
+    for old, new in RENAMED:
+        newer = re.sub(old, new, newer)
+    return next((k for k in (newer, f"{base}.{name}", f"{base}.{newer}") if k in expected), name)
 
 
 def _tied(module: Any) -> dict[str, str]:

@@ -17,6 +17,7 @@ import quantforge as qf
 from quantforge.cli import group
 from quantforge.demo import MODEL
 from quantforge.errors import FormatError, NonFiniteError, RecipeError, ShapeError, UnsupportedError
+from quantforge.runtime import Model, advance
 from quantforge.scorecard import parse_bytes
 from tests import checkpoints
 from tests.llama_cpp import Llama
@@ -156,6 +157,31 @@ def test_gguf_runs_as_its_checkpoint(tmp_path: Path, kind: str, changes: dict[st
     back = qf.evaluate(source, reference=tmp_path / "a.gguf", **options)
     assert back.models[0].kld_max < 1e-5 and back.reference.ppl == pytest.approx(forward.reference.ppl, rel=1e-4)
     assert back.text == forward.text
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("Gemma2", {"head_dim": 16, "sliding_window": 32}),  # soft caps, scaled embeddings, two kinds of attention
+        ("Mixtral", {"num_local_experts": 4}),
+        ("Qwen3Moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}),
+        ("Phi3", {}),
+        ("GPTNeoX", {}),
+    ],
+)
+def test_architectures_that_only_transformers_knows(tmp_path: Path, kind: str, changes: dict[str, Any]) -> None:
+    import transformers
+
+    path = checkpoints.model(tmp_path, kind, **changes)
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    ids = torch.randint(2, 300, (9, 96), generator=torch.Generator().manual_seed(0))
+    with qf.open(path) as source, torch.inference_mode():
+        ours = Model(source, kind)
+        hidden = advance([ours], ids)
+        with ours.head() as head:
+            got = head(hidden[0], torch.arange(40, 96))
+        torch.testing.assert_close(got, model(ids).logits[:, 40:], rtol=0, atol=1e-5)
+    assert all(p.is_meta for p in ours.module.parameters())
 
 
 def test_layers_stream(tmp_path: Path) -> None:

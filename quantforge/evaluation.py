@@ -6,6 +6,7 @@ whose logits go into `metrics.Score` and are dropped. Whatever quantforge reads 
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import resource
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from .runtime import Model
+
+logger = logging.getLogger(__name__)
 
 METRICS = ("ppl", "kld", "flips", "similarity")
 CTX = 512
@@ -206,7 +209,10 @@ def _max_context(model: Model) -> int:
 
 
 def _context(ctx: int | None, reference: Model) -> int:
-    return min(CTX, _max_context(reference)) if ctx is None else ctx
+    own = _max_context(reference)
+    if ctx is not None and ctx > own:
+        logger.warning("--ctx %s exceeds the model's context of %s: it was not trained for that", ctx, own)
+    return min(CTX, own) if ctx is None else ctx
 
 
 class _Run:

@@ -29,7 +29,7 @@ from .corpus import BUILTIN, Corpus, Windows, cut
 from .errors import RecipeError, ShapeError, nearest
 from .formats import open_path
 from .report import Evaluation, ModelResult, TensorError
-from .report.base import check_suffix
+from .report.base import check_path
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def evaluate(
     wanted = _metrics(metrics)
     reports = [report] if isinstance(report, (str, os.PathLike)) else list(report)
     for path in reports:
-        check_suffix(path)
+        check_path(path)
     questions = similarity.read_prompts(prompts) if "similarity" in wanted else []
     if answer_tokens < 1:
         raise RecipeError(f"--answer-tokens {answer_tokens}: at least one is needed")

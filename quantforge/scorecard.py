@@ -17,7 +17,7 @@ from .conversion import convert
 from .errors import CalibrationError, RecipeError
 from .evaluation import PathLike, Progress, evaluate
 from .report import Choice, Evaluation, ModelResult
-from .report.base import check_suffix
+from .report.base import check_path
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def compare(
     limit = None if memory is None else parse_bytes(memory)
     reports = [report] if isinstance(report, (str, os.PathLike)) else list(report)
     for path in reports:
-        check_suffix(path)
+        check_path(path)
     names = list(dict.fromkeys(types))
     if not names:
         raise RecipeError("--types names no type")

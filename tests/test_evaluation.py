@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 import quantforge as qf
 from quantforge.cli import group
 from quantforge.demo import MODEL
-from quantforge.errors import FormatError, NonFiniteError, RecipeError, ShapeError, UnsupportedError
+from quantforge.errors import FormatError, NonFiniteError, OutputError, RecipeError, ShapeError, UnsupportedError
 from quantforge.runtime import Model, advance
 from quantforge.scorecard import parse_bytes
 from tests import checkpoints
@@ -286,6 +286,7 @@ def test_activations_that_overflow(tmp_path: Path) -> None:
         ({"answer_tokens": 250}, RecipeError, "exceed the model's context of 256"),
         ({"device": "tpu"}, RecipeError, "--device tpu"),
         ({"report": "r.pdf"}, UnsupportedError, "must end in"),
+        ({"report": "no/such/directory/r.md"}, OutputError, "no such directory"),
         ({"text": "no/such/file"}, FormatError, "cannot read the text"),
         ({"embedder": "/no/such/embedder"}, UnsupportedError, "--embedder"),
     ],
@@ -294,6 +295,14 @@ def test_bad_options(options: dict[str, Any], error: type[Exception], message: s
     with pytest.raises(error, match=message) as raised:
         qf.evaluate(MODEL, reference=MODEL, **{"chunks": 1, **options})
     assert "\n" not in str(raised.value)
+
+
+def test_one_window_has_no_intervals(tmp_path: Path, ggufs: dict[str, Path]) -> None:
+    two = {k: ggufs[k] for k in ("Q4_0", "Q4_K_M")}
+    e = qf.evaluate(two, reference=MODEL, chunks=1, metrics=["kld"], report=[tmp_path / "r.md", tmp_path / "r.json"])
+    assert np.isnan(e.models[0].intervals["kld_mean"]["low"])
+    assert "nan" not in (tmp_path / "r.md").read_text()
+    assert json.loads((tmp_path / "r.json").read_text())["models"][0]["intervals"]["kld_mean"]["low"] is None
 
 
 def test_empty_prompts_on_the_command_line(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ..errors import UnsupportedError
+from ..errors import OutputError, UnsupportedError
 
 SCHEMA = "quantforge.evaluation/1"
 UNITS = {
@@ -131,7 +131,7 @@ class Evaluation:
 def save(evaluation: Evaluation, path: str | os.PathLike[str]) -> None:
     """Render `evaluation` and write it to `path` as a whole: a reader never sees half a report."""
     path = Path(path)
-    check_suffix(path)
+    check_path(path)
     module = importlib.import_module(f".{RENDERERS[path.suffix.lower()]}", __package__)
     fresh = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -144,15 +144,20 @@ def save(evaluation: Evaluation, path: str | os.PathLike[str]) -> None:
 RENDERERS = {".json": "json_", ".md": "markdown", ".html": "html"}
 
 
-def check_suffix(path: str | os.PathLike[str]) -> None:
-    """Raise UnsupportedError unless a report can be written under that name: worth asking before hours of work."""
+def check_path(path: str | os.PathLike[str]) -> None:
+    """Raise unless a report can be written under that name: worth asking before hours of work.
+
+    Raises UnsupportedError for another suffix, OutputError where there is no such directory.
+    """
     if Path(path).suffix.lower() not in RENDERERS:
         raise UnsupportedError(f"report {os.fspath(path)}: the name must end in {', '.join(RENDERERS)}")
+    if not Path(path).parent.is_dir():
+        raise OutputError(path, "there is no such directory to write the report to; make it first")
 
 
 def figure(x: float | None, sign: bool = False) -> str:
     """Three significant digits, or a dash."""
-    if x is None:
+    if x is None or not math.isfinite(x):
         return "–"
     text = f"{x:{'+' if sign else ''}.3g}"
     return text if "e" not in text else f"{x:{'+' if sign else ''}.1e}"

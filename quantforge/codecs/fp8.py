@@ -46,7 +46,7 @@ class Fp8Codec(Codec):
             tiles = magnitude.reshape(*w.shape[:-2], info.shape[-2], self.tile, info.shape[-1], self.tile)
             amax = tiles.max((-3, -1), initial=0)
         else:
-            rows = w.reshape(*info.shape[:-1], -1)
+            rows = w if self.row_local else w.reshape(1, w.size)
             amax = np.maximum(rows.max(-1, initial=0), -rows.min(-1, initial=0)).reshape(info.shape)
         if not np.isfinite(amax).all():
             raise_non_finite(w, self.name)

@@ -60,8 +60,8 @@ def pack_bits(codes: Array, bits: int) -> Array:
     step = max(1, (1 << 20) // max(1, n))
     for i in range(0, len(rows), step):
         single = np.unpackbits(rows[i : i + step, :, None], axis=-1, count=bits, bitorder="little")
-        packed[i : i + step] = np.packbits(single.reshape(len(single), -1), axis=-1, bitorder="little")
-    return packed.reshape(*codes.shape[:-1], -1)
+        packed[i : i + step] = np.packbits(single.reshape(len(single), n * bits), axis=-1, bitorder="little")
+    return packed.reshape(*codes.shape[:-1], packed.shape[-1])
 
 
 def unpack_bits(packed: Array, bits: int, n: int) -> Array:
@@ -112,7 +112,7 @@ class IntegerCodec(GridCodec):
     def layout(self, shape: tuple[int, ...]) -> dict[str, TensorInfo]:
         """Parts codes, scale and, where asymmetric, zero."""
         n = shape[-1] if shape else 0
-        if not shape or n % self.block_size:
+        if not shape or n % self.block_size or (self.group and not n):
             raise ShapeError(
                 f"{self.name}: rows of {n} weights are not a multiple of the group size {self.block_size}; "
                 "choose a group size that divides them, or one group per row (--group-size -1)"
@@ -145,7 +145,8 @@ class IntegerCodec(GridCodec):
         """[..., group, column]"""
         if not self.row_local:
             return w.reshape(1, -1)
-        return w.reshape(*w.shape[:-1], -1, self.group or w.shape[-1])
+        group = self.group or w.shape[-1]
+        return w.reshape(*w.shape[:-1], w.shape[-1] // max(1, group), group)
 
     def _range(self, w: F32) -> tuple[Any, Any]:
         """Real-valued steps f64[..., groups] and zeros of plain rounding."""

@@ -80,7 +80,7 @@ class LookupCodec(Codec):
     def encode(self, w: F32, importance: F32 | None = None, *, threads: int = 1) -> Parts:
         """Round to the nearest number of the table. Importance does not matter here."""
         w = check_weights(w, self)
-        absmax = np.abs(w.reshape(*w.shape[:-1], -1, self.block_size)).max(-1, initial=0)
+        absmax = np.abs(w.reshape(*w.shape[:-1], w.shape[-1] // self.block_size, self.block_size)).max(-1, initial=0)
         if not np.isfinite(absmax).all():
             raise_non_finite(w, self.name)
         parts: Parts = {"absmax": absmax}

@@ -10,7 +10,16 @@
 
 #include "../quantforge.h"
 
+// The same algorithms are compiled for GPUs, where kernels/cuda/device.h defines these.
+#ifndef QF_INLINE
 #define QF_INLINE static inline __attribute__((always_inline))
+#define QF_FN inline                              // what kernels call
+#define QF_BODY                                   // lambdas that kernels call
+#define QF_MEMBER
+#define QF_TABLE alignas(64) const
+#define QF_UNROLL _Pragma("GCC unroll 8")         // loops over a group's weights: on a GPU these are registers
+#define QF_UNROLL_GPU
+#endif
 
 QF_INLINE uint32_t bits_of(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
 QF_INLINE float float_of(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }

@@ -1,0 +1,27 @@
+// Who works on a block. On a CPU one thread has W blocks, one per lane, and does every group of
+// them in turn; on a GPU a team of SIZE threads has one block and each does its own groups
+// (kernels/cuda/device.h). Algorithms are written for both: what the groups tell each other lies in
+// memory that the team shares, between team_sync()s.
+#pragma once
+
+#define EACH_OF_TEAM(SIZE, i, n) for (int i = 0; i < (n); i++)
+
+QF_INLINE void team_sync() {}
+
+// A value for each of N groups that only its own thread needs.
+template <class V, int N>
+struct PerGroup {
+    V of[N];
+    V &operator[](int group) { return of[group]; }
+};
+
+// The N weights of a group; on a GPU, in registers.
+template <int N>
+struct Group {
+    const float *at;
+    explicit Group(const float *x) : at(x) {}
+    operator const float *() const { return at; }
+};
+
+// min(max(a, lo), hi) for bounds that are numbers
+QF_INLINE vf clamp(vf a, vf lo, vf hi) { return min(max(a, lo), hi); }

@@ -19,7 +19,8 @@ from torch import nn
 from .archs.base import ScaleGroup, Transform, Weight
 from .arrays import F32, Parts
 from .calibration import FEW_TOKENS, Progress, observing, stored_names
-from .codecs import Codec, Encoded, GridCodec
+from .codecs import Codec, Encoded
+from .codecs.integers import ActOrderCodec
 from .codecs.plain import PlainCodec
 from .corpus import Ints
 from .errors import CalibrationError, NonFiniteError, UnsupportedError
@@ -359,7 +360,8 @@ class _Block:
         found: dict[Any, list[str]] = {}
         for name in group:
             codec = self.tasks[name].codec
-            found.setdefault(codec.name if codec.row_local else name, []).append(name)
+            together = codec.row_local or isinstance(codec, ActOrderCodec)  # whose groups follow from the inputs
+            found.setdefault(codec.name if together else name, []).append(name)
         return list(found.values())
 
     def _choose(self, names: list[str], stats: Stats, judge: Stats) -> list[Outcome]:
@@ -374,7 +376,7 @@ class _Block:
             ws.append(w if rows is None else w[rows.to(w.device)])
             orders.append(rows)
         together: Encoded | None = None
-        if "hessian" in self.method.needs and isinstance(codec, GridCodec):
+        if "hessian" in self.method.needs and self.method.takes(codec):
             whole = torch.cat(ws)
             together = Encoded(codec, tuple(whole.shape), self.method.quantize(whole, codec, stats))
         outcomes, first = [], 0

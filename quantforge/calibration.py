@@ -235,11 +235,11 @@ def calibrate(
     return CalibrationReport(str(out), name, ids.shape[1], ids.shape[0], ids.size, len(entries), seconds, experts, warnings)
 
 
-def context(ctx: int | None, model: Model) -> int:
+def context(ctx: int | None, model: Model, option: str = "--ctx") -> int:
     """Tokens per window: what was asked for, or min(512, the model's own). Raises CalibrationError if it is too long."""
     own = int(getattr(model.module.config, "max_position_embeddings", None) or CTX)
     if ctx is not None and ctx > own:
-        raise CalibrationError(f"--ctx {ctx} is more than the model's own context of {own}")
+        raise CalibrationError(f"{option} {ctx} is more than the model's own context of {own}")
     return min(CTX, own) if ctx is None else ctx
 
 

@@ -237,6 +237,14 @@ def _print_plan(plan: Plan) -> None:
 @click.option("--method", metavar="M", default="rtn", show_default=True, help="rtn, gptq, awq or awq+gptq (torch).")
 @click.option("--calibration", metavar="FILE", default="builtin", show_default=True, help="Text that --method sees.")
 @click.option("--calibration-chunks", metavar="N", type=click.IntRange(2), help="Windows of it; default 128.")
+@click.option("--calibration-ctx", metavar="N", type=click.IntRange(4), help="Tokens of each; default: 512, or the model's.")
+@click.option(
+    "--act-order/--no-act-order", default=None, help="GPTQ: columns in the order of falling activations; GPTQ files: desc_act."
+)
+@click.option(
+    "--static-groups/--no-static-groups", default=None, help="GPTQ: fit all scales beforehand; then --act-order needs no g_idx."
+)
+@click.option("--damping", metavar="X", type=float, help="GPTQ: part of the Hessian's mean diagonal added to it; default 0.01.")
 @click.option("--device", metavar="D", default="cpu", show_default=True, help="Where --method runs: cpu or cuda.")
 def convert(
     model: str,

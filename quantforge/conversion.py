@@ -242,7 +242,7 @@ class _Work:
 
         source, at = self.job.source, {t.name: i for i, t in enumerate(self.job.tensors)}
         tokenizer = Tokenizer(source.path, source.config, gguf_metadata=source.format == "gguf")
-        ctx = context(None, Model(source, source.path.name))
+        ctx = context(how.ctx, Model(source, source.path.name), "--calibration-ctx")
         ids = read_windows(how.text, tokenizer, ctx, how.chunks, spread=True)
         found: dict[str, list[Outcome]] = {}
 

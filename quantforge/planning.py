@@ -75,6 +75,8 @@ class Calibration:
     text: str | Path
     chunks: int
     """Windows, spread over the text."""
+    ctx: int | None
+    """Tokens of each; None: 512, or less if the model's context is."""
     device: str
 
 
@@ -150,6 +152,10 @@ def plan(
     method: str | Method = "rtn",
     calibration: str | Path = "builtin",
     calibration_chunks: int | None = None,
+    calibration_ctx: int | None = None,
+    act_order: bool | None = None,
+    static_groups: bool | None = None,
+    damping: float | None = None,
     device: str = "cpu",
     **layout_options: Any,
 ) -> Plan:
@@ -162,8 +168,9 @@ def plan(
     group_size: -1 for rows; symmetric) are given instead of a recipe. max_shard_size: bytes.
     method: "rtn", "gptq", "awq", "awq+gptq" or an object of `quantforge.methods`, for the matrices of the model's
     blocks. calibration: the text it sees, a file or "builtin"; calibration_chunks: windows of it, default 128;
-    device: where it runs. layout_options: of that layout, such as version="gptq_v2". Raises FormatError, UnsupportedError,
-    RecipeError, ShapeError, CalibrationError.
+    calibration_ctx: tokens of each, default min(512, the model's). act_order, static_groups, damping: as in
+    `methods.GPTQ`. device: where it runs. layout_options: of that layout, such as version="gptq_v2". Raises FormatError,
+    UnsupportedError, RecipeError, ShapeError, CalibrationError.
     """
     source = model if isinstance(model, Source) else formats.open_path(model)
     target, layout = _target(Path(out), format, layout_options)
@@ -172,7 +179,8 @@ def plan(
     imatrix = read_importance(importance) if isinstance(importance, str | Path) else importance
     table = _check_importance(imatrix, weights)
     warnings: list[str] = []
-    how = _calibration(method, calibration, calibration_chunks, device)
+    options = {"act_order": act_order, "static_groups": static_groups, "damping": damping}
+    how = _calibration(method, options, calibration, calibration_chunks, calibration_ctx, device)
     seen = {w.name for w in weights if w.layer is not None} if how else set()
     if layout is not None or bits is not None:
         if recipe is not None and bits is not None:
@@ -184,6 +192,11 @@ def plan(
             None if recipe is None else str(recipe), bits, group_size, symmetric, _dtype(source) if layout else "f16"
         )
         layout = chosen if layout is not None else None
+        if layout is not None and how:
+            settings = how.method.settings()
+            layout = layout.calibrated(settings)
+            if settings.get("desc_act") and not settings.get("static_groups"):
+                codec = layout.ordered(codec)
         choices, name = _assign_linears(weights, stored, codec, source, target.name == "gguf"), codec.name
         warnings = chosen.warnings(codec) if layout is not None else []
         file_type = int(gguf.LlamaFileType.GUESSED)
@@ -238,8 +251,9 @@ def plan(
             f"{', '.join(blind)} without calibrated importance for every tensor: a data-free estimate stands in; "
             "an imatrix of the model (--imatrix) gives a clearly better file"
         )
-    if how and not any(w.layer is not None and not isinstance(choices[w.name].codec, PlainCodec) for w in weights):
-        warnings.append("no matrix in the model's blocks is quantized: --method has nothing to do")
+    if how:
+        inside = {choices[w.name].codec for w in weights if w.layer is not None}
+        warnings += _check_method(how.method, {c for c in inside if not isinstance(c, PlainCodec)})
     if target.name == "gguf":
         metadata = {**metadata, **_quantization_metadata(file_type, imatrix)}
         if how:
@@ -251,13 +265,28 @@ def plan(
     return Plan(source, target, header, tensors, table, name, warnings, how)
 
 
-def _calibration(method: str | Method, text: str | Path, chunks: int | None, device: str) -> Calibration | None:
+def _calibration(
+    method: str | Method, options: Mapping[str, Any], text: str | Path, chunks: int | None, ctx: int | None, device: str
+) -> Calibration | None:
     """What a method needs; None for plain rounding, which runs without torch."""
-    if method == "rtn":
+    if method == "rtn" and not any(v is not None for v in options.values()):
         return None
     from . import methods
 
-    return Calibration(methods.get(method), text, chunks or CALIBRATION_CHUNKS, device)
+    return Calibration(methods.get(method, **options), text, chunks or CALIBRATION_CHUNKS, ctx, device)
+
+
+def _check_method(method: Method, codecs: set[Codec]) -> list[str]:
+    """Warnings about the types of the blocks' matrices. Raises UnsupportedError where the method can choose no codes."""
+    if not codecs:
+        return ["no matrix in the model's blocks is quantized: --method has nothing to do"]
+    others = ", ".join(sorted(c.name for c in codecs if not method.takes(c)))
+    if not any(method.takes(c) for c in codecs):
+        raise UnsupportedError(
+            f"{others}: --method {method.name} cannot choose its codes; it does for integers (--bits), Q4_0 to Q8_0, "
+            "Q2_K to Q6_K and the IQ types; here use --method rtn or awq"
+        )
+    return [f"{others}: rounded as usual, --method {method.name} cannot choose its codes"] if others else []
 
 
 def _target(out: Path, format: str | None, options: Mapping[str, Any]) -> tuple[Format, Layout | None]:

@@ -82,6 +82,14 @@ class Layout(ABC):
     def config(self, codecs: Iterable[Codec], kept: Iterable[str]) -> dict[str, Any]:
         """The quantization_config; codecs: all that were used; kept: modules that are linear and not quantized."""
 
+    def ordered(self, codec: Codec) -> Codec:
+        """`codec` where columns belong to groups in any order; as it is where files cannot say so."""
+        return codec
+
+    def calibrated(self, settings: Mapping[str, Any]) -> Layout:
+        """This layout for a method whose `Method.settings` these are."""
+        return self
+
     def warnings(self, codec: Codec) -> list[str]:
         """What users should know about this type in this layout."""
         return []

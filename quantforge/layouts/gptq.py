@@ -9,7 +9,7 @@ readers disagree, and AutoGPTQ's own packer spoils the zeros beside it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -49,6 +49,15 @@ class Gptq(Layout):
 
     name: ClassVar[str] = "gptq"
     version: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def ordered(self, codec: Codec) -> Codec:
+        """g_idx says it."""
+        return codecs.get(f"{codec.name}-act") if isinstance(codec, IntegerCodec) and codec.group else codec
+
+    def calibrated(self, settings: Mapping[str, Any]) -> Layout:
+        """See `Layout.calibrated`."""
+        return replace(self, settings=settings)
 
     def find(self, config: Mapping[str, Any], arrays: Arrays, load: Load) -> Found:
         """See `Layout.find`. Bits, groups and act-order are taken from the arrays."""
@@ -171,6 +180,7 @@ class Gptq(Layout):
             "sym": codec.symmetric,
             "lm_head": False,
             "checkpoint_format": self._version(codec.symmetric),
+            **self.settings,
             "meta": {"quantizer": [f"quantforge:{__version__}"]},
         }
 

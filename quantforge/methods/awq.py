@@ -6,15 +6,16 @@ the whole block; they are folded into the preceding norm or linear, so that ever
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from ..arrays import Parts
 from ..codecs import Codec
 from ..codecs.base import Encoded
-from .base import Stats, get, register
+from .base import Method, Stats, get, register
 
 Loss = Callable[[Sequence[torch.Tensor]], float]
 
@@ -23,7 +24,7 @@ Loss = Callable[[Sequence[torch.Tensor]], float]
 class AWQ:
     """Scale search per group of matrices that share an input; then `inner` chooses the codes."""
 
-    inner: str = "rtn"
+    inner: str | Method = "rtn"
     """The method that chooses the codes."""
     steps: int = 20
     """α = 0, 1/steps, ...; 0 changes nothing."""
@@ -31,7 +32,8 @@ class AWQ:
     @property
     def name(self) -> str:
         """awq, or awq+gptq."""
-        return "awq" if self.inner == "rtn" else f"awq+{self.inner}"
+        inner = get(self.inner).name
+        return "awq" if inner == "rtn" else f"awq+{inner}"
 
     @property
     def needs(self) -> frozenset[str]:
@@ -67,6 +69,14 @@ class AWQ:
                 best, least = s, trial
         chosen, plain = ([_rounded(w, c, importance, s) for w, c in zip(ws, codecs, strict=True)] for s in (best, one))
         return best if judge(chosen) < judge(plain) else one
+
+    def settings(self) -> Mapping[str, Any]:
+        """Those of the inner method."""
+        return get(self.inner).settings()
+
+    def takes(self, codec: Codec) -> bool:
+        """As the inner method."""
+        return get(self.inner).takes(codec)
 
     def quantize(self, w: torch.Tensor, codec: Codec, stats: Stats | None) -> Parts:
         """See `Method.quantize`; w and stats are those after scaling."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from importlib.metadata import entry_points
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 
@@ -67,6 +68,14 @@ class Method(Protocol):
         """What it uses of calibration, of {"importance", "hessian", "inputs"}."""
         ...
 
+    def settings(self) -> Mapping[str, Any]:
+        """What a checkpoint's config should say of it, in AutoGPTQ's words: "desc_act", "damp_percent", ..."""
+        ...
+
+    def takes(self, codec: Codec) -> bool:
+        """True if it can choose this codec's codes."""
+        ...
+
     def quantize(self, w: torch.Tensor, codec: Codec, stats: Stats | None) -> Parts:
         """Stored parts of w: f32[out, in]. Raises ShapeError, NonFiniteError, CalibrationError."""
         ...
@@ -98,12 +107,34 @@ def names() -> list[str]:
     return sorted(_registry)
 
 
-def get(name: str | Method) -> Method:
-    """The method of that name (any case). Raises RecipeError naming the known ones."""
-    if not isinstance(name, str):
-        return name
-    _discover()
-    try:
-        return _registry[name.lower()]
-    except KeyError:
-        raise RecipeError(f"unknown method {name}{nearest(name, _registry)}; known: {', '.join(names())}") from None
+def get(name: str | Method, **options: Any) -> Method:
+    """The method of that name (any case), with fields of it, or of its `inner` method, set to options that are not None.
+
+    Raises RecipeError naming the known ones, or the methods that have an option.
+    """
+    method = name
+    if isinstance(name, str):
+        _discover()
+        try:
+            method = _registry[name.lower()]
+        except KeyError:
+            raise RecipeError(f"unknown method {name}{nearest(name, _registry)}; known: {', '.join(names())}") from None
+    assert not isinstance(method, str)
+    for option, value in options.items():
+        if value is None:
+            continue
+        found = _with(method, option, value)
+        if found is None:
+            have = [m for m in names() if _with(_registry[m], option, value) is not None]
+            raise RecipeError(f"--{option.replace('_', '-')} goes with --method {' or '.join(have)}, not {method.name}")
+        method = found
+    return method
+
+
+def _with(method: Method, option: str, value: Any) -> Method | None:
+    """The method with an option set; None if it has no such option."""
+    inner = getattr(method, "inner", None)
+    if any(f.name == option for f in fields(method)):  # type: ignore[arg-type]
+        return replace(method, **{option: value})  # type: ignore[type-var]
+    changed = None if inner is None else _with(get(inner), option, value)
+    return None if changed is None else replace(method, inner=changed)  # type: ignore[type-var]

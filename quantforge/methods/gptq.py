@@ -8,14 +8,17 @@ predecessors give (‖ŵx − wx₀‖² = ‖(ŵ − w′)x‖² + const with w
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from ..arrays import Parts
 from ..codecs import Codec, GridCodec
-from ..codecs.base import Codes, Params, check_matrix
-from ..errors import CalibrationError, NonFiniteError, UnsupportedError
+from ..codecs.base import Codes, Encoded, Params, check_matrix
+from ..codecs.integers import ActOrderCodec, reorder
+from ..errors import CalibrationError, NonFiniteError, RecipeError, UnsupportedError
 from .base import Stats, register
 
 SEGMENT = 128
@@ -71,7 +74,7 @@ def gptq(
     """
     n, v = w.shape[1], codec.vector
     check_matrix(w, None, codec)
-    size = codec.block_size
+    size = codec.block_size if codec.block_size > 1 else n  # 1: parameters for whole rows
     if size < n and size % segment and segment % size:  # a block is fitted when all errors before it have arrived
         segment = size
     order = _order(hessian.diagonal(), size, v, act_order, static_groups)
@@ -144,7 +147,10 @@ def _order(diagonal: torch.Tensor, size: int, vector: int, act_order: bool, stat
 
 @dataclass(frozen=True)
 class GPTQ:
-    """Error feedback on the codec's grid; see `gptq`."""
+    """Error feedback on the codec's grid; see `gptq`.
+
+    An `ActOrderCodec` says of each column to which group it belongs: there the groups are cut from the sorted columns.
+    """
 
     damping: float = 0.01
     act_order: bool = False
@@ -152,14 +158,39 @@ class GPTQ:
     name: str = "gptq"
     needs: frozenset[str] = frozenset({"importance", "hessian"})
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.damping < 1:
+            raise RecipeError(f"--damping {self.damping:g}: give a part of the Hessian's mean diagonal, 0 to 1; usual is 0.01")
+
+    def settings(self) -> Mapping[str, Any]:
+        """In AutoGPTQ's words."""
+        return {
+            "desc_act": self.act_order,
+            "static_groups": self.static_groups,
+            "damp_percent": self.damping,
+            "true_sequential": True,
+        }
+
+    def takes(self, codec: Codec) -> bool:
+        """Every grid."""
+        return isinstance(codec, GridCodec | ActOrderCodec)
+
     def quantize(self, w: torch.Tensor, codec: Codec, stats: Stats | None) -> Parts:
         """See `Method.quantize`. Raises UnsupportedError for codecs that are no GridCodec."""
-        if not isinstance(codec, GridCodec):
-            raise UnsupportedError(f"{codec.name} has no grid that error feedback could round to; use method rtn")
         if stats is None:
             raise CalibrationError("GPTQ needs a Hessian: calibrate")
-        options = {"damping": self.damping, "act_order": self.act_order, "static_groups": self.static_groups}
-        return codec.pack(*gptq(w, codec, stats.hessian, stats.shift, **options))  # type: ignore[arg-type]
+        h, shift = stats.hessian, stats.shift
+        if isinstance(codec, ActOrderCodec):
+            falling = h.diagonal().argsort(descending=True, stable=True)
+            shift = None if shift is None else shift[falling][:, falling]
+            codes, params = gptq(w[:, falling], codec.plain, h[falling][:, falling], shift, damping=self.damping)
+            sorted_columns = Encoded(codec.plain, tuple(w.shape), codec.plain.pack(codes, params))
+            return reorder(sorted_columns, falling.cpu().numpy()).parts
+        if not isinstance(codec, GridCodec):
+            raise UnsupportedError(f"{codec.name} has no grid that error feedback could round to; use method rtn")
+        return codec.pack(
+            *gptq(w, codec, h, shift, damping=self.damping, act_order=self.act_order, static_groups=self.static_groups)
+        )
 
 
 register(GPTQ())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -17,6 +19,14 @@ class RTN:
 
     name: str = "rtn"
     needs: frozenset[str] = frozenset({"importance"})
+
+    def settings(self) -> Mapping[str, Any]:
+        """None."""
+        return {}
+
+    def takes(self, codec: Codec) -> bool:
+        """Every codec that encodes."""
+        return codec.encodes
 
     def quantize(self, w: torch.Tensor, codec: Codec, stats: Stats | None) -> Parts:
         """See `Method.quantize`."""

@@ -142,6 +142,28 @@ def test_transformers_computes_with_our_weights(format: str, options: dict, whic
     assert worst <= TOLERANCE
 
 
+@pytest.mark.parametrize("static_groups", [False, True])
+def test_act_order(static_groups: bool, tmp_path: Path) -> None:
+    """desc_act: g_idx in any order, or as it always was."""
+    needs("gptq")
+    import transformers
+    from gptqmodel import BACKEND, GPTQModel
+
+    path = tmp_path / "model"
+    options = {"method": "gptq", "act_order": True, "static_groups": static_groups, "damping": 0.02, "calibration_chunks": 16}
+    qf.convert(MODEL, path, format="gptq", bits=4, group_size=64, **options)
+    with qf.open(path) as source:
+        shuffled = sum(s.codec.name.endswith("-act") for s in source.weights.values())
+    assert (shuffled == 0) == static_groups
+    for model in (
+        transformers.AutoModelForCausalLM.from_pretrained(path, device_map="cpu"),
+        GPTQModel.load(path, device="cpu", backend=BACKEND.TORCH).model,
+    ):
+        n, worst = compare(path, model)
+        assert n == 42
+        assert worst <= TOLERANCE
+
+
 GPTQMODEL = [
     *(("gptq", o) for o in (GPTQ[1], GPTQ[2], {"bits": 4, "group_size": -1}, {"bits": 4, "group_size": 128, "symmetric": False})),
     *(("awq", o) for o in AWQ),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,8 @@ import quantforge as qf
 from quantforge import methods
 from quantforge.cli import group
 from quantforge.demo import MODEL, complete
-from quantforge.errors import CalibrationError, NonFiniteError, RecipeError
+from quantforge.errors import CalibrationError, NonFiniteError, RecipeError, UnsupportedError
+from tests import checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +54,61 @@ def test_the_model_is_nearer_to_the_original(gptq: tuple[Path, qf.Report], tmp_p
     assert (kld["gptq"] or 1) < 0.8 * (kld["rtn"] or 0)
 
 
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "max_position_embeddings": 64}
+    return checkpoints.model(tmp_path_factory.mktemp("tiny"), "Llama", **sizes)
+
+
+@pytest.mark.parametrize("options", [{}, {"act_order": True}, {"act_order": True, "static_groups": True, "damping": 0.05}])
+@pytest.mark.parametrize(
+    ("bits", "group_size", "symmetric"), [(2, 32, True), (3, 64, False), (4, 128, True), (8, -1, False), (4, -1, True)]
+)
+def test_gptq_checkpoints(
+    bits: int, group_size: int, symmetric: bool, options: dict[str, Any], tiny: Path, tmp_path: Path
+) -> None:
+    """What is written is what was chosen; the config says how; no matrix is worse than with plain rounding."""
+    grid = {"format": "gptq", "bits": bits, "group_size": group_size, "symmetric": symmetric}
+    report = qf.convert(tiny, tmp_path / "m", method="gptq", calibration_chunks=12, measure=True, **grid, **options)
+    matrices = [t for t in report.tensors if t.output_error is not None]
+    assert len(matrices) == 7
+    assert sum(t.method == "gptq" for t in matrices) >= 5
+    for t in matrices:
+        assert t.output_error is not None
+        assert t.rtn_output_error is not None
+        assert t.output_error <= t.rtn_output_error
+    config = json.loads((tmp_path / "m" / "config.json").read_text())["quantization_config"]
+    assert config["desc_act"] == options.get("act_order", False)
+    assert config["static_groups"] == options.get("static_groups", False)
+    assert config["damp_percent"] == options.get("damping", 0.01)
+    assert (config["bits"], config["group_size"], config["sym"]) == (bits, group_size, symmetric)
+    regrouped = options == {"act_order": True} and group_size > 0
+    with qf.open(tmp_path / "m") as source, qf.open(tiny) as original:
+        for t in matrices:
+            e = source.read(t.name)
+            w = original.read(t.name).decode()
+            error = np.linalg.norm(e.decode() - w) / np.linalg.norm(w)
+            assert error == pytest.approx(t.rel_rmse, rel=1e-4), "the file is not what was measured"
+            if t.method == "gptq":
+                assert e.codec.name.endswith("-act") == (regrouped and t.shape[-1] > group_size)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q3_K_S", "Q2_K", "Q4_K_S", "Q5_1", "IQ4_XS", "IQ2_XS"])
+def test_act_order_with_static_groups_costs_no_storage(kind: str, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1, "max_position_embeddings": 64}
+    model = checkpoints.model(tmp_path / "model", "Llama", **sizes)
+    errors = {}
+    for order in (False, True):
+        out = tmp_path / f"{order}.gguf"
+        given = {"act_order": order, "static_groups": order, "calibration_chunks": 32}
+        report = qf.convert(model, out, kind, method="gptq", **given)
+        chosen = [t for t in report.tensors if t.output_error is not None]
+        assert sum(t.method == "gptq" for t in chosen) >= 4
+        errors[order] = sum(t.output_error or 0 for t in chosen) / sum(t.rtn_output_error or 0 for t in chosen)
+    assert errors[True] < 1
+    assert (tmp_path / "True.gguf").stat().st_size == (tmp_path / "False.gguf").stat().st_size
+
+
 def test_llama_cpp_reads_it(gptq: tuple[Path, qf.Report]) -> None:
     pytest.importorskip("xllamacpp")
     assert len(complete(gptq[0], "The following example shows how to open a file and read", tokens=8)) > 5
@@ -68,6 +126,10 @@ def test_refusals(tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("too short")
     with pytest.raises(CalibrationError, match="too few to calibrate"):
         qf.convert(MODEL, tmp_path / "m.gguf", "Q4_0", method="gptq", calibration=tmp_path / "short.txt")
+    with pytest.raises(RecipeError, match=r"--act-order goes with --method .*gptq"):
+        qf.convert(MODEL, tmp_path / "m.gguf", "Q4_0", act_order=True)
+    with pytest.raises(UnsupportedError, match=r"nf4: --method gptq cannot choose its codes; it does for integers"):
+        qf.convert(MODEL, tmp_path / "m", "nf4", format="bitsandbytes", method="gptq")
     held_out = MODEL.parent / "text" / "heldout.txt"
     with pytest.raises(CalibrationError, match="overlaps the shipped held-out text"):
         qf.convert(MODEL, tmp_path / "m.gguf", "Q4_0", method="gptq", calibration=held_out)

@@ -36,9 +36,11 @@ def weights(out: int, n: int, seed: int = 1) -> torch.Tensor:
     return torch.randn(out, n, generator=torch.Generator().manual_seed(seed)) * 0.05
 
 
-def naive(w: torch.Tensor, codec: GridCodec, hessian: torch.Tensor, order: list[int], static: bool) -> torch.Tensor:
+def naive(
+    w: torch.Tensor, codec: GridCodec, hessian: torch.Tensor, order: list[int], static: bool, size: int = 0
+) -> torch.Tensor:
     """The paper's algorithm (OBQ with a fixed order), from a fresh inverse at every step: decoded weights, f64."""
-    v, size = codec.vector, codec.block_size
+    v, size = codec.vector, size or codec.block_size
     a = hessian.double() + 0.01 * hessian.double().diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
     w, left, out = w.double().clone(), list(order), torch.zeros(w.shape, dtype=torch.float64)
     cost = torch.zeros(len(hessian), dtype=torch.float64)
@@ -192,3 +194,45 @@ def test_bad_statistics_are_one_clear_line() -> None:
         GPTQ().quantize(w, codecs.get("F16"), stats(inputs(64, 100)))
     with pytest.raises(RecipeError, match=r"unknown method gtpq \(did you mean gptq"):
         methods.get("gtpq")
+
+
+@pytest.mark.parametrize("symmetric", ["sym", "asym"])
+@pytest.mark.parametrize("per", ["channel", "g32", "g64", "g128"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_integers_equal_the_naive_loop_in_every_order(bits: int, per: str, symmetric: str) -> None:
+    """Plain, act-order with groups cut from the sorted columns (g_idx), act-order with static groups."""
+    codec, n = grid(f"int{bits}-{per}-{symmetric}"), 128
+    # a whole row's scale is fitted once, to all columns
+    size = codec.block_size if per != "channel" else n
+    w, h = weights(3, n), stats(inputs(n, 4 * n)).hessian
+    falling = h.diagonal().argsort(descending=True, stable=True)
+    results = {
+        "plain": (GPTQ(), codec, naive(w, codec, h, list(range(n)), False, size)),
+        "static": (GPTQ(act_order=True, static_groups=True), codec, naive(w, codec, h, falling.tolist(), True, size)),
+    }
+    if per != "channel":
+        found = naive(w[:, falling], codec, h[falling][:, falling], list(range(n)), False, size)
+        results["g_idx"] = (GPTQ(act_order=True), codecs.get(f"{codec.name}-act"), found[:, falling.argsort()])
+    for order, (method, target, expected) in results.items():
+        parts = method.quantize(w, target, stats(inputs(n, 4 * n)))
+        got = torch.from_numpy(target.decode(parts, tuple(w.shape))).double()
+        assert (got == expected).double().mean() > 0.97, order
+        errors = [float(torch.einsum("ij,jk,ik->", d, h.double(), d)) for d in (got - w.double(), expected - w.double())]
+        assert errors[0] == pytest.approx(errors[1], rel=0.02), order
+        if order == "g_idx":
+            assert np.array_equal(np.bincount(parts["group"]), [size] * (n // size))
+            assert size == n or (np.diff(parts["group"]) < 0).any()
+
+
+def test_options_find_their_method() -> None:
+    method = methods.get("gptq", act_order=True, damping=0.05, static_groups=None)
+    assert method == GPTQ(damping=0.05, act_order=True)
+    both = methods.get("awq+gptq", static_groups=True)
+    assert isinstance(both, methods.AWQ)
+    assert both.inner == GPTQ(static_groups=True)
+    assert both.name == "awq+gptq"
+    with pytest.raises(RecipeError, match=r"--act-order goes with --method awq\+gptq or gptq, not awq"):
+        methods.get("awq", act_order=True)
+    for damping in (-0.1, 1.0, float("nan")):
+        with pytest.raises(RecipeError, match="--damping"):
+            methods.get("gptq", damping=damping)

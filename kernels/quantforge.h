@@ -6,6 +6,7 @@
  *   op        in                                               out
  *   encode    w f32[rows, in], optional importance f32[in]     one u8[rows, row_bytes]
  *   decode    u8[rows, row_bytes]                              f32[rows, in]
+ *   matmul    x f32[m, in], rows i64[2], what decode takes     f32[m, out], of which columns rows[0] : rows[1]
  */
 #ifndef QUANTFORGE_H
 #define QUANTFORGE_H

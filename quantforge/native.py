@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .arrays import BF16, Array
+from .arrays import BF16, F32, Array
 from .errors import NativeError
 
 ABI = 1
@@ -146,3 +147,38 @@ def call_rows(
     with ThreadPoolExecutor(n) as pool:
         for done in [pool.submit(part, i) for i in range(n)]:
             done.result()
+
+
+_pools: dict[int, ThreadPoolExecutor] = {}  # by process: threads do not survive a fork
+_starting = threading.Lock()
+
+
+def _pool() -> ThreadPoolExecutor:
+    """Threads that stay: starting one costs more than a small product."""
+    pool = _pools.get(os.getpid())
+    if pool is None:
+        with _starting:
+            pool = _pools.setdefault(os.getpid(), ThreadPoolExecutor(os.cpu_count() or 1, "quantforge"))
+    return pool
+
+
+_WORTH_A_THREAD = 1 << 18
+"""Multiplications below which waking a thread costs more than it saves."""
+
+
+def matmul(codec: str, op: str, x: Array, parts: Sequence[Array], out: F32, threads: int = 1) -> None:
+    """out[m, rows] = x wᵀ, in `threads` threads over the rows of w. x: f32[m, in], or as the op has it; parts: what w is
+    stored in, and tables. Results do not depend on `threads`.
+    """
+    m, rows = out.shape
+    n_in = x.shape[1]
+    n = max(1, min(threads, rows, m * rows * n_in // _WORTH_A_THREAD))
+    spans = np.array([rows * i // n for i in range(n + 1)], np.int64)
+
+    def part(i: int) -> None:
+        call(codec, op, [x, spans[i : i + 2], *parts], [out])
+
+    others = [_pool().submit(part, i) for i in range(1, n)]
+    part(0)
+    for done in others:
+        done.result()

@@ -3,7 +3,7 @@
 #include <immintrin.h>
 #include "common.h"
 #pragma GCC push_options
-#pragma GCC target("avx2,f16c")
+#pragma GCC target("avx2,fma,f16c")
 
 namespace {
 #include "vec_avx2.h"

@@ -3,7 +3,7 @@
 #include <immintrin.h>
 #include "common.h"
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,f16c")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 
 namespace {
 #include "vec_avx512.h"

@@ -25,6 +25,12 @@ QF_INLINE vf operator-(vf a, vf b) { return {_mm256_sub_ps(a.v, b.v)}; }
 QF_INLINE vf operator*(vf a, vf b) { return {_mm256_mul_ps(a.v, b.v)}; }
 QF_INLINE vf operator/(vf a, vf b) { return {_mm256_div_ps(a.v, b.v)}; }
 QF_INLINE vf operator-(vf a) { return {_mm256_xor_ps(a.v, _mm256_set1_ps(-0.0f))}; }
+QF_INLINE vf fma(vf a, vf b, vf c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+QF_INLINE float total(vf a) {
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+}
 QF_INLINE vf sqrt(vf a) { return {_mm256_sqrt_ps(a.v)}; }
 QF_INLINE vf abs(vf a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
 QF_INLINE vf min(vf a, vf b) { return {_mm256_min_ps(a.v, b.v)}; }

@@ -25,6 +25,8 @@ QF_INLINE vf operator-(vf a, vf b) { return {_mm512_sub_ps(a.v, b.v)}; }
 QF_INLINE vf operator*(vf a, vf b) { return {_mm512_mul_ps(a.v, b.v)}; }
 QF_INLINE vf operator/(vf a, vf b) { return {_mm512_div_ps(a.v, b.v)}; }
 QF_INLINE vf operator-(vf a) { return {_mm512_xor_ps(a.v, _mm512_set1_ps(-0.0f))}; }
+QF_INLINE vf fma(vf a, vf b, vf c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+QF_INLINE float total(vf a) { return _mm512_reduce_add_ps(a.v); }
 QF_INLINE vf sqrt(vf a) { return {_mm512_sqrt_ps(a.v)}; }
 QF_INLINE vf abs(vf a) { return {_mm512_andnot_ps(_mm512_set1_ps(-0.0f), a.v)}; }
 QF_INLINE vf min(vf a, vf b) { return {_mm512_min_ps(a.v, b.v)}; }

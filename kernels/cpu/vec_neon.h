@@ -28,6 +28,8 @@ QF_INLINE vf operator-(vf a, vf b) { return {vsubq_f32(a.v, b.v)}; }
 QF_INLINE vf operator*(vf a, vf b) { return {vmulq_f32(a.v, b.v)}; }
 QF_INLINE vf operator/(vf a, vf b) { return {vdivq_f32(a.v, b.v)}; }
 QF_INLINE vf operator-(vf a) { return {vnegq_f32(a.v)}; }
+QF_INLINE vf fma(vf a, vf b, vf c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
+QF_INLINE float total(vf a) { return vaddvq_f32(a.v); }
 QF_INLINE vf sqrt(vf a) { return {vsqrtq_f32(a.v)}; }
 QF_INLINE vf abs(vf a) { return {vabsq_f32(a.v)}; }
 // not vminq: of equal zeros and of NaN the second is kept, as on x86

@@ -23,6 +23,8 @@ QF_INLINE vf operator-(vf a, vf b) { return {a.v - b.v}; }
 QF_INLINE vf operator*(vf a, vf b) { return {a.v * b.v}; }
 QF_INLINE vf operator/(vf a, vf b) { return {a.v / b.v}; }
 QF_INLINE vf operator-(vf a) { return {-a.v}; }
+QF_INLINE vf fma(vf a, vf b, vf c) { return {a.v * b.v + c.v}; }                       // rounded once or twice
+QF_INLINE float total(vf a) { return a.v; }
 QF_INLINE vf sqrt(vf a) { return {sqrtf(a.v)}; }
 QF_INLINE vf abs(vf a) { return {fabsf(a.v)}; }
 // a < b ? a : b, with C's behaviour for equal zeros (b is kept), as x86's minps has it

@@ -24,6 +24,9 @@ from ..grid import AffineGrid
 if TYPE_CHECKING:
     import torch
 
+DECODED_AT_ONCE = 1 << 20
+"""Weights that exist as f32 together in a product with a codec that has no kernel for it."""
+
 Params: TypeAlias = "dict[str, torch.Tensor]"
 Codes: TypeAlias = "torch.Tensor"
 
@@ -110,6 +113,23 @@ class Codec(ABC):
     @abstractmethod
     def decode(self, parts: Parts, shape: tuple[int, ...], *, threads: int = 1) -> F32:
         """The numbers that `parts` stand for: f32[shape]."""
+
+    def matmul(self, x: F32, parts: Parts, shape: tuple[int, ...], *, threads: int = 1, activations: str = "float") -> F32:
+        """x wᵀ for a matrix w of `shape` (out, in): f32[m, in] -> f32[m, out], however many `threads`.
+
+        activations: "int8" rounds x to 8 bits, in the codecs that have a kernel for that. Here some rows at a time
+        are decoded and multiplied.
+        """
+        out, n = shape
+        y = empty((len(x), out), np.float32)
+        whole = Encoded(self, shape, parts)
+        step = max(1, DECODED_AT_ONCE // max(1, n)) if self.sliceable else max(1, out)
+        for a in range(0, out, step):
+            w = (whole.rows(slice(a, a + step)) if step < out else whole).decode(threads=threads)
+            some = empty((len(x), len(w)), np.float32)
+            native.matmul("F32", "matmul", x, [np.ascontiguousarray(w).view(np.uint8)], some, threads)
+            y[:, a : a + step] = some
+        return y
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
         """Stored bytes of a tensor of `shape`."""
@@ -325,8 +345,20 @@ class GgmlCodec(Codec):
         (data,) = check_parts(parts, shape, self)
         data = data.reshape(-1, data.shape[-1])
         w = empty(shape, np.float32)
-        native.call_rows(self.name, "decode", [data], [], [w.reshape(-1, shape[-1])], threads)
+        native.call_rows(self.name, "decode", [data], [*self.tables], [w.reshape(-1, shape[-1])], threads)
         return w
+
+    @property
+    def tables(self) -> tuple[Array, ...]:
+        """What the compiled kernels need besides the data."""
+        return ()
+
+    def matmul(self, x: F32, parts: Parts, shape: tuple[int, ...], *, threads: int = 1, activations: str = "float") -> F32:
+        """x wᵀ with the compiled kernel; see `Codec.matmul`."""
+        found = check_parts(parts, shape, self)
+        y = empty((len(x), shape[0]), np.float32)
+        native.matmul(self.name, "matmul", x, [*found, *self.tables], y, threads)
+        return y
 
 
 class AffineCodec(GgmlCodec, GridCodec):

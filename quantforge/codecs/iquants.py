@@ -123,8 +123,13 @@ class IQCodec(GgmlCodec, GridCodec):
         (data,) = check_parts(parts, shape, self)
         data = data.reshape(-1, data.shape[-1])
         w = empty(shape, np.float32)
-        native.call_rows(self.name, "decode", [data], [self.entries, KSIGNS], [w.reshape(-1, shape[-1])], threads)
+        native.call_rows(self.name, "decode", [data], [*self.tables], [w.reshape(-1, shape[-1])], threads)
         return w
+
+    @property
+    def tables(self) -> tuple[Array, ...]:
+        """The codebook and the signs' parity."""
+        return self.entries, KSIGNS
 
     # ---- GridCodec
 

@@ -52,6 +52,15 @@ class PlainCodec(Codec):
             return w
         return data.astype(np.float32)
 
+    def matmul(self, x: F32, parts: Parts, shape: tuple[int, ...], *, threads: int = 1, activations: str = "float") -> F32:
+        """x wᵀ; see `Codec.matmul`."""
+        if not native.has(self.name, "matmul"):
+            return super().matmul(x, parts, shape, threads=threads, activations=activations)
+        (data,) = check_parts(parts, shape, self)
+        y = empty((len(x), shape[0]), np.float32)
+        native.matmul(self.name, "matmul", x, [data.view(np.uint8)], y, threads)
+        return y
+
 
 def _rows(w: Array) -> Array:
     return w.reshape(-1, w.shape[-1]) if w.ndim and w.size else w.reshape(w.size, 1)

@@ -1,0 +1,64 @@
+"""torch operators over stored tensors: they work under torch.compile, their kernels know NumPy or CUDA.
+
+    quantforge::linear(x, planes, codec, out_features, in_features, activations) -> x wᵀ
+    quantforge::dequantize(planes, codec, out_features, in_features, dtype) -> w
+
+planes: on the CPU a tensor's parts in its codec's order, as they are stored; on CUDA what
+`planes.pack` makes of them.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from .. import codecs
+from ..arrays import F32, Parts
+from ..errors import ShapeError
+
+
+def parts_of(planes: list[torch.Tensor], codec: codecs.Codec, shape: tuple[int, ...]) -> Parts:
+    """The parts as NumPy arrays, which share the tensors' memory."""
+    found: Parts = {}
+    for (k, info), p in zip(codec.layout(shape).items(), planes, strict=True):
+        if p.nbytes != info.nbytes:
+            raise ShapeError(f"{codec.name}: part {k} of weights {list(shape)} has {p.nbytes} bytes, needs {info.nbytes}")
+        found[k] = p.reshape(-1).view(torch.uint8).numpy().view(info.dtype).reshape(info.shape)
+    return found
+
+
+@torch.library.custom_op("quantforge::linear", mutates_args=(), device_types="cpu")
+def linear(
+    x: torch.Tensor, planes: list[torch.Tensor], codec: str, out_features: int, in_features: int, activations: str = "float"
+) -> torch.Tensor:
+    """x wᵀ for a matrix w as it is stored: x: [..., in_features] of any float dtype -> [..., out_features], of x's dtype.
+
+    activations: "float": x enters with its own precision; "int8": rounded to 8 bits first, where the codec has a
+    kernel for that. See `Codec.matmul`.
+    """
+    kind, shape = codecs.get(codec), (out_features, in_features)
+    if x.shape[-1:] != (in_features,):
+        raise ShapeError(f"activations of {list(x.shape)} do not fit weights {list(shape)}")
+    rows: F32 = x.detach().reshape(-1, in_features).float().contiguous().numpy()
+    y = kind.matmul(rows, parts_of(planes, kind, shape), shape, threads=torch.get_num_threads(), activations=activations)
+    return torch.from_numpy(y).to(x.dtype).reshape(*x.shape[:-1], out_features)
+
+
+@linear.register_fake
+def _(
+    x: torch.Tensor, planes: list[torch.Tensor], codec: str, out_features: int, in_features: int, activations: str = "float"
+) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+@torch.library.custom_op("quantforge::dequantize", mutates_args=(), device_types="cpu")
+def dequantize(planes: list[torch.Tensor], codec: str, out_features: int, in_features: int, dtype: torch.dtype) -> torch.Tensor:
+    """The numbers of a stored matrix: [out_features, in_features] of `dtype`."""
+    kind, shape = codecs.get(codec), (out_features, in_features)
+    w = kind.decode(parts_of(planes, kind, shape), shape, threads=torch.get_num_threads())
+    return torch.from_numpy(np.require(w, requirements=["C", "W", "O"])).to(dtype)
+
+
+@dequantize.register_fake
+def _(planes: list[torch.Tensor], codec: str, out_features: int, in_features: int, dtype: torch.dtype) -> torch.Tensor:
+    return planes[0].new_empty(out_features, in_features, dtype=dtype)

@@ -1,0 +1,166 @@
+"""Layers that compute from stored tensors, against float64 of the decoded ones: every codec, every instruction set."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from quantforge import codecs, native
+from quantforge.errors import ShapeError, UnsupportedError
+from quantforge.nn import QuantEmbedding, QuantLinear
+
+INTEGERS = {"I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64", "BOOL"}
+FAMILIES = [
+    "int4-g128-sym", "int4-g32-asym", "int3-g64-sym", "int5-g32-asym-bf16", "int8-g128-asym", "int8-channel-sym", "int2-g32-asym",
+    "int8-tensor-sym", "int4-g128-asym-act", "fp8-tensor", "fp8-channel", "fp8-block128",
+]  # fmt: skip
+NAMES = [*(n for n in codecs.names() if n not in INTEGERS), *FAMILIES]
+TOLERANCE = 2e-6  # of the result's norm: sums in float32
+
+
+def encoded(name: str, out: int, n: int, seed: int = 0) -> codecs.Encoded:
+    """Random weights, some of them large, in that codec."""
+    rng = np.random.default_rng(seed)
+    w = (rng.normal(0, 0.02, (out, n)) * rng.choice([1, 1, 1, 5], (out, n))).astype(np.float32)
+    return codecs.quantize(w, name, importance=(w**2).mean(0) + 1e-6)
+
+
+def activations(*shape: int, seed: int = 1) -> torch.Tensor:
+    """With outliers, as in real models."""
+    rng = np.random.default_rng(seed)
+    return torch.from_numpy((rng.normal(size=shape) * rng.choice([1, 1, 1, 1, 1, 1, 1, 12], shape)).astype(np.float32))
+
+
+def error(y: torch.Tensor, x: torch.Tensor, e: codecs.Encoded) -> float:
+    want = x.double() @ torch.from_numpy(e.decode().astype(np.float64)).T
+    return float((y.double() - want).norm() / want.norm())
+
+
+def least(name: str) -> int:
+    return max(1, codecs.get(name).block_size)
+
+
+@pytest.mark.parametrize("isa", native.isas())
+@pytest.mark.parametrize("name", NAMES)
+def test_linear_is_the_product(name: str, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QUANTFORGE_ISA", isa)
+    block = least(name)
+    for out, n, m in ((1, block, 1), (37, 3 * block, 5), (19, block * (1300 // block + 1), 13)):
+        e = encoded(name, out, n, seed=m)
+        layer = QuantLinear.from_encoded(e)
+        x = activations(m, n)
+        assert error(layer(x), x, e) < TOLERANCE, (out, n, m)
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "Q8_0", "IQ2_XXS", "BF16", "nf4", "int4-g128-sym"])
+def test_every_shape_of_x(name: str) -> None:
+    n = 2 * least(name) if least(name) > 1 else 70
+    e = encoded(name, 33, n)
+    bias = torch.randn(33)
+    layer = QuantLinear.from_encoded(e, bias)
+    x = activations(2, 3, n)
+    whole = layer(x)
+    assert whole.shape == (2, 3, 33) and error(whole - bias, x, e) < TOLERANCE
+    wide = activations(n, 300).T  # not contiguous
+    assert error(layer(wide) - bias, wide, e) < TOLERANCE
+    assert layer(x[:, :0]).shape == (2, 0, 33)
+    assert layer(x[0, 0]).shape == (33,)
+    for dtype, tolerance in ((torch.bfloat16, 2e-3), (torch.float16, 4e-4), (torch.float64, TOLERANCE)):
+        y = layer(x.to(dtype))
+        assert y.dtype == dtype
+        assert error(y.double() - bias.to(dtype).double(), x.to(dtype), e) < 3 * tolerance
+    # one row of a batch is what it is alone, bit by bit
+    assert torch.equal(layer(wide)[7], layer(wide[7]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_threads_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_WORTH_A_THREAD", 1)
+    e = encoded(name, 41, 4 * least(name) if least(name) > 1 else 512)
+    x = activations(3, e.shape[1]).numpy()
+    found = [e.codec.matmul(x, e.parts, e.shape, threads=t) for t in (1, 2, 7)]
+    assert all(np.array_equal(found[0], f) for f in found)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_layer_holds_the_files_bytes_and_nothing_changes_them(name: str) -> None:
+    e = encoded(name, 24, 2 * least(name))
+    layer = QuantLinear.from_encoded(e, torch.randn(24))
+    assert layer.nbytes == e.nbytes
+    x = activations(2, e.shape[1])
+    y = layer(x)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer).to("cpu")):
+        assert torch.equal(other(x), y)
+    half = copy.deepcopy(layer).half()
+    assert half.bias.dtype == torch.float16 and half.nbytes == e.nbytes
+    assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(half.planes, layer.planes, strict=True))
+    fresh = QuantLinear.from_encoded(encoded(name, 24, 2 * least(name), seed=9), torch.zeros(24))
+    fresh.load_state_dict(layer.state_dict())
+    assert torch.equal(fresh(x), y)
+    assert torch.equal(layer.dequantize(), torch.from_numpy(e.decode()))
+    assert f"codec={e.codec.name}, bpw={e.bpw:.4g}" in repr(layer)
+    assert [p.device.type for p in copy.deepcopy(layer).to("meta").planes] == ["meta"] * len(e.parts)
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "int4-g128-asym"])
+def test_compiles_whole(name: str) -> None:
+    layer = QuantLinear.from_encoded(encoded(name, 32, 256), torch.randn(32))
+    x = activations(4, 256)
+    compiled = torch.compile(lambda x: torch.relu(layer(x)) * 2, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), torch.relu(layer(x)) * 2)
+    torch.library.opcheck(torch.ops.quantforge.linear, (x, layer.planes, layer.codec_name, *layer.shape))
+    torch.library.opcheck(torch.ops.quantforge.dequantize, (layer.planes, layer.codec_name, *layer.shape, torch.bfloat16))
+
+
+@pytest.mark.parametrize("name", ["Q6_K", "IQ4_XS", "F16", "int8-channel-sym", "fp8-tensor", "nf4"])
+def test_embedding_decodes_rows(name: str) -> None:
+    e = encoded(name, 50, 256)
+    layer = QuantEmbedding(e, dtype=torch.bfloat16)
+    ids = torch.tensor([[3, 0, 49], [3, 7, 8]])
+    assert torch.equal(layer(ids), torch.from_numpy(e.decode())[ids].bfloat16())
+    assert layer.nbytes == e.nbytes and layer(ids[:, :0]).shape == (2, 0, 256)
+
+
+class Thirds(codecs.Codec):
+    """A codec of somebody else's, without a kernel."""
+
+    name = "thirds"
+    row_local = True
+
+    def layout(self, shape: tuple[int, ...]) -> Any:
+        from quantforge.arrays import TensorInfo
+
+        return {"bias": TensorInfo(np.dtype(np.int8), shape)}
+
+    def encode(self, w: Any, importance: Any = None, *, threads: int = 1) -> Any:
+        return {"bias": np.rint(w * 300).astype(np.int8)}
+
+    def decode(self, parts: Any, shape: tuple[int, ...], *, threads: int = 1) -> Any:
+        return (parts["bias"] / np.float32(300)).astype(np.float32).reshape(shape)
+
+
+def test_any_codec_works() -> None:
+    codecs.register(Thirds)
+    e = encoded("thirds", 2000, 700)  # more than is decoded at once
+    layer = QuantLinear.from_encoded(e, torch.ones(2000))
+    x = activations(3, 700)
+    assert error(layer(x) - 1, x, e) < TOLERANCE
+
+
+def test_errors() -> None:
+    e = encoded("Q8_0", 8, 64)
+    with pytest.raises(ShapeError, match=r"not a matrix"):
+        QuantLinear.from_encoded(codecs.quantize(np.ones((2, 8, 64), np.float32), "Q8_0"))
+    with pytest.raises(ShapeError, match=r"bias of \[7\]"):
+        QuantLinear.from_encoded(e, torch.ones(7))
+    with pytest.raises(ShapeError, match=r"cannot be decoded alone"):
+        QuantEmbedding(encoded("fp8-block128", 128, 128))
+    with pytest.raises(UnsupportedError):
+        torch.ops.quantforge.linear(torch.ones(1, 64), [torch.zeros(8, 68, dtype=torch.uint8)], "Q9_9", 8, 64)
+    with pytest.raises(ShapeError):
+        torch.ops.quantforge.linear(torch.ones(1, 64), [torch.zeros(8, 60, dtype=torch.uint8)], "Q8_0", 8, 64)

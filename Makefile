@@ -1,12 +1,13 @@
 # make demo   set up .venv, convert the shipped model, let llama.cpp speak with it
 # make test   set up .venv, lint, type-check, run the tests
+# make cuda   build the CUDA kernels (without make: QUANTFORGE_CUDA=1 pip install .)
 # make test-clients   load our GPTQ and AWQ checkpoints in GPTQModel and transformers, in .venv-clients
 PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
 KERNELS := $(wildcard kernels/*.h kernels/cpu/*)
 
-.PHONY: setup build demo test test-clients lint bench clean
+.PHONY: setup build cuda gpu-test demo test test-clients lint bench clean
 .NOTPARALLEL:
 
 setup: $(VENV)/.installed build
@@ -21,6 +22,15 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 build: quantforge/_cpu.so
 quantforge/_cpu.so: setup.py $(KERNELS) | $(VENV)/.installed
 	$(PY) setup.py -q build_ext --inplace
+
+# CUDA kernels (needs nvcc): QUANTFORGE_CUDA_ARCH=90 builds for one GPU instead of four
+cuda: quantforge/_cuda.so
+quantforge/_cuda.so: setup.py $(KERNELS) $(wildcard kernels/cuda/*) | $(VENV)/.installed
+	QUANTFORGE_CUDA=only $(PY) setup.py -q build_ext --inplace
+
+# on a machine with a GPU, with its own torch: make gpu-test PY=python3
+gpu-test: quantforge/_cuda.so
+	$(PY) -m pytest -rs -m gpu tests/nn
 
 demo: setup
 	$(VENV)/bin/quantforge demo
@@ -51,4 +61,4 @@ bench: setup
 	$(PY) benchmarks/convert.py
 
 clean:
-	rm -rf build quantforge/_cpu.so
+	rm -rf build quantforge/_cpu.so quantforge/_cuda.so

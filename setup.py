@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Distribution, setup
@@ -24,6 +25,9 @@ CXXFLAGS = [
     # GCC's own AVX-512 headers trip these
     "-Wno-maybe-uninitialized", "-Wno-uninitialized",
 ]  # fmt: skip
+CUDA_ARCHS = "80,86,89,90"
+# -fmad=false: as -ffp-contract=off; products that may be fused are written as such
+NVCCFLAGS = ["-std=c++17", "-O3", "-fmad=false", "-cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 
 
 def compiler() -> list[str]:
@@ -41,29 +45,47 @@ def compiler() -> list[str]:
     )
 
 
+def nvcc() -> str:
+    """The CUDA compiler: in CUDA_HOME, then PATH; or exit with what to set."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    found = shutil.which("nvcc", path=str(Path(home) / "bin")) if home else None
+    found = found or shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if not found:
+        sys.exit(
+            "quantforge: nvcc not found (looked in CUDA_HOME/bin and PATH), and QUANTFORGE_CUDA=1 asks for CUDA kernels; "
+            "install the CUDA toolkit (12.4 or later) or set CUDA_HOME to it"
+        )
+    return found
+
+
+def nvcc_flags() -> list[str]:
+    """Machine code for each of QUANTFORGE_CUDA_ARCH (such as 90, or 80,86), and PTX of the last one."""
+    archs = os.environ.get("QUANTFORGE_CUDA_ARCH", CUDA_ARCHS).replace(".", "").split(",")
+    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+    return [*NVCCFLAGS, *codes, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+
+
 class BuildKernels(build_ext):
-    """Compile the CPU units in parallel and link them into quantforge/_cpu.so."""
+    """Compile the units of a library of kernels side by side and link them: quantforge/_cpu.so, _cuda.so."""
 
     def build_extension(self, ext: Extension) -> None:
-        """Build the one extension, which stands for the library of CPU kernels."""
-        cxx = compiler()
+        """Build one of them. Each stands for a whole library."""
+        cuda = ext.name.endswith("_cuda")
+        command = [nvcc(), *nvcc_flags()] if cuda else [*compiler(), *CXXFLAGS]
+        jobs = int(os.environ.get("QUANTFORGE_JOBS", 0)) or (min(4, os.cpu_count() or 1) if cuda else len(ext.sources))
         target = Path(self.get_ext_fullpath(ext.name))
         objects_dir = Path(self.build_temp) / "kernels"
         objects_dir.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        jobs: list[tuple[list[str], subprocess.Popen[bytes]]] = []
-        objects = []
-        for source in ext.sources:
-            obj = objects_dir / (Path(source).stem + ".o")
-            objects.append(str(obj))
-            command = [*cxx, *CXXFLAGS, "-c", source, "-o", str(obj)]
-            jobs.append((command, subprocess.Popen(command, cwd=ROOT)))
-        for command, job in jobs:
-            if job.wait():
-                sys.exit(f"quantforge: compiling the kernels failed: {shlex.join(command)}")
+        objects = [str(objects_dir / (Path(source).name + ".o")) for source in ext.sources]
+        commands = [[*command, "-c", source, "-o", obj] for source, obj in zip(ext.sources, objects, strict=True)]
+        with ThreadPoolExecutor(jobs) as pool:
+            for compile, code in zip(commands, pool.map(lambda c: subprocess.call(c, cwd=ROOT), commands), strict=True):
+                if code:
+                    sys.exit(f"quantforge: compiling the kernels failed: {shlex.join(compile)}")
         # linked aside and renamed, so that a process which has the old library mapped keeps it whole
         fresh = target.with_name(target.name + ".new")
-        link = [*cxx, "-shared", *objects, "-o", str(fresh)]
+        link = [*command, "-shared", *objects, "-o", str(fresh)]
         if subprocess.call(link, cwd=ROOT):
             sys.exit(f"quantforge: linking the kernels failed: {shlex.join(link)}")
         os.replace(fresh, target)
@@ -92,10 +114,15 @@ class BinaryDistribution(Distribution):
 if platform.system() == "Windows":
     sys.exit("quantforge: the kernels build with GCC or Clang on Linux and macOS; on Windows use WSL")
 
+cpu = [f"kernels/cpu/{unit}" for unit in CPU_UNITS if (ROOT / "kernels/cpu" / unit).exists()]
+libraries = [Extension("quantforge._cpu", cpu)]
+if os.environ.get("QUANTFORGE_CUDA", "0") not in ("", "0"):
+    cuda = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "kernels/cuda").glob("*.cu"))
+    # QUANTFORGE_CUDA=only: beside CPU kernels that are built already
+    libraries = [*(libraries if os.environ["QUANTFORGE_CUDA"] != "only" else []), Extension("quantforge._cuda", cuda)]
+
 setup(
-    ext_modules=[
-        Extension("quantforge._cpu", [f"kernels/cpu/{unit}" for unit in CPU_UNITS if (ROOT / "kernels/cpu" / unit).exists()])
-    ],
+    ext_modules=libraries,
     cmdclass={"build_ext": BuildKernels, "bdist_wheel": PlatformWheel},
     distclass=BinaryDistribution,
 )

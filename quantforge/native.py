@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -56,21 +57,31 @@ class KernelError(NativeError):
         super().__init__(f"kernel {what}: {_REASONS.get(code, f'error {code}')}")
 
 
-@cache
-def _library() -> ctypes.CDLL:
-    path = Path(__file__).with_name("_cpu.so")
-    try:
-        lib = ctypes.CDLL(str(path))
-    except OSError as e:
-        raise NativeError(
-            f"cannot load quantforge's compiled kernels ({e}); reinstall with a C++17 compiler present "
-            "(Debian/Ubuntu: apt-get install g++; macOS: xcode-select --install), in a checkout: make build"
-        ) from None
+def _open(path: Path) -> ctypes.CDLL:
+    lib = ctypes.CDLL(str(path))
     lib.qf_open.restype = ctypes.POINTER(_Table)
     lib.qf_open.argtypes = [ctypes.c_char_p]
     lib.qf_isa.restype = ctypes.c_char_p
     lib.qf_isa.argtypes = [ctypes.c_int]
     return lib
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    try:
+        return _open(Path(__file__).with_name("_cpu.so"))
+    except OSError as e:
+        raise NativeError(
+            f"cannot load quantforge's compiled kernels ({e}); reinstall with a C++17 compiler present "
+            "(Debian/Ubuntu: apt-get install g++; macOS: xcode-select --install), in a checkout: make build"
+        ) from None
+
+
+def _kernels(table: _Table) -> dict[tuple[str, str], ctypes._FuncPointer]:
+    """(codec, op) -> function. Raises NativeError for a library of another ABI."""
+    if table.abi != ABI:
+        raise NativeError(f"the compiled kernels are of ABI {table.abi}, this quantforge wants {ABI}; rebuild (make build)")
+    return {(table.kernels[i].codec.decode(), table.kernels[i].op.decode()): table.kernels[i].fn for i in range(table.n)}
 
 
 def isas() -> list[str]:
@@ -88,10 +99,7 @@ def _table(isa: str | None) -> tuple[str, dict[tuple[str, str], ctypes._FuncPoin
         raise NativeError(
             f"QUANTFORGE_ISA={isa}: not an instruction set of this build and CPU; choose one of {', '.join(isas())}"
         )
-    t = table.contents
-    if t.abi != ABI:
-        raise NativeError(f"the compiled kernels are of ABI {t.abi}, this quantforge wants {ABI}; rebuild (make build)")
-    return t.isa.decode(), {(t.kernels[i].codec.decode(), t.kernels[i].op.decode()): t.kernels[i].fn for i in range(t.n)}
+    return table.contents.isa.decode(), _kernels(table.contents)
 
 
 def isa() -> str:
@@ -182,3 +190,58 @@ def matmul(codec: str, op: str, x: Array, parts: Sequence[Array], out: F32, thre
     part(0)
     for done in others:
         done.result()
+
+
+# ---- the CUDA library
+
+
+_TORCH_DTYPES = {
+    "torch.uint8": 0, "torch.int8": 1, "torch.uint16": 2, "torch.int16": 3, "torch.uint32": 4, "torch.int32": 5, "torch.int64": 6,
+    "torch.float16": 7, "torch.bfloat16": 8, "torch.float32": 9, "torch.float64": 10,
+    "torch.float8_e4m3fn": 0, "torch.float8_e5m2": 0,  # bytes to the kernels
+}  # fmt: skip
+
+
+@cache
+def _cuda() -> tuple[dict[tuple[str, str], ctypes._FuncPointer], str]:
+    """The kernels of _cuda.so, or none and why. The library loads without a driver."""
+    path = Path(__file__).with_name("_cuda.so")
+    if not path.exists():
+        return {}, "quantforge was built without CUDA kernels (make cuda, or QUANTFORGE_CUDA=1 pip install .)"
+    try:
+        return _kernels(_open(path).qf_open(None).contents), ""
+    except (OSError, NativeError) as e:
+        return {}, f"the CUDA kernels cannot be loaded: {e}"
+
+
+def cuda_missing() -> str:
+    """Why there are no CUDA kernels; empty if there are."""
+    return _cuda()[1]
+
+
+def cuda_has(codec: str, op: str) -> bool:
+    """True if a CUDA kernel for that codec (or kernel family) and operation exists."""
+    return (codec, op) in _cuda()[0]
+
+
+def cuda_call(codec: str, op: str, inputs: Sequence[Any], outputs: Sequence[Any], stream: int) -> None:
+    """Run one kernel on dense torch tensors of the current device, on a CUDA stream (its handle).
+
+    Returns as soon as the kernel is launched. Raises KernelError, or NativeError if there is none.
+    """
+    kernels, missing = _cuda()
+    fn = kernels.get((codec, op))
+    if fn is None:
+        raise NativeError(missing or f"no CUDA kernel {op} for {codec}")
+    code = fn(_describe_tensors(inputs), len(inputs), _describe_tensors(outputs), len(outputs), stream)
+    if code != OK:
+        raise KernelError(f"{codec} {op} (CUDA)", code)
+
+
+def _describe_tensors(tensors: Sequence[Any]) -> bytes:
+    packed = []
+    for t in tensors:
+        assert t.is_contiguous() and t.dim() <= 4
+        shape = (*t.shape, 0, 0, 0, 0)[:4]
+        packed.append(_DESCRIPTOR.pack(t.data_ptr(), *shape, t.dim(), _TORCH_DTYPES[str(t.dtype)]))
+    return b"".join(packed)

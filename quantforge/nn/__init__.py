@@ -1,6 +1,6 @@
 """Layers that hold a tensor as it is stored, in any codec, and compute from that."""
 
-from . import ops as ops  # registers quantforge::linear and quantforge::dequantize
+from . import cuda as cuda  # registers quantforge::linear and quantforge::dequantize, on the CPU and for GPUs
 from .linear import QuantEmbedding, QuantLinear
 
 __all__ = ["QuantEmbedding", "QuantLinear"]

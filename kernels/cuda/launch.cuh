@@ -1,0 +1,216 @@
+// Kernels over tile.cuh and their entries in the table: two lines per family.
+//
+//   op           in                                           out
+//   linear       x bf16/f16[m, in], m <= 8, in % 8 == 0, planes...     bf16/f16/f32[m, out]
+//   dequantize   planes...                                    bf16/f16/f32[out, in]
+//
+// Planes are [tiles, chunks or groups, ...]; see docs/gpu.md.
+#pragma once
+#ifdef __CUDACC__
+#include <cuda_runtime.h>
+#endif
+
+#include "../quantforge.h"
+#include "tile.cuh"
+
+constexpr int MAX_WARPS = 16;
+
+// A number of the output's dtype (QF_F32, QF_F16 or QF_BF16).
+QF_HD void put(void *out, int dtype, int64_t i, float x) {
+    if (dtype == QF_F32) ((float *)out)[i] = x;
+    else ((uint16_t *)out)[i] = dtype == QF_F16 ? half_of(x) : bf16_of(x);
+}
+
+// Of a tile's sums [column][row]: where c[i] of a lane belongs.
+QF_HD int place(int lane, int i) { return (2 * (lane & 3) + (i & 1)) * TILE + (lane >> 2) + 8 * (i >> 1); }
+
+// A lane's part of one chunk of one tile, as numbers.
+template <class F>
+QF_HD void write_weights(const Planes &planes, void *out, int dtype, int64_t step, int lane) {
+    constexpr int N = F::SUB / 4;
+    const int64_t tile = step / planes.chunks;
+    const int chunk = (int)(step - tile * planes.chunks), t = lane & 3;
+    QF_UNROLL for (int h = 0; h < 2; h++) {
+        const int row = (lane >> 2) + 8 * h;
+        const int64_t n = tile * TILE + row;
+        const typename F::Row held = F::load(planes, step, row, t);
+        QF_UNROLL for (int s = 0; s < F::CHUNK / F::SUB; s++) {
+            float w[N];
+            tile_values<F>(held, s, w);
+            const int k = chunk * F::CHUNK + s * F::SUB + t * N;
+            if (n >= planes.n_out) continue;
+            const int64_t at = n * planes.n_in + k;
+            if (k + N > planes.n_in || planes.n_in % 8) {
+                for (int i = 0; i < N; i++)
+                    if (k + i < planes.n_in) put(out, dtype, at + i, w[i]);
+            } else if (dtype == QF_F32) {
+                uint32_t words[N];
+                QF_UNROLL for (int i = 0; i < N; i++) words[i] = bits_of(w[i]);
+                store_words<N>((float *)out + at, words);
+            } else {
+                uint32_t pairs[N / 2];
+                QF_UNROLL for (int i = 0; i < N / 2; i++)
+                    pairs[i] = dtype == QF_F16 ? half_of(w[2 * i]) | (uint32_t)half_of(w[2 * i + 1]) << 16
+                                               : bf16_of(w[2 * i]) | (uint32_t)bf16_of(w[2 * i + 1]) << 16;
+                store_words<N / 2>((uint16_t *)out + at, pairs);
+            }
+        }
+    }
+}
+
+#ifdef __CUDACC__
+// A block computes R tiles of rows; its warps share the columns and meet in shared memory.
+template <class F, class T, int R, int DEPTH>
+__global__ void __launch_bounds__(32 * MAX_WARPS) linear_kernel(Planes planes, const uint16_t *x, int m, void *out, int dtype) {
+    __shared__ float parts[MAX_WARPS][R][TILE * COLUMNS];
+    const int warps = (int)blockDim.y, warp = (int)threadIdx.y, lane = (int)threadIdx.x;
+    float acc[1][R][4];
+    tile_dot<F, T, R, DEPTH>(planes, x, m, (int)blockIdx.x * R, warp, warps, acc);
+#pragma unroll
+    for (int r = 0; r < R; r++)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            parts[warp][r][place(lane, i)] = acc[0][r][i];
+    __syncthreads();
+    for (int i = warp * 32 + lane; i < R * TILE * COLUMNS; i += 32 * warps) {
+        const int r = i / (TILE * COLUMNS), column = i / TILE % COLUMNS, row = ((int)blockIdx.x * R + r) * TILE + i % TILE;
+        if (column >= m || row >= planes.n_out) continue;
+        float sum = 0;
+        for (int w = 0; w < warps; w++) sum += parts[w][r][i % (TILE * COLUMNS)];
+        put(out, dtype, (int64_t)column * planes.n_out + row, sum);
+    }
+}
+
+// A warp writes one chunk of one tile.
+template <class F>
+__global__ void __launch_bounds__(256) dequantize_kernel(Planes planes, void *out, int dtype, int64_t steps) {
+    const int64_t step = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
+    if (step >= steps) return;
+    write_weights<F>(planes, out, dtype, step, (int)threadIdx.x);
+}
+
+static inline int launch(const void *kernel, dim3 grid, dim3 block, void **args, void *stream) {
+    return cudaLaunchKernel(kernel, grid, block, args, 0, (cudaStream_t)stream) == cudaSuccess ? QF_OK : QF_EDEVICE;
+}
+
+static inline int multiprocessors() {
+    int device = 0, n = 0;
+    if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
+        return 0;
+    return n;
+}
+
+template <class F, class T, int R>
+static int run_linear(Planes planes, const uint16_t *x, int m, void *out, int dtype, int warps, void *stream) {
+    const int tiles = (planes.n_out + TILE - 1) / TILE;
+    void *args[] = {&planes, &x, &m, &out, &dtype};
+    return launch((const void *)linear_kernel<F, T, R, F::DEPTH>, dim3((unsigned)(tiles / R)), dim3(32, (unsigned)warps), args, stream);
+}
+
+template <class F>
+static int run_dequantize(Planes planes, void *out, int dtype, int64_t steps, void *stream) {
+    void *args[] = {&planes, &out, &dtype, &steps};
+    return launch((const void *)dequantize_kernel<F>, dim3((unsigned)((steps + 7) / 8)), dim3(32, 8), args, stream);
+}
+
+#else  // the same on the host, a block and a warp after another
+
+static inline int multiprocessors() { return 4; }
+
+template <class F, class T, int R>
+static int run_linear(const Planes &planes, const uint16_t *x, int m, void *out, int dtype, int warps, void *) {
+    const int tiles = (planes.n_out + TILE - 1) / TILE;
+    for (int tile = 0; tile < tiles; tile += R) {
+        float parts[R][TILE * COLUMNS] = {};
+        for (int warp = 0; warp < warps; warp++) {
+            float acc[LANES][R][4];
+            tile_dot<F, T, R, F::DEPTH>(planes, x, m, tile, warp, warps, acc);
+            for (int l = 0; l < LANES; l++)
+                for (int r = 0; r < R; r++)
+                    for (int i = 0; i < 4; i++) parts[r][place(l, i)] += acc[l][r][i];
+        }
+        for (int r = 0; r < R; r++)
+            for (int i = 0; i < TILE * COLUMNS; i++) {
+                const int column = i / TILE, row = (tile + r) * TILE + i % TILE;
+                if (column < m && row < planes.n_out) put(out, dtype, (int64_t)column * planes.n_out + row, parts[r][i]);
+            }
+    }
+    return QF_OK;
+}
+
+template <class F>
+static int run_dequantize(const Planes &planes, void *out, int dtype, int64_t steps, void *) {
+    for (int64_t step = 0; step < steps; step++)
+        for (int l = 0; l < LANES; l++) write_weights<F>(planes, out, dtype, step, l);
+    return QF_OK;
+}
+
+#endif
+
+static inline bool is_float(int dtype) { return dtype == QF_F32 || dtype == QF_F16 || dtype == QF_BF16; }
+
+// True if every plane has the bytes that F::BYTES says, for each of its steps.
+template <class F>
+static bool fits(const qf_array *in, int n_in, int64_t steps) {
+    constexpr int planes = sizeof F::BYTES / sizeof F::BYTES[0];
+    static const int size[] = {1, 1, 2, 2, 4, 4, 8, 2, 2, 4, 8};  // of a dtype
+    if (n_in != planes) return false;
+    for (int i = 0; i < n_in; i++) {
+        int64_t bytes = size[in[i].dtype];
+        for (int d = 0; d < in[i].ndim; d++) bytes *= in[i].shape[d];
+        if (bytes != steps * F::BYTES[i]) return false;
+    }
+    return true;
+}
+
+// The planes' pointers and extents, checked.
+template <class F>
+static int planes_of(const qf_array *in, int n_in, int64_t n_out, int64_t k, Planes *planes) {
+    if (n_in < 1 || n_in > 4 || n_out > INT32_MAX / 2 || k > INT32_MAX / 2) return QF_ESHAPE;
+    *planes = {};
+    for (int i = 0; i < n_in; i++) planes->p[i] = (const uint8_t *)in[i].data;
+    planes->n_out = (int32_t)n_out, planes->n_in = (int32_t)k;
+    planes->chunks = (int32_t)((k + F::CHUNK - 1) / F::CHUNK);
+    return fits<F>(in, n_in, (n_out + TILE - 1) / TILE * planes->chunks) ? QF_OK : QF_ESHAPE;
+}
+
+template <class F>
+int linear(const qf_array *in, int n_in, qf_array *out, int n_out, void *stream) {
+    if (n_in < 2 || n_out != 1 || in[0].ndim != 2 || out->ndim != 2) return QF_ESHAPE;
+    const int64_t m = in[0].shape[0], k = in[0].shape[1], n = out->shape[1];
+    if (m > COLUMNS || out->shape[0] != m || k % 8) return QF_ESHAPE;
+    if ((in[0].dtype != QF_F16 && in[0].dtype != QF_BF16) || !is_float(out->dtype)) return QF_EDTYPE;
+    Planes planes;
+    const int rc = planes_of<F>(in + 1, n_in - 1, n, k, &planes);
+    if (rc != QF_OK) return rc;
+    if (!m || !n) return QF_OK;
+    const int sms = multiprocessors();
+    if (!sms) return QF_EDEVICE;
+    // Two tiles a block share their activations, where there are enough tiles for every multiprocessor;
+    // then as many warps as keep 16 of them on each.
+    const int tiles = (int)((n + TILE - 1) / TILE), pairs = tiles % 2 == 0 && tiles >= 4 * sms ? 2 : 1;
+    const int per_sm = (tiles / pairs + sms - 1) / sms;
+    int warps = per_sm >= 4 ? 4 : per_sm >= 2 ? 8 : 16;
+    while (warps > 1 && warps > planes.chunks) warps /= 2;
+    const uint16_t *x = (const uint16_t *)in[0].data;
+    const auto go = [&](auto type) {
+        using T = decltype(type);
+        return pairs == 2 ? run_linear<F, T, 2>(planes, x, (int)m, out->data, out->dtype, warps, stream)
+                          : run_linear<F, T, 1>(planes, x, (int)m, out->data, out->dtype, warps, stream);
+    };
+    return in[0].dtype == QF_BF16 ? go(Bf16{}) : go(F16{});
+}
+
+template <class F>
+int dequantize(const qf_array *in, int n_in, qf_array *out, int n_out, void *stream) {
+    if (n_in < 1 || n_out != 1 || out->ndim != 2) return QF_ESHAPE;
+    if (!is_float(out->dtype)) return QF_EDTYPE;
+    Planes planes;
+    const int rc = planes_of<F>(in, n_in, out->shape[0], out->shape[1], &planes);
+    if (rc != QF_OK) return rc;
+    if (!planes.n_out || !planes.n_in) return QF_OK;
+    const int64_t steps = (planes.n_out + TILE - 1) / TILE * (int64_t)planes.chunks;
+    return run_dequantize<F>(planes, out->data, out->dtype, steps, stream);
+}
+
+#define QF_FAMILY(NAME, F) {NAME, "linear", linear<F>}, {NAME, "dequantize", dequantize<F>}

@@ -1,0 +1,5 @@
+#include "launch.cuh"
+#include "legacy.cuh"
+#include "table.h"
+
+const qf_kernel legacy_kernels[] = {QF_FAMILY("q4_0", Q4_0), QF_FAMILY("q8_0", Q8_0), {}};

@@ -1,0 +1,5 @@
+// The kernels of each unit; an empty entry ends them.
+#pragma once
+#include "../quantforge.h"
+
+extern const qf_kernel legacy_kernels[], encode_k_kernels[], encode_legacy_kernels[];

@@ -1,0 +1,75 @@
+"""The operators on a GPU: which kernel takes how many activations. Everything runs on the caller's stream."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+
+import torch
+
+from .. import native
+from . import ops
+from . import planes as layouts
+
+_log = logging.getLogger(__name__)
+
+COLUMNS = 8
+"""Activations that the matrix-vector kernels take at once."""
+
+
+@cache
+def _warn_once(reason: str) -> None:
+    _log.warning("%s: quantized weights on the GPU are decoded by the CPU", reason)
+
+
+def _run(kind: str, op: str, inputs: list[torch.Tensor], out: torch.Tensor) -> None:
+    with torch.cuda.device(out.device):
+        native.cuda_call(kind, op, inputs, [out], torch.cuda.current_stream().cuda_stream)
+
+
+@ops.dequantize.register_kernel("cuda")
+def dequantize(planes: list[torch.Tensor], codec: str, out_features: int, in_features: int, dtype: torch.dtype) -> torch.Tensor:
+    """The numbers of a matrix in planes: [out_features, in_features] of `dtype`."""
+    kind, device, shape = layouts.kind(codec), planes[0].device, (out_features, in_features)
+    if not native.cuda_has(kind, "dequantize"):
+        _warn_once(native.cuda_missing() or f"no kernel for {codec}")
+        weights = layouts.unpack(layouts.restore(planes, codec, shape).to("cpu"))
+        return torch.from_numpy(weights.decode(threads=torch.get_num_threads())).to(device, dtype)
+    out = torch.empty(shape, dtype=dtype, device=device)
+    _run(kind, "dequantize", planes, out)
+    return out
+
+
+@ops.linear.register_kernel("cuda")
+def linear(
+    x: torch.Tensor, planes: list[torch.Tensor], codec: str, out_features: int, in_features: int, activations: str = "float"
+) -> torch.Tensor:
+    """x wᵀ for a matrix in planes. `activations` changes nothing here: 8-bit ones would not be faster."""
+    kind = layouts.kind(codec)
+    rows = x.reshape(-1, in_features)
+    if not rows.shape[0] or not native.cuda_has(kind, "linear") or rows.shape[0] > COLUMNS:
+        dtype = torch.float32 if x.dtype == torch.float64 else x.dtype
+        return torch.nn.functional.linear(x.to(dtype), dequantize(planes, codec, out_features, in_features, dtype)).to(x.dtype)
+    return _few(rows, planes, kind, out_features).to(x.dtype).reshape(*x.shape[:-1], out_features)
+
+
+def _few(x: torch.Tensor, planes: list[torch.Tensor], kind: str, out_features: int) -> torch.Tensor:
+    """The matrix-vector kernel on x: [m, in], m <= 8."""
+    if x.dtype in (torch.bfloat16, torch.float16):
+        return _launch(x, planes, kind, out_features, x.dtype)
+    # 16 of a float's 24 bits, as two rows of bf16: the kernel's columns are there anyway
+    found = []
+    for part in torch.split(x.float(), COLUMNS // 2):
+        high = part.bfloat16()
+        both = _launch(torch.cat([high, (part - high.float()).bfloat16()]), planes, kind, out_features, torch.float32)
+        found.append(both[: len(part)] + both[len(part) :])
+    return torch.cat(found)
+
+
+def _launch(x: torch.Tensor, planes: list[torch.Tensor], kind: str, out_features: int, dtype: torch.dtype) -> torch.Tensor:
+    x = torch.nn.functional.pad(x, (0, -x.shape[1] % 8)).contiguous()
+    if x.data_ptr() % 16:
+        x = x.clone()
+    out = torch.empty((x.shape[0], out_features), dtype=dtype, device=x.device)
+    _run(kind, "linear", [x, *planes], out)
+    return out

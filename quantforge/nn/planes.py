@@ -1,0 +1,210 @@
+"""The kernels' layout of a stored matrix on a GPU: the same bits, rearranged so that every lane of a
+warp gets its codes in loads of 16 bytes. docs/gpu.md has pictures.
+
+A matrix is cut into tiles of 16 rows and chunks of `chunk` columns; both are padded with zeros. Every
+plane's first two axes are tiles and chunks (or groups), so that a slice of tiles is a matrix of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+
+import torch
+
+from .. import codecs
+from ..arrays import to_numpy
+from ..codecs.base import AffineCodec, Codec, Encoded
+from ..errors import ShapeError
+from .base import tensor
+
+TILE = 16
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Planes:
+    """A matrix as kernels want it: what `kind` of kernel, and its tensors by name, in the kernel's order."""
+
+    kind: str
+    """The kernels' name for the codec."""
+    codec: Codec
+    shape: tuple[int, ...]
+    tensors: Mapping[str, torch.Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(t.nbytes for t in self.tensors.values())
+
+    def to(self, device: torch.device | str) -> Planes:
+        """The same on another device."""
+        return Planes(self.kind, self.codec, self.shape, {k: t.to(device) for k, t in self.tensors.items()})
+
+
+# ---- codes
+
+
+def _split(t: torch.Tensor, axis: int, n: int) -> torch.Tensor:
+    """An axis as two, the second of length n."""
+    return t.reshape(*t.shape[:axis], -1, n, *t.shape[axis + 1 :])
+
+
+def spread(codes: torch.Tensor, chunk: int, sub: int) -> torch.Tensor:
+    """Columns to lanes: codes [out, in] -> [tiles, chunks, 16 rows, 4 lanes, chunk/8 pairs, 2].
+
+    A lane has sub/4 neighbouring columns of every `sub`.
+    """
+    out, n = codes.shape
+    codes = torch.nn.functional.pad(codes, (0, -n % chunk, 0, -out % TILE))
+    tiles = codes.reshape(-1, TILE, codes.shape[1] // chunk, chunk // sub, 4, sub // 8, 2)
+    return tiles.permute(0, 2, 1, 4, 3, 5, 6).flatten(4, 5)
+
+
+def gather(lanes: torch.Tensor, sub: int, out: int, n: int) -> torch.Tensor:
+    """Inverse of `spread`."""
+    tiles = _split(lanes, 4, sub // 8).permute(0, 2, 1, 4, 3, 5, 6)
+    return tiles.reshape(tiles.shape[0] * TILE, -1)[:out, :n]
+
+
+def pack_fields(lanes: torch.Tensor, width: int) -> torch.Tensor:
+    """One plane of `width` bits: [tiles, chunks, 16, 4, pairs, 2] -> u8[tiles, chunks, bytes].
+
+    A pair's codes lie in the two halves of a 32-bit word, 16/width pairs to a word, the first lowest.
+    Words come in vectors of at most 16 bytes a lane; all lanes' first vectors, then the second ones.
+    """
+    per = 16 // width
+    halves = _split(lanes, 4, per).int() & ((1 << width) - 1)
+    halves = (halves << torch.arange(0, 16, width, dtype=torch.int32, device=lanes.device).reshape(per, 1)).sum(
+        -2, dtype=torch.int32
+    )
+    words = ((halves[..., 1] << 16) | halves[..., 0]).to(torch.int32)
+    vectors = _split(words, 4, min(4, words.shape[4]))  # tiles, chunks, 16, 4, vector, word
+    return vectors.permute(0, 1, 4, 2, 3, 5).contiguous().view(torch.uint8).flatten(2)
+
+
+def unpack_fields(plane: torch.Tensor, width: int) -> torch.Tensor:
+    """Inverse of `pack_fields`: u8[tiles, chunks, 16, 4, pairs, 2]."""
+    words = plane.contiguous().view(torch.int32)
+    lane = words.shape[2] // 64  # words of a lane
+    vectors = words.reshape(*words.shape[:2], -1, 16, 4, min(4, lane))
+    words = vectors.permute(0, 1, 3, 4, 2, 5).flatten(4)
+    shifts = torch.arange(0, 16, width, dtype=torch.int32, device=plane.device)
+    halves = torch.stack([words & 0xFFFF, (words >> 16) & 0xFFFF], -1)
+    fields = (halves.unsqueeze(5) >> shifts.reshape(-1, 1)) & ((1 << width) - 1)
+    return fields.flatten(4, 5).to(torch.uint8)
+
+
+def pack_rows(params: torch.Tensor, per: int) -> torch.Tensor:
+    """A row's bytes to its tiles: u8[out, blocks, bytes], `per` blocks to a chunk -> u8[tiles, chunks, 16·per·bytes]."""
+    out, blocks, size = params.shape
+    params = torch.nn.functional.pad(params, (0, 0, 0, -blocks % per, 0, -out % TILE))
+    tiles = params.reshape(-1, TILE, params.shape[1] // per, per * size)
+    return tiles.transpose(1, 2).flatten(2).contiguous()
+
+
+def unpack_rows(plane: torch.Tensor, size: int, out: int, blocks: int) -> torch.Tensor:
+    """Inverse of `pack_rows`."""
+    tiles = _split(plane, 2, plane.shape[2] // TILE).transpose(1, 2)
+    return tiles.reshape(tiles.shape[0] * TILE, -1, size)[:out, :blocks]
+
+
+# ---- families
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """How codecs of one kernel family become planes and come back."""
+
+    kind: str
+    chunk: int
+    """Columns that a warp takes at a time."""
+    pack: Callable[[Family, Encoded], dict[str, torch.Tensor]]
+    unpack: Callable[[Family, Planes], Encoded]
+    sub: int = 32
+    """Columns that share a scale in the kernel."""
+    widths: tuple[int, ...] = ()
+    """Bits of a code in each plane of codes, the lowest first."""
+    params: tuple[slice, ...] = field(default=())
+    """Bytes of a stored block in each plane of parameters."""
+
+
+def _pack_affine(f: Family, e: Encoded) -> dict[str, torch.Tensor]:
+    codec = e.codec
+    assert isinstance(codec, AffineCodec)
+    data = tensor(e.parts["data"]).reshape(e.shape[0], -1, codec.type_size)
+    lanes = spread(codec.grid.q.read(data).reshape(e.shape), f.chunk, f.sub)
+    planes, place = {}, 0
+    for i, width in enumerate(f.widths):
+        planes[f"codes{i or ''}"] = pack_fields(lanes >> place, width)
+        place += width
+    for i, at in enumerate(f.params):
+        planes[f"params{i or ''}"] = pack_rows(data[..., at], f.chunk // codec.block_size)
+    return planes
+
+
+def _unpack_affine(f: Family, p: Planes) -> Encoded:
+    codec, (out, n) = p.codec, p.shape
+    assert isinstance(codec, AffineCodec)
+    blocks = n // codec.block_size
+    data = torch.zeros((out, blocks, codec.type_size), dtype=torch.uint8)
+    found = list(p.tensors.values())
+    lanes, place = torch.zeros((), dtype=torch.uint8), 0
+    for width, plane in zip(f.widths, found, strict=False):
+        lanes = lanes | unpack_fields(plane.cpu(), width) << place
+        place += width
+    for at, plane in zip(f.params, found[len(f.widths) :], strict=True):
+        data[..., at] = unpack_rows(plane.cpu(), at.stop - at.start, out, blocks)
+    codec.grid.q.write(gather(lanes, f.sub, out, n).reshape(out, blocks, -1), data)
+    return Encoded(codec, p.shape, {"data": to_numpy(data.reshape(out, -1))})
+
+
+def _affine(kind: str, chunk: int, widths: tuple[int, ...], *params: slice, sub: int = 32) -> Family:
+    return Family(kind, chunk, _pack_affine, _unpack_affine, sub, widths, params)
+
+
+FAMILIES: dict[str, Family] = {
+    "Q4_0": _affine("q4_0", 128, (4,), slice(0, 2)),
+    "Q8_0": _affine("q8_0", 128, (8,), slice(0, 2)),
+}
+"""By codec name."""
+
+
+@cache
+def kind(codec: str) -> str:
+    """The kernels' name for a codec: its family's, or its own where the planes are the stored parts."""
+    found = family(codec)
+    return found.kind if found else codecs.get(codec).name
+
+
+@cache
+def family(codec: str) -> Family | None:
+    """The kernel family of a codec, or None: its planes are the stored parts."""
+    return FAMILIES.get(codecs.get(codec).name)
+
+
+def pack(e: Encoded) -> Planes:
+    """The planes of a matrix, on the CPU; the same bytes but for padding. Raises ShapeError if it is no matrix."""
+    if len(e.shape) != 2:
+        raise ShapeError(f"{e.codec.name}: weights {list(e.shape)} are not a matrix [out, in]; take them apart first")
+    found = family(e.codec.name)
+    if found is None:
+        return Planes(e.codec.name, e.codec, e.shape, {k: tensor(e.parts[k]) for k in e.codec.layout(e.shape)})
+    return Planes(found.kind, e.codec, e.shape, found.pack(found, e))
+
+
+def restore(tensors: Sequence[torch.Tensor], codec: str, shape: tuple[int, ...]) -> Planes:
+    """Planes of tensors that `pack` made, in its order."""
+    found = codecs.get(codec)
+    names = list(found.layout(shape)) if family(codec) is None else [str(i) for i in range(len(tensors))]
+    return Planes(kind(codec), found, shape, dict(zip(names, tensors, strict=True)))
+
+
+def unpack(p: Planes) -> Encoded:
+    """Inverse of `pack`, bit by bit."""
+    found = family(p.codec.name)
+    if found is None:
+        layout = p.codec.layout(p.shape)
+        bytes_ = {k: to_numpy(t.cpu().contiguous().reshape(-1).view(torch.uint8)) for k, t in p.tensors.items()}
+        return Encoded(p.codec, p.shape, {k: bytes_[k].view(i.dtype).reshape(i.shape) for k, i in layout.items()})
+    return found.unpack(found, p)

@@ -1,0 +1,54 @@
+"""The CUDA kernels' decode and dot, compiled for the host by the C++ compiler: the same table as
+_cuda.so, called with torch tensors on the CPU. Built once per state of the sources, under build/."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from quantforge import native
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ROOT / "kernels" / "cuda"
+CXX = next((c for c in (os.environ.get("CXX"), "c++", "g++", "clang++") if c and shutil.which(c)), None)
+
+
+def build(name: str, command: list[str]) -> Path:
+    """build/<name>: what `command` writes to its last argument, made again when a kernel source changes."""
+    digest = hashlib.sha256(" ".join(command).encode())
+    for path in sorted([*SOURCES.iterdir(), *(ROOT / "kernels").glob("*.h"), *(ROOT / "kernels" / "cpu").iterdir()]):
+        if path.is_file():
+            digest.update(path.name.encode() + path.read_bytes())
+    target = ROOT / "build" / "tests" / f"{digest.hexdigest()[:16]}-{name}"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        fresh = target.with_name(f"{target.name}.{os.getpid()}")
+        subprocess.run([*command, str(fresh)], check=True, cwd=ROOT)
+        os.replace(fresh, target)
+        for old in target.parent.glob(f"*-{name}"):
+            if old != target:
+                old.unlink(missing_ok=True)
+    return target
+
+
+@cache
+def kernels() -> dict[tuple[str, str], ctypes._FuncPointer]:
+    """(kind, op) -> function."""
+    assert CXX, "no C++ compiler"
+    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
+    path = build("host.so", [CXX, *flags, "kernels/cuda/host.cpp", "-o"])
+    return native._kernels(native._open(path).qf_open(None).contents)
+
+
+def call(kind: str, op: str, inputs: Sequence[torch.Tensor], out: torch.Tensor) -> int:
+    """One kernel on dense CPU tensors -> its return code."""
+    described = native._describe_tensors(inputs), native._describe_tensors([out])
+    return kernels()[kind, op](described[0], len(inputs), described[1], 1, None)

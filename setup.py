@@ -27,7 +27,7 @@ CXXFLAGS = [
 ]  # fmt: skip
 CUDA_ARCHS = "80,86,89,90"
 # -fmad=false: as -ffp-contract=off; products that may be fused are written as such
-NVCCFLAGS = ["-std=c++17", "-O3", "-fmad=false", "-cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+NVCCFLAGS = ["-std=c++17", "-O3", "-fmad=false", "--extended-lambda", "-cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 
 
 def compiler() -> list[str]:

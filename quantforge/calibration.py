@@ -3,6 +3,7 @@ about the inputs of every matrix. `calibrate` writes mean squares as llama.cpp's
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import re
@@ -18,9 +19,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from . import codecs, formats
+from . import codecs, formats, overlap
 from .arrays import F32
-from .corpus import BUILTIN, Corpus, Ints, cut
+from .corpus import BUILTIN, Corpus, Ints, cut, read_text
 from .errors import CalibrationError, FormatError, NonFiniteError, OutputError, RecipeError
 from .formats import Header, Stored, open_path
 from .runtime import FUSED, Model, advance
@@ -71,6 +72,13 @@ def read_windows(text: PathLike, tokenizer: Tokenizer, ctx: int, chunks: int | N
     if spread and chunks is not None and chunks < len(ids):
         ids = ids[np.linspace(0, len(ids) - 1, chunks).astype(np.int64)]
     return ids
+
+
+def sketch(text: PathLike) -> overlap.Sketch:
+    """What a quantized file remembers of its calibration text. Raises FormatError."""
+    path = _text_path(text)
+    data, written = read_text(path)
+    return overlap.Sketch.of(path.name, hashlib.sha256(data).hexdigest(), written)
 
 
 def check_overlap(calibration: str, held_out: str, name: str = "the calibration text", other: str = "the held-out text") -> None:
@@ -223,6 +231,7 @@ def calibrate(
         "imatrix.datasets": [name],
         "imatrix.chunk_count": int(ids.shape[0]),
         "imatrix.chunk_size": int(ids.shape[1]),
+        **overlap.metadata([sketch(text)]),
     }
     plain = codecs.get("F32")
     tensors = {k: v for n in sorted(entries) for k, v in zip((f"{n}.in_sum2", f"{n}.counts"), entries[n], strict=True)}

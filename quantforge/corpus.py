@@ -23,6 +23,18 @@ _FEW = 10
 Ints = NDArray[np.int64]
 
 
+def read_text(path: Path) -> tuple[bytes, str]:
+    """A UTF-8 file as it is, and with lines that end as in Unix. Raises FormatError."""
+    try:
+        data = path.read_bytes()
+    except OSError as e:
+        raise FormatError(path, f"cannot read the text: {e.strerror or e}") from None
+    try:
+        return data, data.decode("utf-8").replace("\r\n", "\n")
+    except UnicodeDecodeError as e:
+        raise FormatError(path, f"the text is not UTF-8 ({e.reason})", e.start) from None
+
+
 @dataclass(frozen=True, slots=True)
 class Corpus:
     """A tokenized text. Documents are separated by two blank lines."""
@@ -32,25 +44,19 @@ class Corpus:
     tokens: Ints
     document: Ints
     """Of which document each token is."""
+    text: str = ""
 
     @classmethod
     def read(cls, text: str | os.PathLike[str], tokenizer: Tokenizer) -> Corpus:
         """Read and tokenize a UTF-8 file, or the shipped text ("builtin"). Raises FormatError."""
         builtin = os.fspath(text) == BUILTIN
         path = Path(str(files("quantforge") / "data" / "text" / "heldout.txt")) if builtin else Path(text)
-        try:
-            data = path.read_bytes()
-        except OSError as e:
-            raise FormatError(path, f"cannot read the text: {e.strerror or e}") from None
-        try:
-            written = data.decode("utf-8").replace("\r\n", "\n")
-        except UnicodeDecodeError as e:
-            raise FormatError(path, f"the text is not UTF-8 ({e.reason})", e.start) from None
+        data, written = read_text(path)
         ids, starts = tokenizer.encode(written)
         first = [0, *(m.end() for m in _BREAK.finditer(written))]
         document = np.searchsorted(np.asarray(first), np.asarray(starts, np.int64), side="right") - 1
         name = path.name + (" (built in)" if builtin else "")
-        return cls(name, hashlib.sha256(data).hexdigest(), np.asarray(ids, np.int64), document)
+        return cls(name, hashlib.sha256(data).hexdigest(), np.asarray(ids, np.int64), document, written)
 
     @property
     def documents(self) -> int:

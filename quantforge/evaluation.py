@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import re
 import resource
 import sys
 import time
@@ -23,7 +24,7 @@ import gguf
 import numpy as np
 
 from . import metrics as stats
-from . import similarity
+from . import overlap, similarity
 from .arrays import F32
 from .corpus import BUILTIN, Corpus, Windows, cut
 from .errors import RecipeError, ShapeError, nearest
@@ -100,6 +101,7 @@ def evaluate(
     with ExitStack() as stack:
         party = _Party(stack, named, reference, device, floor=noise_floor and wanted > {"ppl"})
         corpus = Corpus.read(text, party.tokenizer)
+        party.check_text(corpus)
         windows = cut(corpus, party.tokenizer, _context(ctx, party.reference), stride, chunks)
         run = _Run(party.running(wanted), windows, tell)
         run.go()
@@ -188,6 +190,22 @@ class _Party:
     def running(self, wanted: set[str]) -> list[Model]:
         """The models that see the text."""
         return [self.reference, *self.candidates, *([self.ceiling] if self.floor else [])]
+
+    def check_text(self, corpus: Corpus) -> None:
+        """Raise CalibrationError if a model was calibrated with the text."""
+        found = None
+        for model in (self.reference, *self.candidates):
+            config = model.source.config
+            if overlap.remembered(config):
+                found = overlap.runs(corpus.text) if found is None else found
+                overlap.check(model.name, config, corpus.name, corpus.text, found)
+            elif corpus.name in re.split(r"[\\/, ]+", str(config.get("quantize.imatrix.dataset", ""))):
+                logger.warning(
+                    "%s: its importance comes from a text that is also named %s; if it is this one, the model looks better "
+                    "than it is",
+                    model.name,
+                    corpus.name,
+                )
 
     def _check_vocabulary(self, candidate: Model) -> None:
         mine, ref = int(candidate.config["vocab_size"]), int(self.reference.config["vocab_size"])

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
+from . import overlap
 from .arrays import F32
 from .errors import CalibrationError, FormatError
 from .formats import gguf
+from .overlap import Sketch
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _MAX_NAME = 1 << 10
@@ -29,7 +31,12 @@ class Importance(Mapping[str, F32]):
     """
 
     def __init__(
-        self, values: Mapping[str, F32], chunks: int = 0, datasets: tuple[str, ...] = (), path: Path = Path("importance")
+        self,
+        values: Mapping[str, F32],
+        chunks: int = 0,
+        datasets: tuple[str, ...] = (),
+        path: Path = Path("importance"),
+        texts: tuple[Sketch, ...] = (),
     ) -> None:
         self._values = dict(values)
         self.chunks = chunks
@@ -38,6 +45,8 @@ class Importance(Mapping[str, F32]):
         """Names of the text files that were seen."""
         self.path = path
         """The file, for messages and metadata."""
+        self.texts = texts
+        """What is remembered of these texts, if quantforge wrote the file."""
 
     def __getitem__(self, name: str) -> F32:
         return self._values[name]
@@ -105,7 +114,7 @@ def _read_gguf(path: Path) -> Importance:
         chunks, datasets = source.config.get("imatrix.chunk_count", 0), source.config.get("imatrix.datasets", ())
         if not isinstance(chunks, int) or not isinstance(datasets, (list, tuple)):
             raise FormatError(path, "imatrix.chunk_count must be a UINT32 and imatrix.datasets an array of strings")
-        return Importance(values, chunks, tuple(str(d) for d in datasets), path)
+        return Importance(values, chunks, tuple(str(d) for d in datasets), path, tuple(overlap.remembered(source.config)))
 
 
 def _means(path: Path, name: str, sums: F32, counts: F32) -> F32:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import gguf
 import numpy as np
 
-from . import archs, codecs, formats, layouts, recipes, tokenizer
+from . import archs, codecs, formats, layouts, overlap, recipes, tokenizer
 from .archs.base import Weight
 from .arrays import F32
 from .codecs import Codec, repacks
@@ -256,9 +256,7 @@ def plan(
         warnings += _check_method(how.method, {c for c in inside if not isinstance(c, PlainCodec)})
     if target.name == "gguf":
         metadata = {**metadata, **_quantization_metadata(file_type, imatrix)}
-        if how:
-            metadata["quantforge.method"] = how.method.name
-            metadata["quantforge.calibration"] = Path(how.text).name
+    metadata = {**metadata, **_provenance(source, imatrix, how)}
     header = Header(metadata, {t.name: Stored(t.codec, t.shape) for t in tensors}, files, layout)
     if max_shard_size is not None:
         header = replace(header, max_shard_size=max_shard_size)
@@ -429,6 +427,19 @@ def _quantization_metadata(file_type: int, imatrix: Importance | None) -> dict[s
         values["quantize.imatrix.entries_count"] = len(imatrix)
         values["quantize.imatrix.chunks_count"] = imatrix.chunks
     return values
+
+
+def _provenance(source: Source, imatrix: Importance | None, how: Calibration | None) -> dict[str, Any]:
+    """What a file says of the method and of all texts that it, its importance or its source was calibrated with."""
+    texts = {s.sha256: s for s in (*overlap.remembered(source.config), *(imatrix.texts if imatrix else ()))}
+    values = {}
+    if how:
+        from .calibration import sketch
+
+        values["quantforge.method"] = how.method.name
+        mine = sketch(how.text)
+        texts[mine.sha256] = mine
+    return values | overlap.metadata(list(texts.values()))
 
 
 def _check_importance(imatrix: Importance | None, weights: Sequence[Weight]) -> Mapping[str, F32]:

@@ -15,7 +15,7 @@ PACKAGE = Path(quantforge.__file__).parent
 LAYERS = [
     {"arrays", "grid"},
     {"native"},
-    {"codecs", "archs", "metrics", "tokenizer"},
+    {"codecs", "archs", "metrics", "tokenizer", "overlap"},
     {"layouts", "nn"},
     {"formats", "methods", "runtime", "presets", "corpus"},
     {"recipes", "calibration", "importance", "report", "similarity", "tasks"},

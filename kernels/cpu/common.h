@@ -19,6 +19,7 @@
 #define QF_TABLE alignas(64) const
 #define QF_UNROLL _Pragma("GCC unroll 8")         // loops over a group's weights: on a GPU these are registers
 #define QF_UNROLL_GPU
+#define QF_NO_UNROLL_GPU
 #endif
 
 QF_INLINE uint32_t bits_of(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }

@@ -14,6 +14,7 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __shared__ static
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 struct float4 { float x, y, z, w; };
 
@@ -71,6 +72,15 @@ using cudaStream_t = void *;
 enum { cudaSuccess };
 inline int cudaMallocAsync(void **p, size_t n, cudaStream_t) { return !(*p = malloc(n)); }
 inline void cudaFreeAsync(void *p, cudaStream_t) { free(p); }
+
+// What the thread `mask` away (exclusive or) has as `mine`.
+inline int __shfl_xor_sync(unsigned, int mine, int mask) {
+    static int all[1024];
+    emulated::sync();  // everybody has read what was here before
+    all[emulated::thread.x] = mine;
+    emulated::sync();
+    return all[emulated::thread.x ^ (unsigned)mask];
+}
 
 #define threadIdx emulated::thread
 #define blockIdx emulated::block

@@ -29,6 +29,7 @@ static inline int launched();
 #define QF_TABLE static __constant__ const
 #define QF_UNROLL _Pragma("unroll")
 #define QF_UNROLL_GPU _Pragma("unroll")
+#define QF_NO_UNROLL_GPU _Pragma("unroll 1")
 #include "../cpu/common.h"
 
 namespace {
@@ -41,7 +42,23 @@ constexpr int WARP = 32;
 // This thread's share of 0 .. n-1 in a team of SIZE neighbours.
 #define EACH_OF_TEAM(SIZE, i, n) for (int i = (int)(threadIdx.x % (SIZE)); i < (n); i += (SIZE))
 
+#define EACH_STEP_OF_TEAM(i, n, step) EACH_OF_TEAM(WARP, i, n)
+
 QF_INLINE void team_sync() { __syncwarp(); }
+QF_INLINE bool first_of_team() { return threadIdx.x == 0; }  // of a warp
+
+template <int SIZE>
+QF_INLINE int32_t team_max(int32_t m) {
+    QF_UNROLL
+    for (int apart = SIZE / 2; apart; apart /= 2) {
+        const int32_t other = __shfl_xor_sync(~0u, m, apart);
+        m = other > m ? other : m;
+    }
+    return m;
+}
+
+enum { IQ_U = 1, IQ_STRIDE = WARP };
+QF_INLINE int team_column() { return (int)threadIdx.x % WARP; }
 
 template <class V, int N>
 struct PerGroup {
@@ -64,6 +81,7 @@ struct Group {
 
 // min(max(a, lo), hi) for bounds that are numbers: NaN becomes lo, as there
 QF_INLINE vf clamp(vf a, vf lo, vf hi) { return {fminf(fmaxf(a.v, lo.v), hi.v)}; }
+QF_INLINE vf least(vf a, vf b) { return {fminf(a.v, b.v)}; }
 
 #include "../cpu/blocks.inc"
 

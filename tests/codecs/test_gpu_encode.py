@@ -28,6 +28,7 @@ KERNELS = ROOT / "kernels"
 UNITS = {
     "k": ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
     "legacy": ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q1_0", "Q2_0", "TQ1_0", "TQ2_0", "MXFP4"),
+    "iq": ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"),
 }
 TYPES = [(unit, name) for unit, names in UNITS.items() for name in names]
 CXX = next((c for c in (os.environ.get("CXX"), "c++", "g++", "clang++") if c and shutil.which(shlex.split(c)[0])), None)
@@ -87,13 +88,26 @@ def encode(unit: str, name: str, w: np.ndarray, q: np.ndarray | None = None) -> 
 def test_bytes_are_those_of_the_cpu(unit: str, name: str) -> None:
     codec = codecs.get(name)
     assert isinstance(codec, GgmlCodec)
-    for case, w in CASES.items():
-        for kind, q in {"none": None, **(IMPORTANCE if codec.takes_importance else {})}.items():
+    slow = name.startswith(("IQ1", "IQ2", "IQ3"))
+    for n, (case, w) in enumerate(CASES.items()):
+        kinds = {"none": None, **(IMPORTANCE if codec.takes_importance else {})}
+        if slow:  # searches of millions of steps: two rows, and one of the importances
+            w = w[:2]
+            kinds = dict([("none", None), list(IMPORTANCE.items())[n % len(IMPORTANCE)]])
+        for kind, q in kinds.items():
             data, bad = encode(unit, name, w, q)
             assert not bad
             expected = codec.encode(w, q)["data"]
             differ = np.flatnonzero(data.reshape(-1) != expected.reshape(-1))
             assert not len(differ), f"{case}, importance {kind}: {len(differ)} of {data.size} bytes, the first at {differ[:4]}"
+
+
+@pytest.mark.parametrize("name", UNITS["iq"])
+def test_importance_of_every_weight(name: str) -> None:
+    rng = np.random.default_rng(2)
+    w, q = rng.normal(size=(3, IN)).astype(np.float32), np.exp(rng.normal(size=(3, IN))).astype(np.float32)
+    data, _ = encode("iq", name, w, q)
+    np.testing.assert_array_equal(data, codecs.get(name).encode(w, q)["data"])
 
 
 @pytest.mark.parametrize(("unit", "name"), TYPES)

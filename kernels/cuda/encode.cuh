@@ -5,7 +5,7 @@
 // a CPU by running these units in emulate.h.
 //
 //   op      in                                                            out, all on the device
-//   encode  as on the CPU; codebooks are host arrays, the rest device     one u8[rows, row_bytes], one u32[1]
+//   encode  as on the CPU; codebooks are host arrays, the rest device     u8[rows, row_bytes], i32[1]
 //   decode  as on the CPU                                                 f32[rows, in]
 //
 // Work is put on the caller's stream and nothing waits for it. The second output of encode is set
@@ -95,20 +95,20 @@ inline bool aligned(const void *p, uintptr_t to) { return (uintptr_t)p % to == 0
 
 // The arguments of an encode kernel: the CPU's, and where to report what is not finite.
 struct DeviceEncodeArgs : EncodeArgs {
-    uint32_t *bad;
+    int32_t *bad;
 };
 
 inline int device_encode_args(const qf_array *in, int n_in, qf_array *out, int n_out, int64_t block_size, int64_t type_size, DeviceEncodeArgs *a) {
     if (n_out != 2 || out[1].ndim != 1 || out[1].shape[0] != 1) return QF_ESHAPE;
-    if (out[1].dtype != QF_U32) return QF_EDTYPE;
-    a->bad = (uint32_t *)out[1].data;
+    if (out[1].dtype != QF_I32) return QF_EDTYPE;
+    a->bad = (int32_t *)out[1].data;
     const int rc = encode_args(in, n_in, out, 1, block_size, type_size, a);
     if (rc != QF_OK) return rc;
     return aligned(a->w, 16) && aligned(a->importance, 16) && aligned(a->out, 4) ? QF_OK : QF_ESHAPE;
 }
 
 // Report it if one of x[first], x[first + step], ... x[< n] is not finite.
-QF_INLINE void check_finite(const float *x, int n, int first, int step, uint32_t *bad) {
+QF_INLINE void check_finite(const float *x, int n, int first, int step, int32_t *bad) {
     bool found = false;
     for (int i = first; i < n; i += step) found |= (bits_of(x[i]) & 0x7f800000u) == 0x7f800000u;
     if (found) *bad = 1;

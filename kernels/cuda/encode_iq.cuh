@@ -4,13 +4,13 @@
 // travel with the launch.
 
 struct IqDeviceArgs : IqEncodeArgs {
-    uint32_t *bad;
+    int32_t *bad;
 };
 
 inline int iq_device_args(const qf_array *in, int n_in, qf_array *out, int n_out, int64_t block, int64_t type_size, IqDeviceArgs *a) {
     if (n_out != 2 || out[1].ndim != 1 || out[1].shape[0] != 1) return QF_ESHAPE;
-    if (out[1].dtype != QF_U32) return QF_EDTYPE;
-    a->bad = (uint32_t *)out[1].data;
+    if (out[1].dtype != QF_I32) return QF_EDTYPE;
+    a->bad = (int32_t *)out[1].data;
     const int rc = iq_encode_args(in, n_in, 1, out, 1, block, type_size, a);
     if (rc != QF_OK) return rc;
     return aligned(a->w, 16) && aligned(a->q, 16) && aligned(a->out, 4) ? QF_OK : QF_ESHAPE;

@@ -76,7 +76,7 @@ def call(unit: str, name: str, op: str, inputs: list[np.ndarray], outputs: list[
 def encode(unit: str, name: str, w: np.ndarray, q: np.ndarray | None = None) -> tuple[np.ndarray, bool]:
     """(bytes, whether the kernel found what is not finite)."""
     codec = codecs.get(name)
-    data, bad = aligned(np.full(codec.layout(w.shape)["data"].shape, 0xA5, np.uint8)), np.zeros(1, np.uint32)
+    data, bad = aligned(np.full(codec.layout(w.shape)["data"].shape, 0xA5, np.uint8)), np.zeros(1, np.int32)
     inputs = [aligned(w)] if q is None else [aligned(w), aligned(q)]
     if isinstance(codec, IQCodec):
         inputs = [*inputs, *([np.empty(0, np.float32)] if q is None else []), codec.entries]
@@ -145,10 +145,10 @@ def test_decode_is_that_of_the_cpu(unit: str, name: str) -> None:
 def test_arrays_that_do_not_fit_are_refused(unit: str, name: str) -> None:
     codec = codecs.get(name)
     w = aligned(np.zeros((2, IN), np.float32))
-    data, bad = aligned(np.zeros(codec.layout(w.shape)["data"].shape, np.uint8)), np.zeros(1, np.uint32)
+    data, bad = aligned(np.zeros(codec.layout(w.shape)["data"].shape, np.uint8)), np.zeros(1, np.int32)
     tables = [np.empty(0, np.float32), codec.entries] if isinstance(codec, IQCodec) else []
     assert call(unit, name, "encode", [w, *tables], [data, bad]) == native.OK
     assert call(unit, name, "encode", [w, *tables], [data]) == native.ESHAPE
     assert call(unit, name, "encode", [w[:1], *tables], [data, bad]) == native.ESHAPE
-    assert call(unit, name, "encode", [w, *tables], [data, bad.view(np.int32)]) == native.EDTYPE
+    assert call(unit, name, "encode", [w, *tables], [data, bad.view(np.uint32)]) == native.EDTYPE
     assert call(unit, name, "encode", [w.reshape(-1)[1 : 1 + IN].reshape(1, IN), *tables], [data[:1], bad]) == native.ESHAPE

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .archs.base import ScaleGroup, Transform, Weight
+from .archs.base import IDENTITY, ScaleGroup, Transform, Weight
 from .arrays import F32, Parts
 from .calibration import FEW_TOKENS, Progress, observing, stored_names
 from .codecs import Codec, Encoded
@@ -144,11 +144,17 @@ def quantize_blocks(
 def _tasks(model: Model, tensors: Sequence[tuple[str, Codec, Weight]]) -> dict[str, Task]:
     """Checkpoint name -> what it becomes."""
     found = {}
-    by_source = {s: (name, codec, weight, k) for name, codec, weight in tensors for k, s in enumerate(weight.sources)}
+    by_source = {
+        (s, weight.expert): (name, codec, weight, k) for name, codec, weight in tensors for k, s in enumerate(weight.sources)
+    }
     for name, place in model.places.items():
-        if place.stored not in by_source:
+        task = by_source.get((place.stored, place.expert)) or by_source.get((place.stored, None))
+        if task is None:
             continue
-        output, codec, weight, k = by_source[place.stored]
+        output, codec, weight, k = task
+        if output != weight.name:  # a checkpoint's tensor: the model's own numbers
+            found[name] = Task(output, codec, IDENTITY)
+            continue
         transform = weight.transform if place.inverse is None else place.inverse.inverse
         at = k if place.expert is None else place.expert
         stacked = len(weight.shape) > 2 and (len(weight.sources) > 1 or place.expert is not None)

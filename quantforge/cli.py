@@ -138,9 +138,11 @@ def recipe_options(command: F) -> F:
         own_rules = bool(recipe or tensor_types or output_tensor_type or token_embedding_type or pure or keep_output)
         if kwargs.get("bits") is not None or kwargs.get("format") not in (None, "gguf", "safetensors"):
             # one type for the linear layers of the blocks, which the format knows by its own names
-            if own_rules:
-                raise RecipeError("--bits and checkpoint formats quantize the blocks' linear layers to one type: no other rules")
-            return command(*args, recipe=kind, **kwargs)
+            if recipe or output_tensor_type or token_embedding_type or pure or keep_output:
+                raise RecipeError(
+                    "--bits and checkpoint formats quantize the blocks' linear layers; of rules, only --tensor-type"
+                )
+            return command(*args, recipe=kind, tensor_types=tensor_types, **kwargs)
         if not own_rules and kind is None:
             return command(*args, recipe=None, **kwargs)
         chosen = recipes.get(recipe or kind or "Q4_K_M").with_rules(

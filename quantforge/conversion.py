@@ -330,7 +330,8 @@ class _Work:
     def _encode(self, t: PlannedTensor, a: int, b: int, q: F32 | None) -> tuple[Parts, F32 | None]:
         """Stored parts of rows a:b, and the weights they stand for (None where bytes were copied)."""
         source, names = self.job.source, t.weight.sources
-        same = len(names) == 1 and source.weights[names[0]].codec is t.codec and t.weight.transform is IDENTITY
+        same = len(names) == 1 and source.weights[names[0]].codec is t.codec
+        same = same and t.weight.transform is IDENTITY and t.weight.expert is None
         if same and b - a == count(t.shape[:-1]) and not isinstance(t.codec, PlainCodec):
             return source.read(names[0]).parts, None
         stored = _stored_rows(source, t.weight, a, b)
@@ -377,6 +378,9 @@ def _stored_rows(source: Source, weight: Weight, a: int, b: int) -> Encoded | F3
             ]
         )
     at, first = divmod(a, per)
+    if weight.expert is not None:
+        first += weight.expert * rows
+        order = None if order is None else order + weight.expert * rows
     e = source.read(weight.sources[at])
     if e.codec.sliceable and len(e.shape) > 1:
         return e.flat().rows(slice(first, first + b - a) if order is None else order[first : first + b - a])

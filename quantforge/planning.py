@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import gguf
 import numpy as np
 
-from . import archs, codecs, formats, layouts, overlap, recipes, tokenizer
+from . import archs, checkpoint, codecs, formats, layouts, overlap, recipes, tokenizer
 from .archs.base import Weight
 from .arrays import F32
 from .codecs import Codec, repacks
@@ -147,6 +148,7 @@ def plan(
     group_size: int | None = None,
     symmetric: bool | None = None,
     max_shard_size: int | None = None,
+    tensor_types: Sequence[str | tuple[str, str]] = (),
     allow_requantize: bool = False,
     pre_tokenizer: str | None = None,
     method: str | Method = "rtn",
@@ -165,7 +167,8 @@ def plan(
     GGUF, anything else a directory of safetensors. recipe: Q4_K_M, or what the format usually has.
     importance: an imatrix file. format: "gguf", "safetensors", or a layout of `layouts`, in which
     the linear layers of the blocks are quantized and nothing else; so they are where bits (and
-    group_size: -1 for rows; symmetric) are given instead of a recipe. max_shard_size: bytes.
+    group_size: -1 for rows; symmetric) are given instead of a recipe. max_shard_size: bytes. tensor_types: "REGEX=TYPE"
+    for some of the tensors, by GGUF's or the checkpoint's name; the first match wins.
     method: "rtn", "gptq", "awq", "awq+gptq" or an object of `quantforge.methods`, for the matrices of the model's
     blocks. calibration: the text it sees, a file or "builtin"; calibration_chunks: windows of it, default 128;
     calibration_ctx: tokens of each, default min(512, the model's). act_order, static_groups, damping: as in
@@ -174,7 +177,7 @@ def plan(
     """
     source = model if isinstance(model, Source) else formats.open_path(model)
     target, layout = _target(Path(out), format, layout_options)
-    weights, metadata, files = _model(source, target.name, pre_tokenizer)
+    weights, outputs, metadata, files = _model(source, target.name, pre_tokenizer)
     stored = {w.name: source.weights[w.sources[0]].codec if w.sources else codecs.get("F32") for w in weights}
     imatrix = read_importance(importance) if isinstance(importance, str | Path) else importance
     table = _check_importance(imatrix, weights)
@@ -183,29 +186,24 @@ def plan(
     how = _calibration(method, options, calibration, calibration_chunks, calibration_ctx, device)
     seen = {w.name for w in weights if w.layer is not None} if how else set()
     if layout is not None or bits is not None:
-        if recipe is not None and bits is not None:
-            raise RecipeError("--type and --bits exclude each other: give one of them")
-        if isinstance(recipe, recipes.Recipe):
-            recipe = recipe.base.name
-        scheme = layout or layouts.get("compressed-tensors")
-        chosen, codec = scheme.choose(
-            None if recipe is None else str(recipe), bits, group_size, symmetric, _dtype(source) if layout else "f16"
-        )
-        layout = chosen if layout is not None else None
-        if layout is not None and how:
-            settings = how.method.settings()
-            layout = layout.calibrated(settings)
-            if settings.get("desc_act") and not settings.get("static_groups"):
-                codec = layout.ordered(codec)
-        choices, name = _assign_linears(weights, stored, codec, source, target.name == "gguf"), codec.name
-        warnings = chosen.warnings(codec) if layout is not None else []
+        layout, codec, rules = _schemes(layout, recipe, bits, group_size, symmetric, tensor_types, source, how)
+        choices, name = _assign_linears(weights, outputs, stored, codec, rules, target.name == "gguf"), codec.name
+        if layout is not None:
+            used = {c.codec.name: c.codec for c in choices.values() if not isinstance(c.codec, PlainCodec)}
+            warnings = list(dict.fromkeys(w for c in used.values() for w in layout.warnings(c)))
         file_type = int(gguf.LlamaFileType.GUESSED)
     else:
         if group_size is not None or symmetric is not None:
             raise RecipeError("--group-size and --sym go with --bits, or with --format gptq, awq or compressed-tensors")
-        rules = recipe if isinstance(recipe, recipes.Recipe) else recipes.get(str(recipe or "Q4_K_M"))
-        choices, name = rules.assign(weights, metadata, stored, importance=table.keys() | seen), rules.name
-        file_type = rules.file_type
+        known = source.format == "gguf" or not all(isinstance(c, PlainCodec) for c in stored.values())
+        if recipe is None and known and target.name != "gguf" and how is None:
+            choices, name = {w.name: recipes.Choice(_as_floats(stored[w.name])) for w in weights}, "floats"
+            file_type = int(gguf.LlamaFileType.GUESSED)
+        else:
+            preset = recipe if isinstance(recipe, recipes.Recipe) else recipes.get(str(recipe or "Q4_K_M"))
+            preset = preset.with_rules(tensor_types) if tensor_types else preset
+            choices, name = preset.assign(weights, metadata, stored, importance=table.keys() | seen), preset.name
+            file_type = preset.file_type
 
     tensors: list[PlannedTensor] = []
     for w in weights:
@@ -225,20 +223,16 @@ def plan(
             via, codec = (None if codec is have else codec), holder
             note = f"{(via or have).name} as {codec.name}"
         if via is None and codec is not have and not isinstance(have, PlainCodec):
-            if w.transform.value is None and repacks(have, codec, w.shape):
+            if all(made.transform.value is None for _, made in outputs[w.name]) and repacks(have, codec, w.shape):
                 note = _repack_note(have, codec)
             elif not isinstance(codec, PlainCodec) and not allow_requantize:
-                same = _ggml_holder(have, w.shape)
+                same = _holder(have, w.shape, target.name)
                 raise RecipeError(
                     f"{w.name}: the source is already quantized ({have.name}); quantizing it again to {codec.name} "
                     f"loses more than quantizing the original would: use that, or --allow-requantize"
-                    + (f" ({same.name} takes it over as it is)" if same and target.name == "gguf" else "")
+                    + (f" ({same.name} takes it over as it is)" if same else "")
                 )
-        if target.name == "gguf":
-            tensors.append(PlannedTensor(w.name, w, codec, have, note, via))
-        else:  # the checkpoint's own names and numbers
-            for s in w.sources:
-                tensors.append(PlannedTensor(s, Weight(w.name, source.weights[s].shape, (s,)), codec, have, note))
+        tensors += [PlannedTensor(n, made, codec, have, note, via) for n, made in outputs[w.name]]
     for t in tensors:
         try:
             t.codec.layout(t.shape)
@@ -254,7 +248,9 @@ def plan(
     if how:
         inside = {choices[w.name].codec for w in weights if w.layer is not None}
         warnings += _check_method(how.method, {c for c in inside if not isinstance(c, PlainCodec)})
-    if target.name == "gguf":
+    if target.name != "gguf":
+        metadata = {**metadata, **_stated_dtype(metadata, source, tensors)}
+    else:
         metadata = {**metadata, **_quantization_metadata(file_type, imatrix)}
     metadata = {**metadata, **_provenance(source, imatrix, how)}
     header = Header(metadata, {t.name: Stored(t.codec, t.shape) for t in tensors}, files, layout)
@@ -305,16 +301,33 @@ def _target(out: Path, format: str | None, options: Mapping[str, Any]) -> tuple[
     return formats.get("gguf" if is_gguf else "safetensors"), None
 
 
-def _dtype(source: Source) -> str:
-    """What most of the weights of a checkpoint are, as codecs call it: "bf16", "f16" or "f32"."""
+def _as_floats(codec: Codec) -> Codec:
+    """What a tensor is kept as where it is not quantized."""
+    return codec if isinstance(codec, PlainCodec) else codecs.get("BF16")
+
+
+def _dtype(tensors: Iterable[tuple[Codec, Sequence[int]]]) -> str:
+    """What most weights of the float matrices are, as codecs call it: "bf16", "f16" or "f32"; bf16 where there are none."""
     sizes = {"BF16": 0, "F16": 0, "F32": 0}
-    for s in source.weights.values():
-        if s.codec.name in sizes:
-            sizes[s.codec.name] += count(s.shape)
+    for codec, shape in tensors:
+        if codec.name in sizes and len(shape) > 1:
+            sizes[codec.name] += count(shape)
     return max(sizes, key=lambda k: sizes[k]).lower()
 
 
-_NO_LINEAR = re.compile(r"norm|embed|router|(^|[._])(gate|conv1d|wte|wpe)$|\bln_")
+_DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
+
+
+def _stated_dtype(config: Mapping[str, Any], source: Source, tensors: Sequence[PlannedTensor]) -> dict[str, str]:
+    """config.json's dtype, where it is not what it was: from_pretrained turns every tensor into it."""
+    before = _dtype((s.codec, s.shape) for s in source.weights.values())
+    now = _dtype((t.codec, t.shape) for t in tensors)
+    if source.format != "gguf" and now == before:
+        return {}
+    return {"dtype" if "dtype" in config else "torch_dtype": _DTYPES[now]}  # every version of transformers reads the older name
+
+
+_NO_LINEAR = re.compile(r"norm|embed|router|gate_inp|(^|[._])(gate|conv1d|wte|wpe)$|\bln_")
 
 
 def _is_linear(name: str, shape: Sequence[int]) -> bool:
@@ -323,17 +336,76 @@ def _is_linear(name: str, shape: Sequence[int]) -> bool:
     return len(shape) == 2 and stem != name and re.search(r"\.\d+\.", name) is not None and not _NO_LINEAR.search(stem)
 
 
+def _schemes(
+    layout: Layout | None,
+    recipe: str | Path | recipes.Recipe | None,
+    bits: int | None,
+    group_size: int | None,
+    symmetric: bool | None,
+    tensor_types: Sequence[str | tuple[str, str]],
+    source: Source,
+    how: Calibration | None,
+) -> tuple[Layout | None, Codec, list[recipes.Rule]]:
+    """What --type, --bits and the like mean in a layout: the layout with its choices, the linear layers' codec, rules."""
+    if recipe is not None and bits is not None:
+        raise RecipeError("--type and --bits exclude each other: give one of them")
+    given: Sequence[recipes.Rule] = ()
+    if isinstance(recipe, recipes.Recipe):
+        given, recipe = recipe.rules, recipe.base.name
+    scheme = layout or layouts.get("compressed-tensors")
+    dtype = _dtype((s.codec, s.shape) for s in source.weights.values()) if layout else "f16"
+    settings = how.method.settings() if how else {}
+    unordered = bool(settings.get("desc_act")) and not settings.get("static_groups")
+
+    def choose(kind: str | None, bits: int | None = None, group_size: int | None = None, symmetric: bool | None = None) -> Codec:
+        nonlocal scheme
+        scheme, codec = scheme.choose(kind, bits, group_size, symmetric, dtype)
+        return scheme.ordered(codec) if layout and unordered else codec
+
+    def find(kind: str | Codec, where: str) -> Codec:
+        with suppress(UnsupportedError):
+            if isinstance(known := codecs.get(kind), PlainCodec):
+                return known
+        return choose(str(kind) if isinstance(kind, str) else kind.name)
+
+    codec = choose(None if recipe is None else str(recipe), bits, group_size, symmetric)
+    rules = [recipes.rule(t, find) for t in tensor_types]
+    rules += [replace(r, codec=find(r.codec, r.origin)) for r in given]
+    return (scheme.calibrated(settings) if how else scheme) if layout else None, codec, rules
+
+
+Outputs = Mapping[str, Sequence[tuple[str, Weight]]]
+"""Name of a weight -> the names that it has in the output, and how each comes about."""
+
+
 def _assign_linears(
-    weights: Sequence[Weight], stored: Mapping[str, Codec], codec: Codec, source: Source, gguf_rules: bool
+    weights: Sequence[Weight],
+    outputs: Outputs,
+    stored: Mapping[str, Codec],
+    codec: Codec,
+    rules: Sequence[recipes.Rule],
+    gguf_rules: bool,
 ) -> dict[str, recipes.Choice]:
-    """`codec` for the linear layers of the blocks; everything else stays, in floats."""
+    """`codec`, or what a rule says, for the linear layers of the blocks; everything else stays, in floats."""
     choices = {}
+    used: set[int] = set()
+    layers = 1 + max((int(n) for w in weights for n in re.findall(r"\.(\d+)\.", w.name)[:1]), default=0)
     for w in weights:
-        linear = bool(w.sources) and all(_is_linear(s, source.weights[s].shape) for s in w.sources)
-        have = stored[w.name]
-        as_is = kept(w, have, codec.name) if gguf_rules else have if isinstance(have, PlainCodec) else codecs.get("BF16")
-        choices[w.name] = recipes.Choice(codec if linear else as_is)
-    if not any(c.codec is codec for c in choices.values()):
+        names = [(s, w.shape[-2:]) for s in w.sources] if gguf_rules else [(n, made.shape) for n, made in outputs[w.name]]
+        linear = bool(names) and all(_is_linear(*named) for named in names)
+        as_is = kept(w, stored[w.name], codec.name) if gguf_rules else _as_floats(stored[w.name])
+        if not linear:
+            choices[w.name] = recipes.Choice(as_is)
+            continue
+        spelled = (w.name, *(n for n, _ in names))
+        layer = int(re.findall(r"\.(\d+)\.", w.name)[0])
+        fits = (i for i, r in enumerate(rules) if any(r.matches(n, layer, layers) for n in spelled))
+        if (first := next(fits, None)) is not None:
+            used.add(first)
+        choices[w.name] = recipes.Choice(codec if first is None else rules[first].codec)
+    if unused := [r.origin for i, r in enumerate(rules) if i not in used]:
+        raise RecipeError(f"{unused[0]} matches no linear layer of the blocks, or none that an earlier rule leaves")
+    if all(isinstance(c.codec, PlainCodec) for c in choices.values()):
         raise UnsupportedError("the model has no linear layers in numbered blocks, which are what --bits and --format quantize")
     return choices
 
@@ -346,21 +418,35 @@ def _ggml_holder(codec: Codec, shape: tuple[int, ...]) -> Codec | None:
     return next((c for c in map(codecs.get, _HOLDERS) if repacks(codec, c, shape)), None)
 
 
+def _holder(codec: Codec, shape: tuple[int, ...], format: str) -> Codec | None:
+    """A codec for this format that can take over the integers of `codec`, or None."""
+    grid = codec.integers
+    if format == "gguf" or grid is None or grid.real:
+        return _ggml_holder(codec, shape) if format == "gguf" else None
+    per, zero = f"g{grid.group}" if grid.group else "channel", "asym" if grid.zero is None else "sym"
+    same = codecs.get(f"int{grid.hi.bit_length()}-{per}-{zero}")
+    return same if repacks(codec, same, shape) else None
+
+
 def _repack_note(have: Codec, codec: Codec) -> str:
     a, b = have.integers, codec.integers
     assert a is not None and b is not None
-    inexact = [*(["scales"] if b.exact and not a.exact else []), *(["mins"] if b.real else [])]
-    return f"the integers of {have.name}, " + (f"{' and '.join(inexact)} rounded to f16" if inexact else "lossless")
+    inexact = [f"scales rounded to {b.step}"] if b.step not in (a.step, "f32") else []
+    inexact += ["mins rounded to f16"] if b.real else []
+    return f"the integers of {have.name}, " + (" and ".join(inexact) or "lossless")
 
 
-def _model(source: Source, target: str, pre_tokenizer: str | None) -> tuple[list[Weight], dict[str, Any], dict[str, bytes]]:
-    """The model's weights, the output's metadata and its extra files."""
+def _model(
+    source: Source, target: str, pre_tokenizer: str | None
+) -> tuple[list[Weight], Outputs, dict[str, Any], dict[str, bytes]]:
+    """The model's weights, what they are called in the output, the output's metadata and its extra files."""
     shapes = {name: stored.shape for name, stored in source.weights.items()}
     if source.format == "gguf":
-        if target != "gguf":
-            raise UnsupportedError(f"{source.path}: a GGUF file can only be converted to GGUF so far; name the output *.gguf")
         weights = [Weight(name, shape, (name,)) for name, shape in shapes.items()]
-        return weights, {k: v for k, v in source.config.items() if not k.startswith("split.")}, {}
+        if target == "gguf":
+            metadata = {k: v for k, v in source.config.items() if not k.startswith("split.")}
+            return weights, {w.name: [(w.name, w)] for w in weights}, metadata, {}
+        return _from_gguf(source, weights)
 
     directory = source.path if source.path.is_dir() else source.path.parent
     if target != "gguf":
@@ -376,7 +462,8 @@ def _model(source: Source, target: str, pre_tokenizer: str | None) -> tuple[list
             and f.name not in ("config.json", "quantize_config.json")
             and ".safetensors" not in f.name
         }
-        return weights, dict(source.config), files
+        outputs = {w.name: [(s, Weight(w.name, shapes[s], (s,))) for s in w.sources] for w in weights}
+        return weights, outputs, dict(source.config), files
     arch = archs.find(source.config)
     weights = arch.weights(source.config, shapes, source.optional)
     generation = _json(directory / "generation_config.json")
@@ -385,7 +472,18 @@ def _model(source: Source, target: str, pre_tokenizer: str | None) -> tuple[list
         **_general(directory, weights),
         **tokenizer.metadata(directory, source.config, pre_tokenizer=pre_tokenizer),
     }
-    return weights, metadata, {}
+    return weights, {w.name: [(w.name, w)] for w in weights}, metadata, {}
+
+
+def _from_gguf(source: Source, weights: list[Weight]) -> tuple[list[Weight], Outputs, dict[str, Any], dict[str, bytes]]:
+    """A GGUF file as a checkpoint."""
+    shapes = {w.name: w.shape for w in weights}
+    factors = source.read(checkpoint.ROPE_FREQS).decode().reshape(-1) if checkpoint.ROPE_FREQS in shapes else None
+    config = checkpoint.config(source.config, shapes, source.path, factors)
+    outputs: dict[str, list[tuple[str, Weight]]] = {}
+    for name, made in checkpoint.find_arch(source.config, source.path).checkpoint(config, shapes).items():
+        outputs.setdefault(made.name, []).append((name, made))
+    return [w for w in weights if w.name in outputs], outputs, config, checkpoint.files(source.config, config, source.path)
 
 
 def _json(path: Path) -> Mapping[str, Any] | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -113,7 +113,7 @@ class Recipe:
 
         tensor_types: "REGEX=TYPE" or (regex, type). Raises RecipeError: unknown type, bad regex, contradiction.
         """
-        rules = tuple(_rule(*_split(t), option="--tensor-type") for t in tensor_types)
+        rules = tuple(map(rule, tensor_types))
         if keep_output and output_tensor_type is not None:
             raise RecipeError("--keep-output and --output-tensor-type contradict each other: give one of them")
         output = None if keep_output else self.output_tensor_type
@@ -220,6 +220,11 @@ def _codec(name: str | Codec, where: str) -> Codec:
     return codec
 
 
+def rule(text: str | tuple[str, str | Codec], find: Callable[[str | Codec, str], Codec] = _codec) -> Rule:
+    """The rule that "REGEX=TYPE" or (regex, type) says; find: (type, how messages name it) -> codec. Raises RecipeError."""
+    return _rule(*_split(text), option="--tensor-type", find=find)
+
+
 def _split(text: str | tuple[str, str | Codec]) -> tuple[str, str | Codec]:
     if not isinstance(text, str):
         return text
@@ -229,13 +234,19 @@ def _split(text: str | tuple[str, str | Codec]) -> tuple[str, str | Codec]:
     return pattern, type
 
 
-def _rule(pattern: str, type: str | Codec, layers: tuple[slice, ...] | None = None, option: str = "rule") -> Rule:
+def _rule(
+    pattern: str,
+    type: str | Codec,
+    layers: tuple[slice, ...] | None = None,
+    option: str = "rule",
+    find: Callable[[str | Codec, str], Codec] = _codec,
+) -> Rule:
     origin = f"{option} {pattern}={type.name if isinstance(type, Codec) else type}"
     try:
         re.compile(pattern)
     except re.error as e:
         raise RecipeError(f"{origin}: bad regular expression: {e}") from None
-    return Rule(pattern, _codec(type, origin), layers, origin)
+    return Rule(pattern, find(type, origin), layers, origin)
 
 
 def _nearest_tensors(rule: Rule, weights: Sequence[Weight], model: Model) -> str:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from . import archs
+from . import archs, checkpoint
 from .arrays import F32
 from .codecs import Codec
 from .errors import FormatError, NonFiniteError, QuantForgeError, ShapeError, UnsupportedError
@@ -52,7 +52,7 @@ class Model:
         self.source, self.name, self.dtype = source, name, dtype
         self.device = torch.device(device)
         self.arch = _arch(source)
-        self.config = gguf_config(source, self.arch) if self.arch and source.format == "gguf" else dict(source.config)
+        self.config = gguf_config(source) if source.format == "gguf" else dict(source.config)
         self.module = _meta_module(self.config, source, dtype)
         self.layers = _layers(self.module, name)
         self.prefix = next(k for k, m in self.module.named_modules() if m is self.layers)
@@ -423,58 +423,12 @@ def _arch(source: Source) -> archs.Arch | None:
     known = archs.supported()
     if source.format != "gguf":
         return next((known[a] for a in source.config.get("architectures") or () if a in known), None)
-    name = source.config.get(gguf.Keys.General.ARCHITECTURE)
-    found = next((a for a in known.values() if a.name == name), None)
-    if found is None:
-        names = ", ".join(sorted({a.name for a in known.values()}))
-        raise UnsupportedError(f"{source.path}: architecture {name!r} cannot be run from GGUF; known: {names}")
-    return found
+    return checkpoint.find_arch(source.config, source.path)
 
 
-def gguf_config(source: Source, arch: archs.Arch) -> dict[str, Any]:
-    """config.json rebuilt from GGUF metadata: the inverse of `Arch.metadata`, and what the tensors themselves tell."""
-    given, k = source.config, gguf.Keys
-    config: dict[str, Any] = {**arch.defaults, **arch.required, "architectures": [arch.hf[0]]}
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0}
-    for pattern, (key, kind) in arch.metadata_keys.items():
-        value = given.get(pattern.format(arch=arch.name))
-        if kind is not dict and value is not None:
-            config[key] = kind(value)
-
-    def get(pattern: str) -> Any:
-        return given.get(pattern.format(arch=arch.name))
-
-    if (theta := get(k.Rope.FREQ_BASE)) is not None:
-        rope["rope_theta"] = float(theta)
-    scaling = get(k.Rope.SCALING_TYPE)
-    if scaling in ("linear", "yarn"):
-        rope |= {"rope_type": scaling, "factor": float(get(k.Rope.SCALING_FACTOR) or 1)}
-        if (context := get(k.Rope.SCALING_ORIG_CTX_LEN)) is not None:
-            rope["original_max_position_embeddings"] = int(context)
-        for key, pattern in (
-            ("attention_factor", k.Rope.SCALING_YARN_ATTN_FACTOR),
-            ("beta_fast", k.Rope.SCALING_YARN_BETA_FAST),
-            ("beta_slow", k.Rope.SCALING_YARN_BETA_SLOW),
-        ):
-            if (value := get(pattern)) is not None:
-                rope[key] = float(value)
-    config["rope_parameters"] = rope
-    if "key_length" in config:
-        config["head_dim"] = config.pop("key_length")
-    elif (length := get(k.Attention.KEY_LENGTH)) is not None:
-        config["head_dim"] = int(length)
-    weights = source.weights
-    if "token_embd.weight" not in weights:
-        raise FormatError(source.path, "tensor token_embd.weight is missing")
-    config["vocab_size"] = int(weights["token_embd.weight"].shape[0])
-    config["tie_word_embeddings"] = "output.weight" not in weights
-    for role, tensor in arch.tensors.items():
-        if isinstance(tensor.bias, str):
-            config[tensor.bias] = f"blk.0.{role}.bias" in weights
-    for key, pattern in (("bos_token_id", k.Tokenizer.BOS_ID), ("eos_token_id", k.Tokenizer.EOS_ID)):
-        if (value := given.get(pattern)) is not None:
-            config[key] = int(value)
-    return config
+def gguf_config(source: Source) -> dict[str, Any]:
+    """config.json rebuilt from GGUF metadata; Llama 3's rope factors are in a tensor of their own."""
+    return checkpoint.config(source.config, {k: s.shape for k, s in source.weights.items()}, source.path)
 
 
 def _meta_module(config: Mapping[str, Any], source: Source, dtype: torch.dtype) -> Any:

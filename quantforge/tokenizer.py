@@ -738,8 +738,7 @@ class Tokenizer:
         """Every token's text by id, where the tokenizer is of a kind that GGUF knows."""
         self.bos: int | None = found.get(_K.BOS_ID, config.get("bos_token_id"))
         self.eos: list[int] = _ids(found.get(_K.EOS_ID), found.get(_K.EOT_ID), config.get("eos_token_id"))
-        adds = found.get(_K.MODEL) == "llama" or found.get(_K.PRE) in _ADDS_BOS
-        self.adds_bos = self.bos is not None and bool(found.get(_K.ADD_BOS, adds))
+        self.adds_bos = self.bos is not None and adds(found)["bos"]
         """Does llama.cpp put BOS in front of a text?"""
         if not found:
             start = self._engine.encode("", add_special_tokens=True).ids
@@ -779,6 +778,18 @@ def _ids(*values: Any) -> list[int]:
     return list(dict.fromkeys(found))
 
 
+def special_ids(found: Mapping[str, Any]) -> dict[str, int]:
+    """Ids of special tokens by name ("bos", "eos", "eot", ...) of GGUF's tokenizer.* keys."""
+    assumed = {"unk": 0, "bos": 1, "eos": 2} if found.get(_K.MODEL) == "llama" else {}  # as llama.cpp does
+    return assumed | {name: int(found[key]) for name, key in _IDS.items() if found.get(key) is not None}
+
+
+def adds(found: Mapping[str, Any]) -> dict[str, bool]:
+    """Which of "bos" and "eos" llama.cpp puts around a text, by GGUF's tokenizer.* keys."""
+    bos = found.get(_K.MODEL) == "llama" or found.get(_K.PRE) in _ADDS_BOS
+    return {"bos": bool(found.get(_K.ADD_BOS, bos)), "eos": bool(found.get(_K.ADD_EOS, False))}
+
+
 def to_json(found: Mapping[str, Any], path: str | Path) -> str:
     """tokenizer.json for the tokenizers library from GGUF's tokenizer.* keys.
 
@@ -791,10 +802,10 @@ def to_json(found: Mapping[str, Any], path: str | Path) -> str:
     types = [int(t) for t in found.get(_K.TOKEN_TYPE, [])] or [int(_T.NORMAL)] * len(tokens)
     vocab = {t: i for i, t in enumerate(tokens) if types[i] != _T.UNUSED or not t.startswith("[PAD")}
     added = [
-        {"id": i, "content": t, "special": types[i] == _T.CONTROL, "normalized": False}
+        {"id": i, "content": t, "special": types[i] != _T.USER_DEFINED, "normalized": False}
         | {"single_word": False, "lstrip": False, "rstrip": False}
         for i, t in enumerate(tokens)
-        if types[i] in (_T.CONTROL, _T.USER_DEFINED)
+        if types[i] in (_T.CONTROL, _T.USER_DEFINED, _T.UNKNOWN)
     ]
     if kind == "gpt2":
         parts = _byte_level_json(found, vocab, path)
@@ -804,14 +815,59 @@ def to_json(found: Mapping[str, Any], path: str | Path) -> str:
         raise UnsupportedError(
             f"{path}: tokenizer model {kind!r} cannot be run from GGUF; use the original checkpoint as reference"
         )
-    return json.dumps({"version": "1.0", "added_tokens": added, **parts})
+    return json.dumps({"version": "1.0", "added_tokens": added, **parts, "post_processor": _around(found, tokens)})
+
+
+def _around(found: Mapping[str, Any], tokens: list[str]) -> dict[str, Any] | None:
+    """The post-processor that puts BOS and EOS around a text, if the file says so."""
+    ids = special_ids(found)
+    on = {name: ids[name] for name, yes in adds(found).items() if yes and 0 <= ids.get(name, -1) < len(tokens)}
+    if not on:
+        return None
+
+    def sequence(name: str, kind: int) -> list[dict[str, Any]]:
+        steps: list[dict[str, Any]] = [{"Sequence": {"id": name, "type_id": kind}}]
+        steps[:0] = [{"SpecialToken": {"id": tokens[on["bos"]], "type_id": kind}}] if "bos" in on else []
+        return steps + ([{"SpecialToken": {"id": tokens[on["eos"]], "type_id": kind}}] if "eos" in on else [])
+
+    special = {tokens[i]: {"id": tokens[i], "ids": [i], "tokens": [tokens[i]]} for i in on.values()}
+    single, pair = sequence("A", 0), sequence("A", 0) + sequence("B", 1)
+    return {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": special}
+
+
+# Names of llama.cpp for kinds that split alike.
+_ALIASES = {
+    alias: kind
+    for kind, aliases in {
+        "llama-bpe": ("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
+        "smaug-bpe": ("dbrx", "glm4", "chatglm-bpe"),
+        "smollm": ("starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"),
+        "gpt-2": ("phi-2", "gigachat", "a.x-4.0", "mellum", "mpt", "olmo", "jais", "trillion", "granite-docling", "exaone4"),
+        "qwen2": (
+            "deepseek-r1-qwen",
+            "kormo",
+            "stablelm2",
+            "hunyuan",
+            "solar-open",
+            "megrez",
+            "grok-2",
+            "bailingmoe",
+            "llada-moe",
+        ),
+        "gpt-4o": ("llama4", "kanana2", "minimax-m2"),
+        "deepseek-v3": ("hunyuan-dense", "joyai-llm"),
+        "bloom": ("poro-chat", "gpt3-finnish"),
+    }.items()
+    for alias in aliases
+}
 
 
 def _byte_level_json(found: Mapping[str, Any], vocab: dict[str, int], path: str | Path) -> dict[str, Any]:
     pre = found.get(_K.PRE, "default")
-    kind = next((k for k in _KINDS if k.name == pre), None)
+    kind = next((k for k in _KINDS if k.name == _ALIASES.get(pre, pre)), None)
     if kind is None:
-        raise UnsupportedError(f"{path}: pre-tokenizer {pre!r} is not known here; use the original checkpoint as reference")
+        known = ", ".join(dict.fromkeys(k.name for k in _KINDS))
+        raise UnsupportedError(f"{path}: pre-tokenizer {pre!r} is not known here; use the original checkpoint. Known: {known}")
     steps: list[dict[str, Any]] = [
         {"type": "Split", "pattern": {"Regex": s}, "behavior": "Isolated", "invert": False} for s in kind.splits
     ]
@@ -834,7 +890,7 @@ def _sentencepiece_json(
         for k in range(1, len(t))
         if t[:k] in vocab and t[k:] in vocab
     ]
-    unk = found.get(_K.UNK_ID)
+    unk = special_ids(found)["unk"]
     prefix = found.get(_K.ADD_PREFIX, True)
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     back = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
@@ -850,6 +906,6 @@ def _sentencepiece_json(
             "merges": [[a, b] for *_, a, b in sorted(merges)],
             "byte_fallback": True,
             "fuse_unk": True,
-            "unk_token": None if unk is None else tokens[unk],
+            "unk_token": tokens[unk] if tokens[unk] in vocab else None,
         },
     }

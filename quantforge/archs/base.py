@@ -63,6 +63,8 @@ class Weight:
     transform: Transform = field(default=IDENTITY)
     constant: F32 | None = None
     """The tensor itself where it is computed from the config (rope_freqs) instead of read."""
+    expert: int | None = None
+    """The index on the first axis of its source, where it is one of a GGUF file's stacked experts."""
 
     @property
     def role(self) -> str:
@@ -88,6 +90,8 @@ class Tensor:
     """The config key that says that this tensor is another one's copy and is not stored."""
     transform: Callable[[Config], Transform] | None = None
     """From the hyperparameters; applies to the weight and to the bias."""
+    checkpoint: str = ""
+    """The checkpoint's name with {bid}, where gguf's table begins with another model's spelling of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +121,8 @@ class Arch:
     rope_types: frozenset[str] = frozenset({"default", "linear", "dynamic", "yarn"})
     generated: Callable[[Config], Iterable[Weight]] | None = None
     """Tensors that are computed from the hyperparameters."""
+    model_type: str = ""
+    """config.json "model_type", where it is not GGUF's name."""
     prefixes: tuple[str, ...] = ("model.", "lm_head.")
     """How tensor names begin. gguf's table also knows other spellings (Meta's own), whose numbers need other transforms."""
     skipped: re.Pattern[str] = re.compile(r"\.(rotary_emb\.inv_freq|attention\.(masked_)?bias)$")
@@ -228,6 +234,37 @@ class Arch:
             found.append(Weight(name, shape, parts, transform))
         return found
 
+    def checkpoint(self, config: Config, tensors: Mapping[str, Shape]) -> dict[str, Weight]:
+        """The checkpoint's tensors by name, each as what it is made of in a GGUF file: the inverse of `weights`.
+
+        config: what the checkpoint's config.json will be; tensors: GGUF name -> shape. Stacked experts come apart.
+        Raises ShapeError naming missing or unknown tensors and shapes that contradict the config.
+        """
+        h = self.hyperparameters(config)
+        expected = self._expected(h, len(tensors))
+        computed = {w.name for w in self.generated(h)} if self.generated else set()
+        if unknown := [n for n in tensors if n not in expected and n not in computed]:
+            raise ShapeError(f"a {self.hf[0]} has no place for the file's tensors {_some(unknown)}")
+        if missing := [n for n in expected if n not in tensors]:
+            raise ShapeError(f"the file lacks tensors that its metadata ask for: {_some(missing)}")
+        names = _names(self.gguf, h["num_hidden_layers"])
+        found = {}
+        for name in (n for n in tensors if n in expected):
+            tensor, shape = expected[name]
+            if tuple(tensors[name]) != shape:
+                raise ShapeError(f"{name}: shape {list(tensors[name])}, but the metadata make it {list(shape)}")
+            bid = name.split(".")[1]
+            spelled = (tensor.checkpoint.format(bid=bid) + name[name.rindex(".") :]) if tensor.checkpoint else ""
+            spelled = spelled or _checkpoint_name(names, name)
+            inverse = tensor.transform(h).inverse if tensor.transform else IDENTITY
+            stem, experts, rest = spelled.partition(".experts.")
+            if experts:
+                each = {f"{stem}.experts.{e}.{rest}": Weight(name, shape[1:], (name,), inverse, None, e) for e in range(shape[0])}
+                found.update(each)
+            else:
+                found[spelled] = Weight(name, shape, (name,), inverse)
+        return found
+
     def _expected(self, h: Config, n_tensors: int) -> dict[str, tuple[Tensor, Shape]]:
         layers = h["num_hidden_layers"]
         if layers > n_tensors:
@@ -286,7 +323,12 @@ def _checkpoint_name(names: gguf.TensorNameMap, name: str) -> str:
     """The Hugging Face spelling of a GGUF name, for messages."""
     stem, dot, suffix = name.rpartition(".")
     spellings = [k for k, (_, v) in names.mapping.items() if v == stem and k.startswith(("model.", "lm_head"))]
+    spellings.sort(key=lambda k: not k.endswith(_USUAL))
     return (spellings[0] if spellings else stem) + dot + suffix
+
+
+_USUAL = ("self_attn.q_norm", "self_attn.k_norm")
+"""Spellings of transformers that are not the first ones in gguf's table."""
 
 
 def _some(names: list[str]) -> str:

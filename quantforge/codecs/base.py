@@ -42,8 +42,8 @@ class IntegerGrid:
     """Columns that share a step; 0: whole rows."""
     real: bool = False
     """True where what is stored is not `zero` but step · zero, as a real number."""
-    exact: bool = True
-    """False where steps are wider than f16."""
+    step: str = "f16"
+    """What steps are stored as: "f16", "bf16" or "f32"."""
 
 
 @dataclass(frozen=True, slots=True)

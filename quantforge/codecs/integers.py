@@ -103,7 +103,7 @@ class IntegerCodec(GridCodec):
         self.middle = 1 << (bits - 1)
         if self.row_local:
             zero = self.middle if symmetric else None
-            self.integers = IntegerGrid(self.top, zero, self.group, exact=scale == "f16")
+            self.integers = IntegerGrid(self.top, zero, self.group, step=scale)
         self._largest = _LARGEST[scale]
         # Half a level beyond the last one costs the largest weight no more than rounding costs others,
         # and is what GPTQ's and compressed-tensors' ranges are; 8 bits have Q8_0's and LLM.int8()'s range.
@@ -362,7 +362,7 @@ class RowInt8(Codec):
 
     name = "int8-row"
     row_local = True
-    integers = IntegerGrid(255, 128, 0, exact=False)
+    integers = IntegerGrid(255, 128, 0, step="f32")
 
     def layout(self, shape: tuple[int, ...]) -> dict[str, TensorInfo]:
         """Parts codes and absmax."""

@@ -349,10 +349,10 @@ def _config(header: Header, quantized: Mapping[str, Stored]) -> dict[str, Any]:
     if isinstance(before, dict) and before.get("quant_method") in ("quantforge", *layouts.names()):
         del config["quantization_config"]
     if quantized and header.layout is not None:
-        modules = [k.removesuffix(".weight") for k, v in header.tensors.items() if len(v.shape) == 2 and k.endswith(".weight")]
-        inside = {k.removesuffix(".weight") for k in quantized}
-        kept = [m for m in modules if m not in inside and not _NO_LINEAR.search(m)]
-        config["quantization_config"] = header.layout.config([v.codec for v in quantized.values()], kept)
+        matrices = [k.removesuffix(".weight") for k, v in header.tensors.items() if len(v.shape) == 2 and k.endswith(".weight")]
+        modules = {k.removesuffix(".weight"): v.codec for k, v in quantized.items()}
+        kept = [m for m in matrices if m not in modules and not _NO_LINEAR.search(m)]
+        config["quantization_config"] = header.layout.config(modules, kept)
     elif quantized:
         config["quantization_config"] = {
             "quant_method": "quantforge",

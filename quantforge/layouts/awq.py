@@ -19,7 +19,7 @@ from ..arrays import Array, Parts, TensorInfo
 from ..codecs import Codec
 from ..codecs.integers import IntegerCodec, pack_bits, unpack_bits
 from ..errors import ShapeError, UnsupportedError
-from .base import SCALES, Arrays, Found, Gathered, Layout, Load, octets, stems, words
+from .base import SCALES, Arrays, Found, Gathered, Layout, Load, octets, one_type, stems, words
 
 _ORDER = np.array([0, 2, 4, 6, 1, 3, 5, 7])
 """Field j of a word holds column 8c + _ORDER[j]."""
@@ -109,12 +109,9 @@ class Awq(Layout):
             "scales": np.ascontiguousarray(scale.T),
         }
 
-    def config(self, codecs: Iterable[Codec], kept: Iterable[str]) -> dict[str, Any]:
-        """See `Layout.config`. Raises UnsupportedError for more than one codec."""
-        used = set(codecs)
-        if len(used) != 1:
-            raise UnsupportedError("an AWQ checkpoint holds one type, not " + ", ".join(sorted(c.name for c in used)))
-        codec = used.pop()
+    def config(self, modules: Mapping[str, Codec], kept: Iterable[str]) -> dict[str, Any]:
+        """See `Layout.config`."""
+        codec = one_type(modules, "an AWQ checkpoint")
         assert isinstance(codec, IntegerCodec)
         return {
             "quant_method": "awq",

@@ -79,8 +79,11 @@ class Layout(ABC):
         """The arrays of a whole tensor, by suffix."""
 
     @abstractmethod
-    def config(self, codecs: Iterable[Codec], kept: Iterable[str]) -> dict[str, Any]:
-        """The quantization_config; codecs: all that were used; kept: modules that are linear and not quantized."""
+    def config(self, modules: Mapping[str, Codec], kept: Iterable[str]) -> dict[str, Any]:
+        """The quantization_config. modules: the quantized ones; kept: those that are linear and not quantized.
+
+        Raises UnsupportedError for a mixture that the library does not know.
+        """
 
     def ordered(self, codec: Codec) -> Codec:
         """`codec` where columns belong to groups in any order; as it is where files cannot say so."""
@@ -97,6 +100,19 @@ class Layout(ABC):
     def files(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """More JSON files, by name, for this quantization_config."""
         return {}
+
+
+def one_type(modules: Mapping[str, Codec], what: str) -> Codec:
+    """The codec of all modules. Raises UnsupportedError if there are several."""
+    used = {c.name: c for c in modules.values()}
+    if len(used) != 1:
+        raise UnsupportedError(f"{what} holds one type, not {', '.join(sorted(used))}; other layers can only stay in floats")
+    return next(iter(used.values()))
+
+
+def in_blocks(modules: Iterable[str]) -> list[str]:
+    """Those modules that are part of a numbered block, sorted."""
+    return sorted(m for m in modules if any(part.isdigit() for part in m.split(".")))
 
 
 def stems(arrays: Arrays, suffix: str) -> list[str]:

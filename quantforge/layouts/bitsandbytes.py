@@ -18,7 +18,7 @@ from ..arrays import Array, Parts, TensorInfo
 from ..codecs import Codec
 from ..codecs.lookup import DYNAMIC, NESTED_BLOCK, LookupCodec
 from ..errors import ShapeError, UnsupportedError
-from .base import Arrays, Found, Gathered, Layout, Load, stems
+from .base import Arrays, Found, Gathered, Layout, Load, in_blocks, one_type, stems
 
 _STATE = "weight.quant_state.bitsandbytes__"
 _DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
@@ -122,14 +122,11 @@ class BitsAndBytes(Layout):
             found |= {"weight.nested_absmax": parts["nested_absmax"], "weight.nested_quant_map": DYNAMIC}
         return found
 
-    def config(self, codecs: Iterable[Codec], kept: Iterable[str]) -> dict[str, Any]:
-        """See `Layout.config`. Raises UnsupportedError for more than one codec."""
-        used = set(codecs)
-        if len(used) != 1:
-            raise UnsupportedError("a bitsandbytes checkpoint holds one type, not " + ", ".join(sorted(c.name for c in used)))
-        codec = used.pop()
+    def config(self, modules: Mapping[str, Codec], kept: Iterable[str]) -> dict[str, Any]:
+        """See `Layout.config`."""
+        codec = one_type(modules, "a bitsandbytes checkpoint")
         four = isinstance(codec, LookupCodec)
-        inside = sorted(m for m in kept if any(part.isdigit() for part in m.split(".")))
+        inside = in_blocks(kept)
         found: dict[str, Any] = {"quant_method": "bitsandbytes", "load_in_4bit": four, "load_in_8bit": not four}
         found["llm_int8_skip_modules"] = ["lm_head", *inside] if inside else None
         if not isinstance(codec, LookupCodec):

@@ -7,8 +7,9 @@ Packed integers are stored with 2**(bits − 1) added, along the input dimension
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -120,10 +121,11 @@ def _per(scale: tuple[int, ...], n: int, k: int, stem: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class CompressedTensors(Layout):
-    """compressed-tensors; activations: quantized at run time, to the weights' type."""
+    """compressed-tensors; activations are quantized as they come, to the weights' type."""
 
     name: ClassVar[str] = "compressed-tensors"
-    activations: bool = False
+    activations: Mapping[str, bool] = field(default_factory=dict)
+    """Name of a codec that was chosen -> are activations quantized too."""
 
     def find(self, config: Mapping[str, Any], arrays: Arrays, load: Load) -> Found:
         """See `Layout.find`."""
@@ -156,7 +158,9 @@ class CompressedTensors(Layout):
             raise UnsupportedError(f"{e}; schemes: {', '.join(SCHEMES)}{nearest(kind, SCHEMES)}") from None
         if isinstance(codec, IntegerCodec) and codec.name == kind and scale != "f16":
             codec = codecs.get(f"{kind}-{scale}")
-        return replace(self, activations=activations), codec
+        if self.activations.get(codec.name, activations) != activations:
+            raise UnsupportedError(f"{codec.name} with and without quantized activations in one checkpoint: choose one of them")
+        return replace(self, activations={**self.activations, codec.name: activations}), codec
 
     def arrays(self, codec: Codec, shape: tuple[int, ...]) -> dict[str, TensorInfo]:
         """weight or weight_packed, weight_scale and what else the format has."""
@@ -215,26 +219,27 @@ class CompressedTensors(Layout):
             found["weight_zero_point"] = np.ascontiguousarray(words(pack_bits(parts["zero"].T, codec.bits)).T)
         return found
 
-    def config(self, codecs: Iterable[Codec], kept: Iterable[str]) -> dict[str, Any]:
-        """See `Layout.config`. Raises UnsupportedError for more than one codec."""
-        used = set(codecs)
-        if len(used) != 1:
-            raise UnsupportedError("one type is written, not " + ", ".join(sorted(c.name for c in used)))
-        codec = used.pop()
-        weights = _arguments(codec)
-        inputs = None
-        if self.activations:
-            inputs = {"num_bits": 8, "type": weights["type"], "symmetric": True, "strategy": "token", "dynamic": True}
-            if weights["strategy"] == "block":
-                inputs |= {"strategy": "group", "group_size": 128}
-        layout = _format(codec)
-        group = {"targets": ["Linear"], "format": layout, "weights": weights, "input_activations": inputs}
+    def config(self, modules: Mapping[str, Codec], kept: Iterable[str]) -> dict[str, Any]:
+        """See `Layout.config`. The type that most modules have is every linear layer's; others are named."""
+        used = [c for c, _ in Counter(modules.values()).most_common()]
+        groups = {}
+        for i, codec in enumerate(used):
+            named = sorted(m for m, c in modules.items() if c is codec)
+            weights = _arguments(codec)
+            inputs = None
+            if self.activations.get(codec.name):
+                inputs = {"num_bits": 8, "type": weights["type"], "symmetric": True, "strategy": "token", "dynamic": True}
+                if weights["strategy"] == "block":
+                    inputs |= {"strategy": "group", "group_size": 128}
+            group = {"targets": named if i else ["Linear"], "format": _format(codec), "weights": weights}
+            groups[f"group_{i}"] = {**group, "input_activations": inputs, "output_activations": None}
+        formats = {g["format"] for g in groups.values()}
         return {
             "quant_method": "compressed-tensors",
-            "format": layout,
+            "format": formats.pop() if len(formats) == 1 else "mixed-precision",
             "quantization_status": "compressed",
             "ignore": sorted({"lm_head", *kept}),
-            "config_groups": {"group_0": {**group, "output_activations": None}},
+            "config_groups": groups,
             "kv_cache_scheme": None,
         }
 

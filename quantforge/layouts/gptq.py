@@ -8,6 +8,8 @@ readers disagree, and AutoGPTQ's own packer spoils the zeros beside it.
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,7 +22,7 @@ from ..arrays import Array, Parts, TensorInfo
 from ..codecs import Codec
 from ..codecs.integers import ActOrderCodec, IntegerCodec, pack_bits, unpack_bits
 from ..errors import ShapeError, UnsupportedError
-from .base import SCALES, Arrays, Found, Gathered, Layout, Load, octets, stems, words
+from .base import SCALES, Arrays, Found, Gathered, Layout, Load, in_blocks, octets, stems, words
 
 BITS = (2, 3, 4, 8)
 V1, V2 = "gptq", "gptq_v2"
@@ -112,13 +114,19 @@ class Gptq(Layout):
     ) -> tuple[Layout, Codec]:
         """Symmetric 4 bits in groups of 128 unless said otherwise; scales are f16."""
         if kind is not None:
-            return self, codecs.get(kind)
+            return self._for(codecs.get(kind))
         group_size = 128 if group_size is None else group_size
         per = "channel" if group_size == -1 else f"g{group_size}"
         bits = 4 if bits is None else bits
         if bits not in BITS:
             raise UnsupportedError(f"GPTQ checkpoints have 2, 3, 4 or 8 bits, not {bits}")
-        return self, codecs.get(f"int{bits}-{per}-{'asym' if symmetric is False else 'sym'}")
+        return self._for(codecs.get(f"int{bits}-{per}-{'asym' if symmetric is False else 'sym'}"))
+
+    def _for(self, codec: Codec) -> tuple[Layout, Codec]:
+        """One asymmetric type makes the whole checkpoint v2."""
+        plain = codec.plain if isinstance(codec, ActOrderCodec) else codec
+        asymmetric = isinstance(plain, IntegerCodec) and not plain.symmetric
+        return replace(self, version=V2) if asymmetric and self.version is None else self, codec
 
     def arrays(self, codec: Codec, shape: tuple[int, ...]) -> dict[str, TensorInfo]:
         """qweight, qzeros, scales and g_idx."""
@@ -162,27 +170,32 @@ class Gptq(Layout):
     def _version(self, symmetric: bool) -> str:
         return self.version or (V1 if symmetric else V2)
 
-    def config(self, codecs: Iterable[Codec], kept: Iterable[str]) -> dict[str, Any]:
-        """See `Layout.config`. Raises UnsupportedError for more than one codec."""
-        used = list(codecs)
-        plain = {c.plain if isinstance(c, ActOrderCodec) else c for c in used}
-        if len(plain) != 1:
-            raise UnsupportedError("a GPTQ checkpoint holds one type, not " + ", ".join(sorted(c.name for c in plain)))
-        codec = plain.pop()
-        assert isinstance(codec, IntegerCodec)
-        if inside := [m for m in kept if any(part.isdigit() for part in m.split("."))]:
-            raise UnsupportedError(f"GPTQ checkpoints quantize every linear of the blocks; {inside[0]} is left out")
-        return {
+    def config(self, modules: Mapping[str, Codec], kept: Iterable[str]) -> dict[str, Any]:
+        """See `Layout.config`. Other types than most modules have, and layers kept in floats, are GPTQModel's `dynamic`."""
+        plain = {m: c.plain if isinstance(c, ActOrderCodec) else c for m, c in modules.items()}
+        main = Counter(plain.values()).most_common(1)[0][0]
+        assert isinstance(main, IntegerCodec)
+        found: dict[str, Any] = {
             "quant_method": "gptq",
-            "bits": codec.bits,
-            "group_size": codec.group or -1,
-            "desc_act": any(isinstance(c, ActOrderCodec) for c in used),
-            "sym": codec.symmetric,
+            "bits": main.bits,
+            "group_size": main.group or -1,
+            "desc_act": any(isinstance(c, ActOrderCodec) for c in modules.values()),
+            "sym": main.symmetric,
             "lm_head": False,
-            "checkpoint_format": self._version(codec.symmetric),
+            "checkpoint_format": self._version(main.symmetric),
             **self.settings,
             "meta": {"quantizer": [f"quantforge:{__version__}"]},
         }
+        dynamic: dict[str, Any] = {
+            f"+:^{re.escape(m)}$": {"bits": c.bits, "group_size": c.group or -1, "sym": c.symmetric}
+            for m, c in sorted(plain.items())
+            if c is not main and isinstance(c, IntegerCodec)
+        }
+        if inside := in_blocks(kept):
+            dynamic |= {f"-:^{re.escape(m)}$": {} for m in inside}
+            # what transformers (optimum) has for the same
+            found["modules_in_block_to_quantize"] = [sorted(modules)]
+        return found | {"dynamic": dynamic} if dynamic else found
 
     def files(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """quantize_config.json, without which AutoGPTQ 0.7 does not open a checkpoint."""

@@ -15,6 +15,7 @@ PACKAGE = Path(quantforge.__file__).parent
 LAYERS = [
     {"arrays", "grid"},
     {"native"},
+    {"codecs", "archs", "metrics", "tokenizer", "overlap"},
     {"layouts", "checkpoint", "nn"},
     {"formats", "methods", "runtime", "presets", "corpus"},
     {"recipes", "calibration", "importance", "report", "similarity", "tasks"},

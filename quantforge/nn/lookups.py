@@ -3,10 +3,9 @@ index byte, or a codebook of 4 or 8 neighbours with signs apart. An index byte s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache, partial
-from typing import TYPE_CHECKING
 
 import gguf
 import numpy as np
@@ -16,9 +15,8 @@ from ..arrays import F32, Array, to_numpy
 from ..codecs.base import Codec, Encoded
 from ..codecs.iquants import KSIGNS, IQCodec
 from ..codecs.lookup import DYNAMIC, LookupCodec
-
-if TYPE_CHECKING:
-    from .planes import Planes
+from .base import tensor
+from .tiles import TILE, gather, pack_fields, pack_rows, spread, unpack_fields, unpack_rows
 
 SUB = 32
 """Columns that share a scale in the kernels; a lane has 8 neighbours of them."""
@@ -36,7 +34,7 @@ class Lookup:
     chunk: int
     pairs: int
     read: Callable[[Encoded], Bytes]
-    write: Callable[[Codec, Bytes, list[torch.Tensor], tuple[int, int]], Encoded]
+    write: Callable[[Codec, Bytes, list[torch.Tensor], tuple[int, ...]], Encoded]
     levels: Callable[[Codec], F32]
     """f32[16] or f32[256, 4 or 8]."""
     blocks: tuple[int, ...]
@@ -63,50 +61,46 @@ def table(levels: bytes, pairs: int) -> torch.Tensor:
 
 def pack(f: Lookup, e: Encoded) -> dict[str, torch.Tensor]:
     """The planes of a matrix by name."""
-    from . import planes
-
     indices, *rest = f.read(e)
     found = {"codes": _lanes(indices, f.chunk, 4 // f.pairs)}
     if f.signs:
         bits = rest.pop(0).unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8) & 1
-        found["signs"] = planes.pack_fields(planes.spread(bits.flatten(1), f.chunk, SUB), 1)
+        found["signs"] = pack_fields(spread(bits.flatten(1), f.chunk, SUB), 1)
     for i, (params, block) in enumerate(zip(rest, f.blocks, strict=True)):
-        found[f"params{i or ''}"] = planes.pack_rows(params, f.chunk // block)
+        found[f"params{i or ''}"] = pack_rows(params, f.chunk // block)
     found |= {f"whole{i or ''}": t for i, t in enumerate(f.whole(e))}
     return found | {"table": table(np.ascontiguousarray(f.levels(e.codec), np.float32).tobytes(), f.pairs)}
 
 
-def unpack(f: Lookup, p: Planes) -> Encoded:
+def unpack(f: Lookup, codec: Codec, shape: tuple[int, ...], planes: Iterable[torch.Tensor]) -> Encoded:
     """Inverse of `pack`."""
-    from . import planes
-
-    out, n = p.shape
-    found = [t.cpu() for t in p.tensors.values()]
+    out, n = shape
+    found = [t.cpu() for t in planes]
     bytes_ = [_from_lanes(found.pop(0), 4 // f.pairs, out, n // (2 * f.pairs))]
     if f.signs:
-        bits = planes.gather(planes.unpack_fields(found.pop(0), 1), SUB, out, n).reshape(out, -1, 8)
+        bits = gather(unpack_fields(found.pop(0), 1), SUB, out, n).reshape(out, -1, 8)
         bytes_.append((bits << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8))
     for block in f.blocks:
         plane = found.pop(0)
-        bytes_.append(planes.unpack_rows(plane, plane.shape[2] // planes.TILE * block // f.chunk, out, n // block))
-    return f.write(p.codec, bytes_, found[:-1], (out, n))
+        bytes_.append(unpack_rows(plane, plane.shape[2] // TILE * block // f.chunk, out, n // block))
+    return f.write(codec, bytes_, found[:-1], shape)
 
 
 def _lanes(indices: torch.Tensor, chunk: int, per: int) -> torch.Tensor:
-    """u8[out, indices] to lanes, `per` to a lane and sub-block -> u8[tiles, chunks, bytes]; see `planes.pack_fields`."""
+    """u8[out, indices] to lanes, `per` to a lane and sub-block -> u8[tiles, chunks, bytes]; see `tiles.pack_fields`."""
     out, n = indices.shape
     of_chunk = chunk // SUB * 4 * per
-    indices = torch.nn.functional.pad(indices, (0, -n % of_chunk, 0, -out % 16))
-    tiles = indices.reshape(-1, 16, indices.shape[1] // of_chunk, chunk // SUB, 4, per).permute(0, 2, 1, 4, 3, 5).flatten(4)
+    indices = torch.nn.functional.pad(indices, (0, -n % of_chunk, 0, -out % TILE))
+    tiles = indices.reshape(-1, TILE, indices.shape[1] // of_chunk, chunk // SUB, 4, per).permute(0, 2, 1, 4, 3, 5).flatten(4)
     return tiles.unflatten(4, (-1, min(16, tiles.shape[4]))).permute(0, 1, 4, 2, 3, 5).contiguous().flatten(2)
 
 
 def _from_lanes(plane: torch.Tensor, per: int, out: int, n: int) -> torch.Tensor:
     """Inverse of `_lanes`."""
     lane = plane.shape[2] // 64
-    tiles = plane.reshape(*plane.shape[:2], -1, 16, 4, min(16, lane)).permute(0, 1, 3, 4, 2, 5).flatten(4)
+    tiles = plane.reshape(*plane.shape[:2], -1, TILE, 4, min(16, lane)).permute(0, 1, 3, 4, 2, 5).flatten(4)
     tiles = tiles.unflatten(4, (-1, per)).permute(0, 2, 1, 4, 3, 5)
-    return tiles.reshape(tiles.shape[0] * 16, -1)[:out, :n]
+    return tiles.reshape(tiles.shape[0] * TILE, -1)[:out, :n]
 
 
 # ---- codecs
@@ -132,16 +126,14 @@ def _read_iq(e: Encoded, pairs: int) -> Bytes:
     if pairs == 1:
         if "sc" not in params:
             return [_pair(codes), d]
-        from .planes import to_tensor
-
-        return [_pair(codes), to_tensor(e.parts["data"]).reshape(e.shape[0], -1, e.codec.type_size)[..., :8]]
+        return [_pair(codes), tensor(e.parts["data"]).reshape(e.shape[0], -1, e.codec.type_size)[..., :8]]
     indices = torch.stack([codes >> 8 * i & 255 for i in range(4 // pairs)], -1).flatten(1).to(torch.uint8)
     signs = torch.from_numpy(KSIGNS.copy())[codes >> e.codec.fields.signs[0]]
     sc = params["sc"].reshape(len(codes), -1, 4, 2)
     return [indices, signs, sc[..., 0] | sc[..., 1] << 4, d]
 
 
-def _write_iq(codec: Codec, found: Bytes, _: list[torch.Tensor], shape: tuple[int, int], pairs: int) -> Encoded:
+def _write_iq(codec: Codec, found: Bytes, _: list[torch.Tensor], shape: tuple[int, ...], pairs: int) -> Encoded:
     assert isinstance(codec, IQCodec)
     indices, *rest = found
     if pairs == 1:
@@ -162,14 +154,12 @@ def _write_iq(codec: Codec, found: Bytes, _: list[torch.Tensor], shape: tuple[in
 
 
 def _read_mxfp4(e: Encoded) -> Bytes:
-    from .planes import to_tensor
-
-    data = to_tensor(e.parts["data"]).reshape(e.shape[0], -1, 17)
+    data = tensor(e.parts["data"]).reshape(e.shape[0], -1, 17)
     codes = torch.cat([data[..., 1:] & 15, data[..., 1:] >> 4], -1).flatten(1)
     return [_pair(codes), data[..., :1]]
 
 
-def _write_mxfp4(codec: Codec, found: Bytes, _: list[torch.Tensor], shape: tuple[int, int]) -> Encoded:
+def _write_mxfp4(codec: Codec, found: Bytes, _: list[torch.Tensor], shape: tuple[int, ...]) -> Encoded:
     codes = _unpair(found[0]).reshape(shape[0], -1, 32)
     data = torch.cat([found[1], codes[..., :16] | codes[..., 16:] << 4], -1)
     return Encoded(codec, shape, {"data": to_numpy(data.reshape(shape[0], -1))})
@@ -180,9 +170,7 @@ def _swap(a: torch.Tensor) -> torch.Tensor:
 
 
 def _read_table(e: Encoded) -> Bytes:
-    from .planes import to_tensor
-
-    return [_swap(to_tensor(e.parts["codes"])), _bytes(to_tensor(e.parts["absmax"]))]
+    return [_swap(tensor(e.parts["codes"])), _bytes(tensor(e.parts["absmax"]))]
 
 
 def _whole_table(e: Encoded) -> list[torch.Tensor]:
@@ -190,7 +178,7 @@ def _whole_table(e: Encoded) -> list[torch.Tensor]:
     return [torch.from_numpy(nested.copy()), torch.from_numpy(np.concatenate([DYNAMIC, offset]))]
 
 
-def _write_table(codec: Codec, found: Bytes, whole: list[torch.Tensor], shape: tuple[int, int]) -> Encoded:
+def _write_table(codec: Codec, found: Bytes, whole: list[torch.Tensor], shape: tuple[int, ...]) -> Encoded:
     absmax: Array = to_numpy(found[1]).squeeze(-1) if whole else to_numpy(found[1].contiguous().view(torch.float32).squeeze(-1))
     parts = {"codes": to_numpy(_swap(found[0])), "absmax": absmax}
     if whole:
@@ -225,4 +213,4 @@ FAMILIES = {
     "fp4": Lookup("nf4", 128, 1, _read_table, _write_table, _table_levels, (64,)),
     "fp4-dq": Lookup("nf4-dq", 128, 1, _read_table, _write_table, _table_levels, (64,), whole=_whole_table),
 }
-"""By codec name. NF4 and FP4 are one kernel: their numbers come with the planes."""
+"""By codec name. NF4 and FP4 are one kernel: their numbers come with the """

@@ -210,15 +210,16 @@ int linear(const qf_array *in, int n_in, qf_array *out, int n_out, void *stream)
     if (!sms) return QF_EDEVICE;
     // Two tiles a block share their activations, where there are enough tiles for every multiprocessor;
     // then as many warps as keep 16 of them on each.
-    const int tiles = (int)((n + TILE - 1) / TILE), pairs = tiles % 2 == 0 && tiles >= 4 * sms ? 2 : 1;
+    const int tiles = (int)((n + TILE - 1) / TILE), pairs = Most<F>::TILES == 2 && tiles % 2 == 0 && tiles >= 4 * sms ? 2 : 1;
     const int per_sm = (tiles / pairs + sms - 1) / sms;
     int warps = per_sm >= 4 ? 4 : per_sm >= 2 ? 8 : 16;
     while (warps > 1 && warps > planes.chunks) warps /= 2;
     const uint16_t *x = (const uint16_t *)in[0].data;
     const auto go = [&](auto type) {
         using T = decltype(type);
-        return pairs == 2 ? run_linear<F, T, 2>(planes, x, (int)m, out->data, out->dtype, warps, stream)
-                          : run_linear<F, T, 1>(planes, x, (int)m, out->data, out->dtype, warps, stream);
+        if constexpr (Most<F>::TILES == 2)
+            if (pairs == 2) return run_linear<F, T, 2>(planes, x, (int)m, out->data, out->dtype, warps, stream);
+        return run_linear<F, T, 1>(planes, x, (int)m, out->data, out->dtype, warps, stream);
     };
     return in[0].dtype == QF_BF16 ? go(Bf16{}) : go(F16{});
 }

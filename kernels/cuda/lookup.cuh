@@ -79,6 +79,7 @@ struct Nested {  // absmax u8 per 64: map[it] · nested f32[of 256 of them, row 
 template <class S, int PAIRS, bool SIGNS, int... BYTES_>
 struct Lookup {
     static constexpr int CHUNK = S::CHUNK, SUB = 32, ENTRY = PAIRS, DEPTH = 2;
+    static constexpr int TILES = 1;  // of a block: the registers of two do not suffice
     static constexpr int INDEX = CHUNK / (8 * PAIRS), SIGN = CHUNK / 32;  // a lane's bytes of a chunk
     static constexpr int TABLE = 1 + SIGNS + S::PLANES;
     static constexpr bool MIN = false;

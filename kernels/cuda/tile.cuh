@@ -5,6 +5,7 @@
 // A family is a struct F with
 //   CHUNK        columns that a warp takes at a time: 128 or 256
 //   SUB          columns that share a scale: 32 or 16
+//   TILES        optional: 1 if two tiles at a time take too many registers
 //   MIN          true if a weight is scale·code − min, false if it is scale·code
 //   struct Row   what a lane holds of one row of a chunk
 //   load(planes, step, row, t)         Row of lane t of four; step = tile · chunks + chunk
@@ -37,6 +38,10 @@ QF_WARP void load_x(const uint16_t *x, int m, int n_in, int column, int k, uint3
 // Words of an entry of F's table; 0: it has none.
 template <class F, class = void> struct Entry { static constexpr int WORDS = 0; };
 template <class F> struct Entry<F, decltype((void)F::ENTRY)> { static constexpr int WORDS = F::ENTRY; };
+
+// Tiles that a block may take at once.
+template <class F, class = void> struct Most { static constexpr int TILES = 2; };
+template <class F> struct Most<F, decltype((void)F::TILES)> { static constexpr int TILES = F::TILES; };
 
 // A table of pairs of T, entries STRIDE words apart.
 template <int STRIDE>

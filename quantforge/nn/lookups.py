@@ -92,14 +92,16 @@ def _lanes(indices: torch.Tensor, chunk: int, per: int) -> torch.Tensor:
     of_chunk = chunk // SUB * 4 * per
     indices = torch.nn.functional.pad(indices, (0, -n % of_chunk, 0, -out % TILE))
     tiles = indices.reshape(-1, TILE, indices.shape[1] // of_chunk, chunk // SUB, 4, per).permute(0, 2, 1, 4, 3, 5).flatten(4)
-    return tiles.unflatten(4, (-1, min(16, tiles.shape[4]))).permute(0, 1, 4, 2, 3, 5).contiguous().flatten(2)
+    lane = tiles.shape[4]
+    vectors = tiles.reshape(*tiles.shape[:4], -1, min(16, lane))
+    return vectors.permute(0, 1, 4, 2, 3, 5).contiguous().flatten(2)
 
 
 def _from_lanes(plane: torch.Tensor, per: int, out: int, n: int) -> torch.Tensor:
     """Inverse of `_lanes`."""
     lane = plane.shape[2] // 64
     tiles = plane.reshape(*plane.shape[:2], -1, TILE, 4, min(16, lane)).permute(0, 1, 3, 4, 2, 5).flatten(4)
-    tiles = tiles.unflatten(4, (-1, per)).permute(0, 2, 1, 4, 3, 5)
+    tiles = tiles.reshape(*tiles.shape[:4], -1, per).permute(0, 2, 1, 4, 3, 5)
     return tiles.reshape(tiles.shape[0] * TILE, -1)[:out, :n]
 
 
@@ -139,14 +141,14 @@ def _write_iq(codec: Codec, found: Bytes, _: list[torch.Tensor], shape: tuple[in
     if pairs == 1:
         codes, (raw,) = _unpair(indices).int(), rest
         params = {"d": raw[..., :2].contiguous().view(torch.float16).squeeze(-1)}
-        if sc := codec.fields.sc:
+        if scales := codec.fields.sc:
             stored = torch.zeros((*raw.shape[:2], codec.type_size), dtype=torch.uint8)
             stored[..., :8] = raw
-            params["sc"] = sc.read(stored).reshape(shape[0], -1)
+            params["sc"] = scales.read(stored).reshape(shape[0], -1)
     else:
         signs, sc, d = rest
         codes = (signs.int() & 127) << codec.fields.signs[0]
-        for i, part in enumerate(indices.int().unflatten(1, (-1, 4 // pairs)).unbind(-1)):
+        for i, part in enumerate(indices.int().reshape(shape[0], -1, 4 // pairs).unbind(-1)):
             codes = codes | part << 8 * i
         params = {"d": d.contiguous().view(torch.float16).squeeze(-1)}
         params["sc"] = torch.stack([sc & 15, sc >> 4], -1).reshape(shape[0], -1)

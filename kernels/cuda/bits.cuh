@@ -116,20 +116,15 @@ struct F16 {
 template <int N>
 QF_HD void load_once(const uint8_t *p, uint32_t *w) {
 #ifdef __CUDA_ARCH__
-    static_assert(N == 2 || N == 4 || N == 8 || N == 16, "one load");
+    static_assert(N == 4 || N == 8 || N == 16, "one load");
     if constexpr (N == 16)
         asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                      : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3]) : "l"(p));
     else if constexpr (N == 8)
         asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(w[0]), "=r"(w[1]) : "l"(p));
-    else if constexpr (N == 2) {
-        uint16_t h;
-        asm volatile("ld.global.nc.L1::no_allocate.u16 %0, [%1];" : "=h"(h) : "l"(p));
-        w[0] = h;
-    } else
+    else
         asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(w[0]) : "l"(p));
 #else
-    w[0] = 0;
     memcpy(w, p, N);
 #endif
 }
@@ -138,10 +133,8 @@ QF_HD void load_once(const uint8_t *p, uint32_t *w) {
 template <int N>
 QF_HD void load_words(const void *p, uint32_t *w) {
 #ifdef __CUDA_ARCH__
-    static_assert(N == 1 || N == 2 || N == 4, "one load");
-    if constexpr (N == 1) {
-        w[0] = *(const uint32_t *)p;
-    } else if constexpr (N == 4) {
+    static_assert(N == 2 || N == 4, "one load");
+    if constexpr (N == 4) {
         const uint4 v = *(const uint4 *)p;
         w[0] = v.x, w[1] = v.y, w[2] = v.z, w[3] = v.w;
     } else {

@@ -2,9 +2,8 @@
 // The same table as _cuda.so, on CPU arrays.
 #include "launch.cuh"
 #include "legacy.cuh"
-#include "lookup.cuh"
 
-const qf_kernel kernels[] = {QF_FAMILY("q4_0", Q4_0), QF_FAMILY("q8_0", Q8_0), LOOKUP_KERNELS};
+const qf_kernel kernels[] = {QF_FAMILY("q4_0", Q4_0), QF_FAMILY("q8_0", Q8_0)};
 const qf_table table = {QF_ABI, (int32_t)(sizeof kernels / sizeof *kernels), "host", kernels};
 
 const qf_table *qf_open(const char *) { return &table; }

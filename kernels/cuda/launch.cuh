@@ -36,7 +36,7 @@ QF_HD void write_weights(const Planes &planes, void *out, int dtype, int64_t ste
         const typename F::Row held = F::load(planes, step, row, t);
         QF_UNROLL for (int s = 0; s < F::CHUNK / F::SUB; s++) {
             float w[N];
-            tile_values<F>(planes, held, s, w);
+            tile_values<F>(held, s, w);
             const int k = chunk * F::CHUNK + s * F::SUB + t * N;
             if (n >= planes.n_out) continue;
             const int64_t at = n * planes.n_in + k;
@@ -58,34 +58,14 @@ QF_HD void write_weights(const Planes &planes, void *out, int dtype, int64_t ste
     }
 }
 
-// F's table of pairs of T to every copy, by thread `i` of `n`.
-template <class F, class T>
-QF_HD void fill_table(const Planes &planes, uint32_t *table, int i, int n) {
-    constexpr int WORDS = Entry<F>::WORDS;
-    if constexpr (WORDS) {
-        const uint32_t *from = F::template table<T>(planes);
-        for (; i < ENTRIES * COPIES / 4; i += n) {
-            uint32_t entry[WORDS], four[4];
-            load_words<WORDS>(from + i / (COPIES / 4) * WORDS, entry);
-            QF_UNROLL for (int j = 0; j < 4; j++) four[j] = entry[j % WORDS];
-            store_words<4>(table + 4 * i, four);
-        }
-    }
-}
-
 #ifdef __CUDACC__
 // A block computes R tiles of rows; its warps share the columns and meet in shared memory.
 template <class F, class T, int R, int DEPTH>
 __global__ void __launch_bounds__(32 * MAX_WARPS) linear_kernel(Planes planes, const uint16_t *x, int m, void *out, int dtype) {
     __shared__ float parts[MAX_WARPS][R][TILE * COLUMNS];
-    __shared__ __align__(16) uint32_t table[Entry<F>::WORDS ? ENTRIES * COPIES : 4];
     const int warps = (int)blockDim.y, warp = (int)threadIdx.y, lane = (int)threadIdx.x;
     float acc[1][R][4];
-    const auto ready = [&] {
-        fill_table<F, T>(planes, table, warp * 32 + lane, 32 * warps);
-        if (Entry<F>::WORDS) __syncthreads();
-    };
-    tile_dot<F, T, R, DEPTH>(planes, x, m, (int)blockIdx.x * R, warp, warps, table, ready, acc);
+    tile_dot<F, T, R, DEPTH>(planes, x, m, (int)blockIdx.x * R, warp, warps, acc);
 #pragma unroll
     for (int r = 0; r < R; r++)
 #pragma unroll
@@ -140,13 +120,11 @@ static inline int multiprocessors() { return 4; }
 template <class F, class T, int R>
 static int run_linear(const Planes &planes, const uint16_t *x, int m, void *out, int dtype, int warps, void *) {
     const int tiles = (planes.n_out + TILE - 1) / TILE;
-    static uint32_t table[ENTRIES * COPIES];
-    const auto ready = [&] { fill_table<F, T>(planes, table, 0, 1); };
     for (int tile = 0; tile < tiles; tile += R) {
         float parts[R][TILE * COLUMNS] = {};
         for (int warp = 0; warp < warps; warp++) {
             float acc[LANES][R][4];
-            tile_dot<F, T, R, F::DEPTH>(planes, x, m, tile, warp, warps, table, ready, acc);
+            tile_dot<F, T, R, F::DEPTH>(planes, x, m, tile, warp, warps, acc);
             for (int l = 0; l < LANES; l++)
                 for (int r = 0; r < R; r++)
                     for (int i = 0; i < 4; i++) parts[r][place(l, i)] += acc[l][r][i];
@@ -180,7 +158,7 @@ static bool fits(const qf_array *in, int n_in, int64_t steps) {
     for (int i = 0; i < n_in; i++) {
         int64_t bytes = size[in[i].dtype];
         for (int d = 0; d < in[i].ndim; d++) bytes *= in[i].shape[d];
-        if (F::BYTES[i] && bytes != steps * F::BYTES[i]) return false;  // 0: of the whole matrix
+        if (bytes != steps * F::BYTES[i]) return false;
     }
     return true;
 }
@@ -188,7 +166,7 @@ static bool fits(const qf_array *in, int n_in, int64_t steps) {
 // The planes' pointers and extents, checked.
 template <class F>
 static int planes_of(const qf_array *in, int n_in, int64_t n_out, int64_t k, Planes *planes) {
-    if (n_in < 1 || n_in > 6 || n_out > INT32_MAX / 2 || k > INT32_MAX / 2) return QF_ESHAPE;
+    if (n_in < 1 || n_in > 4 || n_out > INT32_MAX / 2 || k > INT32_MAX / 2) return QF_ESHAPE;
     *planes = {};
     for (int i = 0; i < n_in; i++) planes->p[i] = (const uint8_t *)in[i].data;
     planes->n_out = (int32_t)n_out, planes->n_in = (int32_t)k;
@@ -210,16 +188,15 @@ int linear(const qf_array *in, int n_in, qf_array *out, int n_out, void *stream)
     if (!sms) return QF_EDEVICE;
     // Two tiles a block share their activations, where there are enough tiles for every multiprocessor;
     // then as many warps as keep 16 of them on each.
-    const int tiles = (int)((n + TILE - 1) / TILE), pairs = Most<F>::TILES == 2 && tiles % 2 == 0 && tiles >= 4 * sms ? 2 : 1;
+    const int tiles = (int)((n + TILE - 1) / TILE), pairs = tiles % 2 == 0 && tiles >= 4 * sms ? 2 : 1;
     const int per_sm = (tiles / pairs + sms - 1) / sms;
     int warps = per_sm >= 4 ? 4 : per_sm >= 2 ? 8 : 16;
     while (warps > 1 && warps > planes.chunks) warps /= 2;
     const uint16_t *x = (const uint16_t *)in[0].data;
     const auto go = [&](auto type) {
         using T = decltype(type);
-        if constexpr (Most<F>::TILES == 2)
-            if (pairs == 2) return run_linear<F, T, 2>(planes, x, (int)m, out->data, out->dtype, warps, stream);
-        return run_linear<F, T, 1>(planes, x, (int)m, out->data, out->dtype, warps, stream);
+        return pairs == 2 ? run_linear<F, T, 2>(planes, x, (int)m, out->data, out->dtype, warps, stream)
+                          : run_linear<F, T, 1>(planes, x, (int)m, out->data, out->dtype, warps, stream);
     };
     return in[0].dtype == QF_BF16 ? go(Bf16{}) : go(F16{});
 }

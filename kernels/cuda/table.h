@@ -2,4 +2,4 @@
 #pragma once
 #include "../quantforge.h"
 
-extern const qf_kernel legacy_kernels[], lookup_kernels[], encode_k_kernels[], encode_legacy_kernels[], encode_iq_kernels[];
+extern const qf_kernel legacy_kernels[], encode_k_kernels[], encode_legacy_kernels[], encode_iq_kernels[];

@@ -5,7 +5,6 @@
 // A family is a struct F with
 //   CHUNK        columns that a warp takes at a time: 128 or 256
 //   SUB          columns that share a scale: 32 or 16
-//   TILES        optional: 1 if two tiles at a time take too many registers
 //   MIN          true if a weight is scale·code − min, false if it is scale·code
 //   struct Row   what a lane holds of one row of a chunk
 //   load(planes, step, row, t)         Row of lane t of four; step = tile · chunks + chunk
@@ -13,14 +12,12 @@
 //   offset<T>()                        what is taken off codes<T> again
 //   scale(row, s), min(row, s)         of sub-block s
 //   value(row, s, code)                the weight of an integer code, as the CPU rounds it
-// or, where codes are entries of a table (lookup.cuh): ENTRY, its words; codes<T>(row, s, table, a), and
-// values(planes, row, s, w) instead of value.
 // The lane's codes are columns SUB·s + SUB/4·t + 0, 1, 2, ...
 #pragma once
 #include "bits.cuh"
 
 struct Planes {
-    const uint8_t *p[6];
+    const uint8_t *p[4];
     int32_t n_out, n_in;
     int32_t chunks;     // per row
     int32_t extra[2];   // a family's own
@@ -35,28 +32,10 @@ QF_WARP void load_x(const uint16_t *x, int m, int n_in, int column, int k, uint3
     if (column < m && k < n_in) load_words<N / 2>(x + (int64_t)column * n_in + k, b);
 }
 
-// Words of an entry of F's table; 0: it has none.
-template <class F, class = void> struct Entry { static constexpr int WORDS = 0; };
-template <class F> struct Entry<F, decltype((void)F::ENTRY)> { static constexpr int WORDS = F::ENTRY; };
-
-// Tiles that a block may take at once.
-template <class F, class = void> struct Most { static constexpr int TILES = 2; };
-template <class F> struct Most<F, decltype((void)F::TILES)> { static constexpr int TILES = F::TILES; };
-
-// A table of pairs of T, entries STRIDE words apart.
-template <int STRIDE>
-struct Table { const uint32_t *at; };
-
-// In shared memory every lane has a copy of the table (or as many lanes as a load serves at once), each in
-// banks of its own: 256 entries of 32 words.
-constexpr int ENTRIES = 256, COPIES = 32;
-
 // Products of R tiles from `tile` on with x[m][n_in], m <= 8: the chunks warp, warp + warps, ...
-// acc[lane][r] is the lane's part of mma's c: rows g, g + 8 of tile + r, columns 2t, 2t + 1. `ready` is called
-// with the first loads under way; then `table` holds F's.
-template <class F, class T, int R, int DEPTH, class Ready>
-QF_WARP void tile_dot(const Planes &planes, const uint16_t *x, int m, int tile, int warp, int warps, const uint32_t *table,
-                      Ready ready, float (*acc)[R][4]) {
+// acc[lane][r] is the lane's part of mma's c: rows g, g + 8 of tile + r, columns 2t, 2t + 1.
+template <class F, class T, int R, int DEPTH>
+QF_WARP void tile_dot(const Planes &planes, const uint16_t *x, int m, int tile, int warp, int warps, float (*acc)[R][4]) {
     constexpr int S = F::CHUNK / F::SUB, WORDS = F::SUB / 8;
     constexpr bool SUMS = F::MIN || F::template offset<T>() != 0;
     typename F::Row ring[DEPTH][LANES][R][2];
@@ -74,15 +53,6 @@ QF_WARP void tile_dot(const Planes &planes, const uint16_t *x, int m, int tile, 
             QF_UNROLL for (int i = 0; i < 4; i++) acc[l][r][i] = 0;
     QF_UNROLL for (int d = 0; d < DEPTH; d++)
         if (warp + d * warps < planes.chunks) fetch(warp + d * warps, ring[d]);
-    ready();
-    const auto codes = [&](int l, const typename F::Row &row, int s, uint32_t *a) {
-        if constexpr (Entry<F>::WORDS) {
-            constexpr int WORDS = Entry<F>::WORDS;
-            F::template codes<T>(row, s, Table<COPIES>{table + lane_id(l) % (COPIES / WORDS) * WORDS}, a);
-        } else {
-            F::template codes<T>(row, s, a);
-        }
-    };
     for (int base = warp; base < planes.chunks; base += DEPTH * warps)
         QF_UNROLL for (int d = 0; d < DEPTH; d++) {
             const int chunk = base + d * warps;
@@ -109,15 +79,15 @@ QF_WARP void tile_dot(const Planes &planes, const uint16_t *x, int m, int tile, 
                 }
                 QF_UNROLL for (int r = 0; r < R; r++) {
                     float c[LANES][4];
-                    uint32_t q[LANES][2][WORDS];
+                    uint32_t codes[LANES][2][WORDS];
                     QF_UNROLL for (int l = 0; l < LANES; l++) {
                         QF_UNROLL for (int i = 0; i < 4; i++) c[l][i] = -F::template offset<T>() * sum[l][i & 1];
-                        codes(l, now[l][r][0], s, q[l][0]);
-                        codes(l, now[l][r][1], s, q[l][1]);
+                        F::template codes<T>(now[l][r][0], s, codes[l][0]);
+                        F::template codes<T>(now[l][r][1], s, codes[l][1]);
                     }
                     QF_UNROLL for (int h = 0; h < WORDS / 2; h++) {
                         QF_UNROLL for (int l = 0; l < LANES; l++) {
-                            QF_UNROLL for (int i = 0; i < 4; i++) a[l][i] = q[l][i & 1][2 * h + (i >> 1)];
+                            QF_UNROLL for (int i = 0; i < 4; i++) a[l][i] = codes[l][i & 1][2 * h + (i >> 1)];
                             two[l][0] = b[l][s][2 * h], two[l][1] = b[l][s][2 * h + 1];
                         }
                         mma<T>(c, a, two);
@@ -135,15 +105,12 @@ QF_WARP void tile_dot(const Planes &planes, const uint16_t *x, int m, int tile, 
 
 // The lane's SUB/4 weights of sub-block s.
 template <class F>
-QF_HD void tile_values(const Planes &planes, const typename F::Row &row, int s, float *w) {
-    if constexpr (Entry<F>::WORDS) return F::values(planes, row, s, w);
-    else {
+QF_HD void tile_values(const typename F::Row &row, int s, float *w) {
     uint32_t a[F::SUB / 8];
     F::template codes<F16>(row, s, a);
     QF_UNROLL for (int i = 0; i < F::SUB / 8; i++) {
         w[2 * i] = F::value(row, s, F16::low(a[i]) - F::template offset<F16>());
         w[2 * i + 1] = F::value(row, s, F16::high(a[i]) - F::template offset<F16>());
-    }
     }
 }
 

@@ -6,10 +6,12 @@
 
 #ifdef __CUDACC__
 #define QF_HD static __host__ __device__ __forceinline__
+#define QF_MEMBER __host__ __device__ __forceinline__
 #define QF_WARP static __device__ __forceinline__
 #define QF_UNROLL _Pragma("unroll")
 #else
 #define QF_HD static inline __attribute__((always_inline))
+#define QF_MEMBER inline __attribute__((always_inline))
 #define QF_WARP static inline
 #define QF_UNROLL
 #endif
@@ -84,14 +86,25 @@ QF_HD uint32_t prmt(uint32_t a, uint32_t b, uint32_t s) {
 #endif
 }
 
+// (a & mask) | c. Left to itself the compiler takes two instructions.
+QF_HD uint32_t and_or(uint32_t a, uint32_t mask, uint32_t c) {
+#ifdef __CUDA_ARCH__
+    uint32_t r;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(r) : "r"(a), "r"(mask), "r"(c));
+    return r;
+#else
+    return (a & mask) | c;
+#endif
+}
+
 // Two numbers in one word, the first in the low half.
 struct Bf16 {
-    static constexpr uint32_t ONES = 0x3f803f80u;
     static constexpr uint32_t MAGIC = 0x43004300u;  // an integer below 128 in the lowest bits of a half: 128 + it
     static constexpr float RAISE = 128;
     QF_HD float low(uint32_t w) { return float_of(w << 16); }
     QF_HD float high(uint32_t w) { return float_of(w & 0xffff0000u); }
     QF_HD uint16_t of(float x) { return bf16_of(x); }
+    QF_HD uint32_t pair(float x) { return bits_of(x) >> 16 | (bits_of(x) & 0xffff0000u); }  // x is a bf16
     QF_HD uint32_t minus(uint32_t a, uint32_t b) {
 #ifdef __CUDA_ARCH__
         uint32_t d;
@@ -104,27 +117,30 @@ struct Bf16 {
 };
 
 struct F16 {
-    static constexpr uint32_t ONES = 0x3c003c00u;
     static constexpr uint32_t MAGIC = 0x64006400u;  // an integer below 1024: 1024 + it
     static constexpr float RAISE = 1024;
     QF_HD float low(uint32_t w) { return float_of_half(w & 0xffffu); }
     QF_HD float high(uint32_t w) { return float_of_half(w >> 16); }
     QF_HD uint16_t of(float x) { return half_of(x); }
+    QF_HD uint32_t pair(float x) { return half_of(x) * 0x10001u; }
 };
 
 // Weights are read once: they pass by the L1, which stays free for activations. p is a multiple of N bytes.
 template <int N>
 QF_HD void load_once(const uint8_t *p, uint32_t *w) {
 #ifdef __CUDA_ARCH__
-    static_assert(N == 4 || N == 8 || N == 16, "one load");
+    static_assert(N == 2 || N == 4 || N == 8 || N == 16, "one load");
     if constexpr (N == 16)
         asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                      : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3]) : "l"(p));
     else if constexpr (N == 8)
         asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(w[0]), "=r"(w[1]) : "l"(p));
-    else
+    else if constexpr (N == 4)
         asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(w[0]) : "l"(p));
+    else
+        asm volatile("{.reg .u16 h; ld.global.nc.L1::no_allocate.u16 h, [%1]; cvt.u32.u16 %0, h;}" : "=r"(w[0]) : "l"(p));
 #else
+    w[0] = 0;
     memcpy(w, p, N);
 #endif
 }
@@ -172,15 +188,16 @@ QF_WARP int lane_id(int l) {
 #endif
 }
 
-// c[16][8] += a[16][16] · b[16][8], operands spread over the lanes as mma.m16n8k16 wants them.
+// d[16][8] = a[16][16] · b[16][8] + c, operands spread over the lanes as mma.m16n8k16 wants them.
 template <class T>
-QF_WARP void mma(float (*c)[4], const uint32_t (*a)[4], const uint32_t (*b)[2]) {
+QF_WARP void mma(float (*d)[4], const uint32_t (*a)[4], const uint32_t (*b)[2], const float (*c)[4]) {
 #ifdef __CUDACC__
 #define QF_MMA(KIND)                                                                                              \
     asm("mma.sync.aligned.m16n8k16.row.col.f32." KIND "." KIND ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "     \
-        "{%0,%1,%2,%3};"                                                                                          \
-        : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3])                                              \
-        : "r"(a[0][0]), "r"(a[0][1]), "r"(a[0][2]), "r"(a[0][3]), "r"(b[0][0]), "r"(b[0][1]))
+        "{%10,%11,%12,%13};"                                                                                      \
+        : "=f"(d[0][0]), "=f"(d[0][1]), "=f"(d[0][2]), "=f"(d[0][3])                                              \
+        : "r"(a[0][0]), "r"(a[0][1]), "r"(a[0][2]), "r"(a[0][3]), "r"(b[0][0]), "r"(b[0][1]),                     \
+          "f"(c[0][0]), "f"(c[0][1]), "f"(c[0][2]), "f"(c[0][3]))
     if constexpr (T::RAISE == 128) QF_MMA("bf16");
     else QF_MMA("f16");
 #undef QF_MMA
@@ -204,7 +221,7 @@ QF_WARP void mma(float (*c)[4], const uint32_t (*a)[4], const uint32_t (*b)[2]) 
             const int row = l / 4 + 8 * (i >> 1), column = 2 * (l % 4) + (i & 1);
             double sum = c[l][i];
             for (int k = 0; k < 16; k++) sum += (double)wide_a[row][k] * wide_b[k][column];
-            c[l][i] = (float)sum;
+            d[l][i] = (float)sum;
         }
 #endif
 }

@@ -13,8 +13,6 @@
 #include "../quantforge.h"
 #include "tile.cuh"
 
-constexpr int MAX_WARPS = 16;
-
 // A number of the output's dtype (QF_F32, QF_F16 or QF_BF16).
 QF_HD void put(void *out, int dtype, int64_t i, float x) {
     if (dtype == QF_F32) ((float *)out)[i] = x;
@@ -30,13 +28,15 @@ QF_HD void write_weights(const Planes &planes, void *out, int dtype, int64_t ste
     constexpr int N = F::SUB / 4;
     const int64_t tile = step / planes.chunks;
     const int chunk = (int)(step - tile * planes.chunks), t = lane & 3;
+    const uint8_t *at[planes_of<F>()];
+    uint32_t held[2][F::WORDS];
+    lane_start<F>(planes, tile, lane >> 2, t, at);
+    lane_load<F>(planes, at, chunk, held);
     QF_UNROLL for (int h = 0; h < 2; h++) {
-        const int row = (lane >> 2) + 8 * h;
-        const int64_t n = tile * TILE + row;
-        const typename F::Row held = F::load(planes, step, row, t);
+        const int64_t n = tile * TILE + (lane >> 2) + 8 * h;
         QF_UNROLL for (int s = 0; s < F::CHUNK / F::SUB; s++) {
             float w[N];
-            tile_values<F>(held, s, w);
+            tile_values<F>(held[h], s, w);
             const int k = chunk * F::CHUNK + s * F::SUB + t * N;
             if (n >= planes.n_out) continue;
             const int64_t at = n * planes.n_in + k;
@@ -59,24 +59,25 @@ QF_HD void write_weights(const Planes &planes, void *out, int dtype, int64_t ste
 }
 
 #ifdef __CUDACC__
-// A block computes R tiles of rows; its warps share the columns and meet in shared memory.
-template <class F, class T, int R, int DEPTH>
-__global__ void __launch_bounds__(32 * MAX_WARPS) linear_kernel(Planes planes, const uint16_t *x, int m, void *out, int dtype) {
-    __shared__ float parts[MAX_WARPS][R][TILE * COLUMNS];
+// A block computes F::TILES tiles of rows; its warps share the columns and meet in shared memory.
+template <class F, class T>
+__global__ void __launch_bounds__(32 * F::WARPS) linear_kernel(Planes planes, const uint16_t *x, int m, void *out, int dtype) {
+    constexpr int R = F::TILES;
+    extern __shared__ float parts[];  // [warps][R][TILE · COLUMNS]
     const int warps = (int)blockDim.y, warp = (int)threadIdx.y, lane = (int)threadIdx.x;
     float acc[1][R][4];
-    tile_dot<F, T, R, DEPTH>(planes, x, m, (int)blockIdx.x * R, warp, warps, acc);
+    tile_dot<F, T>(planes, x, m, (int)blockIdx.x * R, warp, warps, acc);
 #pragma unroll
     for (int r = 0; r < R; r++)
 #pragma unroll
         for (int i = 0; i < 4; i++)
-            parts[warp][r][place(lane, i)] = acc[0][r][i];
+            parts[(warp * R + r) * TILE * COLUMNS + place(lane, i)] = acc[0][r][i];
     __syncthreads();
     for (int i = warp * 32 + lane; i < R * TILE * COLUMNS; i += 32 * warps) {
         const int r = i / (TILE * COLUMNS), column = i / TILE % COLUMNS, row = ((int)blockIdx.x * R + r) * TILE + i % TILE;
         if (column >= m || row >= planes.n_out) continue;
         float sum = 0;
-        for (int w = 0; w < warps; w++) sum += parts[w][r][i % (TILE * COLUMNS)];
+        for (int w = 0; w < warps; w++) sum += parts[w * R * TILE * COLUMNS + i];
         put(out, dtype, (int64_t)column * planes.n_out + row, sum);
     }
 }
@@ -89,8 +90,8 @@ __global__ void __launch_bounds__(256) dequantize_kernel(Planes planes, void *ou
     write_weights<F>(planes, out, dtype, step, (int)threadIdx.x);
 }
 
-static inline int launch(const void *kernel, dim3 grid, dim3 block, void **args, void *stream) {
-    return cudaLaunchKernel(kernel, grid, block, args, 0, (cudaStream_t)stream) == cudaSuccess ? QF_OK : QF_EDEVICE;
+static inline int launch(const void *kernel, dim3 grid, dim3 block, void **args, size_t shared, void *stream) {
+    return cudaLaunchKernel(kernel, grid, block, args, shared, (cudaStream_t)stream) == cudaSuccess ? QF_OK : QF_EDEVICE;
 }
 
 static inline int multiprocessors() {
@@ -100,31 +101,31 @@ static inline int multiprocessors() {
     return n;
 }
 
-template <class F, class T, int R>
-static int run_linear(Planes planes, const uint16_t *x, int m, void *out, int dtype, int warps, void *stream) {
-    const int tiles = (planes.n_out + TILE - 1) / TILE;
+template <class F, class T>
+static int run_linear(Planes planes, const uint16_t *x, int m, void *out, int dtype, int blocks, int warps, void *stream) {
     void *args[] = {&planes, &x, &m, &out, &dtype};
-    return launch((const void *)linear_kernel<F, T, R, F::DEPTH>, dim3((unsigned)(tiles / R)), dim3(32, (unsigned)warps), args, stream);
+    const size_t shared = sizeof(float) * F::TILES * TILE * COLUMNS * (size_t)warps;
+    return launch((const void *)linear_kernel<F, T>, dim3((unsigned)blocks), dim3(32, (unsigned)warps), args, shared, stream);
 }
 
 template <class F>
 static int run_dequantize(Planes planes, void *out, int dtype, int64_t steps, void *stream) {
     void *args[] = {&planes, &out, &dtype, &steps};
-    return launch((const void *)dequantize_kernel<F>, dim3((unsigned)((steps + 7) / 8)), dim3(32, 8), args, stream);
+    return launch((const void *)dequantize_kernel<F>, dim3((unsigned)((steps + 7) / 8)), dim3(32, 8), args, 0, stream);
 }
 
 #else  // the same on the host, a block and a warp after another
 
 static inline int multiprocessors() { return 4; }
 
-template <class F, class T, int R>
-static int run_linear(const Planes &planes, const uint16_t *x, int m, void *out, int dtype, int warps, void *) {
-    const int tiles = (planes.n_out + TILE - 1) / TILE;
-    for (int tile = 0; tile < tiles; tile += R) {
+template <class F, class T>
+static int run_linear(const Planes &planes, const uint16_t *x, int m, void *out, int dtype, int blocks, int warps, void *) {
+    constexpr int R = F::TILES;
+    for (int tile = 0; tile < blocks * R; tile += R) {
         float parts[R][TILE * COLUMNS] = {};
         for (int warp = 0; warp < warps; warp++) {
             float acc[LANES][R][4];
-            tile_dot<F, T, R, F::DEPTH>(planes, x, m, tile, warp, warps, acc);
+            tile_dot<F, T>(planes, x, m, tile, warp, warps, acc);
             for (int l = 0; l < LANES; l++)
                 for (int r = 0; r < R; r++)
                     for (int i = 0; i < 4; i++) parts[r][place(l, i)] += acc[l][r][i];
@@ -147,31 +148,36 @@ static int run_dequantize(const Planes &planes, void *out, int dtype, int64_t st
 
 #endif
 
-static inline bool is_float(int dtype) { return dtype == QF_F32 || dtype == QF_F16 || dtype == QF_BF16; }
-
-// True if every plane has the bytes that F::BYTES says, for each of its steps.
-template <class F>
-static bool fits(const qf_array *in, int n_in, int64_t steps) {
-    constexpr int planes = sizeof F::BYTES / sizeof F::BYTES[0];
+// True if `a` is as many bytes as that many steps of the plane.
+static inline bool has_steps(const qf_array &a, Plane plane, int64_t steps) {
     static const int size[] = {1, 1, 2, 2, 4, 4, 8, 2, 2, 4, 8};  // of a dtype
-    if (n_in != planes) return false;
-    for (int i = 0; i < n_in; i++) {
-        int64_t bytes = size[in[i].dtype];
-        for (int d = 0; d < in[i].ndim; d++) bytes *= in[i].shape[d];
-        if (bytes != steps * F::BYTES[i]) return false;
-    }
-    return true;
+    int64_t bytes = size[a.dtype];
+    for (int d = 0; d < a.ndim; d++) bytes *= a.shape[d];
+    return bytes == steps * plane.step();
 }
 
-// The planes' pointers and extents, checked.
+static inline bool is_float(int dtype) { return dtype == QF_F32 || dtype == QF_F16 || dtype == QF_BF16; }
+
+// What planes have to look like: pointers and extents, checked against the dtypes and sizes of `in`.
 template <class F>
-static int planes_of(const qf_array *in, int n_in, int64_t n_out, int64_t k, Planes *planes) {
-    if (n_in < 1 || n_in > 4 || n_out > INT32_MAX / 2 || k > INT32_MAX / 2) return QF_ESHAPE;
+static int open_planes(const qf_array *in, int n_in, int64_t n_out, int64_t k, Planes *planes) {
+    if (n_in != planes_of<F>() || n_out > INT32_MAX / 2 || k > INT32_MAX / 2) return QF_ESHAPE;
     *planes = {};
-    for (int i = 0; i < n_in; i++) planes->p[i] = (const uint8_t *)in[i].data;
-    planes->n_out = (int32_t)n_out, planes->n_in = (int32_t)k;
+    planes->n_out = (int32_t)n_out, planes->n_in = (int32_t)k, planes->tiles = (int32_t)((n_out + TILE - 1) / TILE);
     planes->chunks = (int32_t)((k + F::CHUNK - 1) / F::CHUNK);
-    return fits<F>(in, n_in, (n_out + TILE - 1) / TILE * planes->chunks) ? QF_OK : QF_ESHAPE;
+    for (int i = 0; i < n_in; i++) {
+        planes->p[i] = (const uint8_t *)in[i].data;
+        if ((uintptr_t)in[i].data % F::PLANES[i].vector()) return QF_ESHAPE;
+    }
+    for (int i = 0; i < n_in; i++)
+        if (!has_steps(in[i], F::PLANES[i], planes->tiles * F::steps(*planes, i))) return QF_ESHAPE;
+    return QF_OK;
+}
+
+// As many warps as a multiprocessor has registers for, and all blocks at once where that is possible.
+static inline int warps_of(int room, int blocks, int sms, int chunks) {
+    const int each = (blocks + sms - 1) / sms, warps = each > room ? 1 : room / each;
+    return warps < chunks ? warps : chunks > 0 ? chunks : 1;
 }
 
 template <class F>
@@ -181,24 +187,16 @@ int linear(const qf_array *in, int n_in, qf_array *out, int n_out, void *stream)
     if (m > COLUMNS || out->shape[0] != m || k % 8) return QF_ESHAPE;
     if ((in[0].dtype != QF_F16 && in[0].dtype != QF_BF16) || !is_float(out->dtype)) return QF_EDTYPE;
     Planes planes;
-    const int rc = planes_of<F>(in + 1, n_in - 1, n, k, &planes);
+    const int rc = open_planes<F>(in + 1, n_in - 1, n, k, &planes);
     if (rc != QF_OK) return rc;
     if (!m || !n) return QF_OK;
     const int sms = multiprocessors();
     if (!sms) return QF_EDEVICE;
-    // Two tiles a block share their activations, where there are enough tiles for every multiprocessor;
-    // then as many warps as keep 16 of them on each.
-    const int tiles = (int)((n + TILE - 1) / TILE), pairs = tiles % 2 == 0 && tiles >= 4 * sms ? 2 : 1;
-    const int per_sm = (tiles / pairs + sms - 1) / sms;
-    int warps = per_sm >= 4 ? 4 : per_sm >= 2 ? 8 : 16;
-    while (warps > 1 && warps > planes.chunks) warps /= 2;
+    const int blocks = (planes.tiles + F::TILES - 1) / F::TILES;
+    const int warps = warps_of(F::WARPS, blocks, sms, planes.chunks);
     const uint16_t *x = (const uint16_t *)in[0].data;
-    const auto go = [&](auto type) {
-        using T = decltype(type);
-        return pairs == 2 ? run_linear<F, T, 2>(planes, x, (int)m, out->data, out->dtype, warps, stream)
-                          : run_linear<F, T, 1>(planes, x, (int)m, out->data, out->dtype, warps, stream);
-    };
-    return in[0].dtype == QF_BF16 ? go(Bf16{}) : go(F16{});
+    const auto go = in[0].dtype == QF_BF16 ? run_linear<F, Bf16> : run_linear<F, F16>;
+    return go(planes, x, (int)m, out->data, out->dtype, blocks, warps, stream);
 }
 
 template <class F>
@@ -206,10 +204,10 @@ int dequantize(const qf_array *in, int n_in, qf_array *out, int n_out, void *str
     if (n_in < 1 || n_out != 1 || out->ndim != 2) return QF_ESHAPE;
     if (!is_float(out->dtype)) return QF_EDTYPE;
     Planes planes;
-    const int rc = planes_of<F>(in, n_in, out->shape[0], out->shape[1], &planes);
+    const int rc = open_planes<F>(in, n_in, out->shape[0], out->shape[1], &planes);
     if (rc != QF_OK) return rc;
     if (!planes.n_out || !planes.n_in) return QF_OK;
-    const int64_t steps = (planes.n_out + TILE - 1) / TILE * (int64_t)planes.chunks;
+    const int64_t steps = (int64_t)planes.tiles * planes.chunks;
     return run_dequantize<F>(planes, out->data, out->dtype, steps, stream);
 }
 

@@ -3,147 +3,198 @@
 // the numbers that a tile stands for. docs/gpu.md has pictures of planes and tiles.
 //
 // A family is a struct F with
+//   PLANES       what a row of a chunk has in each plane; WORDS: a lane's words of all of them
 //   CHUNK        columns that a warp takes at a time: 128 or 256
 //   SUB          columns that share a scale: 32 or 16
 //   MIN          true if a weight is scale·code − min, false if it is scale·code
-//   struct Row   what a lane holds of one row of a chunk
-//   load(planes, step, row, t)         Row of lane t of four; step = tile · chunks + chunk
-//   codes<T>(row, s, a)                the lane's SUB/4 codes of sub-block s: pairs of T, raised by offset<T>()
-//   offset<T>()                        what is taken off codes<T> again
-//   scale(row, s), min(row, s)         of sub-block s
-//   value(row, s, code)                the weight of an integer code, as the CPU rounds it
-// The lane's codes are columns SUB·s + SUB/4·t + 0, 1, 2, ...
+//   TILES        tiles that a block takes side by side: they share the activations
+//   SLOTS        chunks that a warp holds: one it computes with, the others are on their way
+//   WARPS        of a block, at most: 16 leave 128 registers a thread, 12 leave 168
+//   codes<T>(w, s, a)        the lane's SUB/4 codes of sub-block s: pairs of T, raised by offset<T>()
+//   offset<T>()              what is taken off codes<T> again
+//   scale(w, s), min(w, s)   of sub-block s
+//   value(w, s, code)        the weight of an integer code, as the CPU rounds it
+// w: the lane's words of one row of a chunk, plane after plane. The lane's codes are columns
+// SUB·s + SUB/4·t + 0, 1, 2, ...
 #pragma once
 #include "bits.cuh"
 
-struct Planes {
-    const uint8_t *p[4];
-    int32_t n_out, n_in;
-    int32_t chunks;     // per row
-    int32_t extra[2];   // a family's own
-};
-
 constexpr int TILE = 16, COLUMNS = 8;
 
-// x[column][k .. k+N) as pairs; zeros beyond the matrix. N·2 bytes at a time: k, n_in are multiples of 8.
-template <int N>
-QF_WARP void load_x(const uint16_t *x, int m, int n_in, int column, int k, uint32_t *b) {
-    QF_UNROLL for (int i = 0; i < N / 2; i++) b[i] = 0;
-    if (column < m && k < n_in) load_words<N / 2>(x + (int64_t)column * n_in + k, b);
+// Bytes of a row of a chunk: for each of its four lanes, or (parameters) for them together.
+struct Plane {
+    int bytes;
+    bool shared;
+    QF_MEMBER constexpr int words() const { return (bytes + 3) / 4; }
+    QF_MEMBER constexpr int vector() const { return bytes < 16 ? bytes : 16; }        // bytes of a load
+    QF_MEMBER constexpr int row() const { return shared ? bytes : 4 * vector(); }     // from a row to the next
+    QF_MEMBER constexpr int step() const { return TILE * bytes * (shared ? 1 : 4); }  // from a chunk to the next
+};
+
+// A matrix in planes, as kernels get it.
+struct Planes {
+    const uint8_t *p[6];
+    int32_t n_out, n_in, tiles;
+    int32_t chunks;        // per row
+    int32_t per_group;     // integers: chunks that share parameters
+    int32_t scale_dtype;   // integers
+};
+
+template <class F>
+QF_HD constexpr int planes_of() { return (int)(sizeof F::PLANES / sizeof F::PLANES[0]); }
+
+// Where word 0 of plane i is in a lane's words.
+template <class F>
+QF_HD constexpr int first_word(int i) {
+    int n = 0;
+    for (int j = 0; j < i; j++) n += F::PLANES[j].words();
+    return n;
 }
 
-// Products of R tiles from `tile` on with x[m][n_in], m <= 8: the chunks warp, warp + warps, ...
-// acc[lane][r] is the lane's part of mma's c: rows g, g + 8 of tile + r, columns 2t, 2t + 1.
-template <class F, class T, int R, int DEPTH>
-QF_WARP void tile_dot(const Planes &planes, const uint16_t *x, int m, int tile, int warp, int warps, float (*acc)[R][4]) {
-    constexpr int S = F::CHUNK / F::SUB, WORDS = F::SUB / 8;
-    constexpr bool SUMS = F::MIN || F::template offset<T>() != 0;
-    typename F::Row ring[DEPTH][LANES][R][2];
-    const auto fetch = [&](int chunk, typename F::Row (*into)[R][2]) {
+// Where a lane's part of row g of a tile begins in every plane.
+template <class F, int I = 0>
+QF_HD void lane_start(const Planes &planes, int64_t tile, int g, int t, const uint8_t **at) {
+    if constexpr (I < planes_of<F>()) {
+        constexpr Plane plane = F::PLANES[I];
+        at[I] = planes.p[I] + tile * F::steps(planes, I) * plane.step() + g * plane.row() + (plane.shared ? 0 : t * plane.vector());
+        lane_start<F, I + 1>(planes, tile, g, t, at);
+    }
+}
+
+// Rows g and g + 8 of a chunk.
+template <class F, int I = 0>
+QF_HD void lane_load(const Planes &planes, const uint8_t *const *at, int chunk, uint32_t (*w)[F::WORDS]) {
+    if constexpr (I < planes_of<F>()) {
+        constexpr Plane plane = F::PLANES[I];
+        constexpr int first = first_word<F>(I), vector = plane.vector();
+        const uint8_t *p = at[I] + (int64_t)F::step(planes, I, chunk) * plane.step();
+        QF_UNROLL for (int h = 0; h < 2; h++)
+            QF_UNROLL for (int v = 0; v < plane.bytes / vector; v++)
+                load_once<vector>(p + v * TILE * plane.row() + 8 * h * plane.row(), w[h] + first + v * (vector / 4));
+        lane_load<F, I + 1>(planes, at, chunk, w);
+    }
+}
+
+// What most families inherit: every plane has all chunks.
+struct Chunked {
+    QF_HD int64_t steps(const Planes &planes, int) { return planes.chunks; }  // of a tile in plane i
+    QF_HD int step(const Planes &, int, int chunk) { return chunk; }          // of a chunk
+    QF_HD float min(const uint32_t *, int) { return 0; }
+};
+
+// x[column][k .. k+N) as pairs; zeros beyond the matrix. p: x[column] or, if there is no such column, null;
+// k and n_in are multiples of N.
+template <int N>
+QF_WARP void load_x(const uint16_t *p, int k, int n_in, uint32_t *b) {
+    QF_UNROLL for (int i = 0; i < N / 2; i++) b[i] = 0;
+    if (p && k < n_in) load_words<N / 2>(p + k, b);
+}
+
+// Adds the product of one chunk: w is what lanes hold of its rows, x the activations of the lane's column.
+template <class F, class T>
+QF_WARP void chunk_dot(const uint32_t (*w)[F::TILES][2][F::WORDS], const uint16_t *const *x, int k, int n_in, float (*acc)[F::TILES][4]) {
+    constexpr int S = 128 / F::SUB, WORDS = F::SUB / 8;
+    QF_UNROLL for (int part = 0; part < F::CHUNK / 128; part++) {
+        uint32_t b[LANES][S][WORDS];
         QF_UNROLL for (int l = 0; l < LANES; l++)
-            QF_UNROLL for (int r = 0; r < R; r++) {
-                const int64_t step = (int64_t)(tile + r) * planes.chunks + chunk;
-                const int g = lane_id(l) >> 2, t = lane_id(l) & 3;
-                into[l][r][0] = F::load(planes, step, g, t);
-                into[l][r][1] = F::load(planes, step, g + 8, t);
+            QF_UNROLL for (int s = 0; s < S; s++)
+                load_x<F::SUB / 4>(x[l], k + part * 128 + s * F::SUB + (lane_id(l) & 3) * (F::SUB / 4), n_in, b[l][s]);
+        QF_UNROLL for (int s = 0; s < S; s++) {
+            const int sub = part * S + s;
+            uint32_t a[LANES][4], two[LANES][2];
+            float sum[LANES][4] = {}, start[LANES][4] = {};
+            // the sub-block's activations times a constant, in every row: −offset, or 1 where a min needs the sum too
+            if constexpr (F::MIN || F::template offset<T>() != 0)
+                QF_UNROLL for (int h = 0; h < WORDS / 2; h++) {
+                    QF_UNROLL for (int l = 0; l < LANES; l++) {
+                        a[l][0] = a[l][1] = a[l][2] = a[l][3] = T::pair(F::MIN ? 1 : -F::template offset<T>());
+                        two[l][0] = b[l][s][2 * h], two[l][1] = b[l][s][2 * h + 1];
+                    }
+                    mma<T>(sum, a, two, sum);
+                }
+            QF_UNROLL for (int l = 0; l < LANES; l++)
+                QF_UNROLL for (int i = 0; i < 4; i++) start[l][i] = F::MIN ? -F::template offset<T>() * sum[l][i] : sum[l][i];
+            QF_UNROLL for (int r = 0; r < F::TILES; r++) {
+                float c[LANES][4];
+                uint32_t codes[LANES][2][WORDS];
+                QF_UNROLL for (int l = 0; l < LANES; l++)
+                    QF_UNROLL for (int h = 0; h < 2; h++) F::template codes<T>(w[l][r][h], sub, codes[l][h]);
+                QF_UNROLL for (int h = 0; h < WORDS / 2; h++) {
+                    QF_UNROLL for (int l = 0; l < LANES; l++) {
+                        QF_UNROLL for (int i = 0; i < 4; i++) a[l][i] = codes[l][i & 1][2 * h + (i >> 1)];
+                        two[l][0] = b[l][s][2 * h], two[l][1] = b[l][s][2 * h + 1];
+                    }
+                    mma<T>(c, a, two, h ? c : start);
+                }
+                QF_UNROLL for (int l = 0; l < LANES; l++)
+                    QF_UNROLL for (int i = 0; i < 4; i++) {
+                        const uint32_t *row = w[l][r][i >> 1];
+                        acc[l][r][i] = fma_(F::scale(row, sub), c[l][i], acc[l][r][i]);
+                        if constexpr (F::MIN) acc[l][r][i] = fma_(-F::min(row, sub), sum[l][i], acc[l][r][i]);
+                    }
             }
-    };
-    QF_UNROLL for (int l = 0; l < LANES; l++)
-        QF_UNROLL for (int r = 0; r < R; r++)
+        }
+    }
+}
+
+// Products of F::TILES tiles from `tile` on with x[m][n_in], m <= 8: the chunks warp, warp + warps, ...
+// acc[lane][r] is the lane's part of mma's c: rows g, g + 8 of tile + r, columns 2t, 2t + 1.
+template <class F, class T>
+QF_WARP void tile_dot(const Planes &planes, const uint16_t *x, int m, int tile, int warp, int warps, float (*acc)[F::TILES][4]) {
+    uint32_t held[F::SLOTS][LANES][F::TILES][2][F::WORDS];
+    const uint8_t *at[LANES][F::TILES][planes_of<F>()];
+    const uint16_t *column[LANES];
+    QF_UNROLL for (int l = 0; l < LANES; l++) {
+        const int g = lane_id(l) >> 2, t = lane_id(l) & 3;
+        column[l] = g < m ? x + (int64_t)g * planes.n_in : nullptr;
+        QF_UNROLL for (int r = 0; r < F::TILES; r++) {
+            // the last block may have a tile too many
+            lane_start<F>(planes, tile + r < planes.tiles ? tile + r : tile, g, t, at[l][r]);
             QF_UNROLL for (int i = 0; i < 4; i++) acc[l][r][i] = 0;
-    QF_UNROLL for (int d = 0; d < DEPTH; d++)
-        if (warp + d * warps < planes.chunks) fetch(warp + d * warps, ring[d]);
-    for (int base = warp; base < planes.chunks; base += DEPTH * warps)
-        QF_UNROLL for (int d = 0; d < DEPTH; d++) {
+        }
+    }
+    const auto fetch = [&](int chunk, uint32_t (*into)[F::TILES][2][F::WORDS]) {
+        if (chunk >= planes.chunks) return;
+        QF_UNROLL for (int l = 0; l < LANES; l++)
+            QF_UNROLL for (int r = 0; r < F::TILES; r++) lane_load<F>(planes, at[l][r], chunk, into[l][r]);
+    };
+    QF_UNROLL for (int d = 0; d < F::SLOTS; d++) fetch(warp + d * warps, held[d]);
+    for (int base = warp; base < planes.chunks; base += F::SLOTS * warps)
+        QF_UNROLL for (int d = 0; d < F::SLOTS; d++) {
             const int chunk = base + d * warps;
             if (chunk >= planes.chunks) break;
-            uint32_t b[LANES][S][WORDS];
-            QF_UNROLL for (int l = 0; l < LANES; l++)
-                QF_UNROLL for (int s = 0; s < S; s++)
-                    load_x<F::SUB / 4>(x, m, planes.n_in, lane_id(l) >> 2,
-                                       chunk * F::CHUNK + s * F::SUB + (lane_id(l) & 3) * (F::SUB / 4), b[l][s]);
-            typename F::Row now[LANES][R][2];
-            memcpy(now, ring[d], sizeof now);
-            if (chunk + DEPTH * warps < planes.chunks) fetch(chunk + DEPTH * warps, ring[d]);
-            QF_UNROLL for (int s = 0; s < S; s++) {
-                uint32_t a[LANES][4], two[LANES][2];
-                float sum[LANES][4] = {};  // of the sub-block's activations, in every row
-                if constexpr (SUMS) {
-                    QF_UNROLL for (int h = 0; h < WORDS / 2; h++) {
-                        QF_UNROLL for (int l = 0; l < LANES; l++) {
-                            a[l][0] = a[l][1] = a[l][2] = a[l][3] = T::ONES;
-                            two[l][0] = b[l][s][2 * h], two[l][1] = b[l][s][2 * h + 1];
-                        }
-                        mma<T>(sum, a, two);
-                    }
-                }
-                QF_UNROLL for (int r = 0; r < R; r++) {
-                    float c[LANES][4];
-                    uint32_t codes[LANES][2][WORDS];
-                    QF_UNROLL for (int l = 0; l < LANES; l++) {
-                        QF_UNROLL for (int i = 0; i < 4; i++) c[l][i] = -F::template offset<T>() * sum[l][i & 1];
-                        F::template codes<T>(now[l][r][0], s, codes[l][0]);
-                        F::template codes<T>(now[l][r][1], s, codes[l][1]);
-                    }
-                    QF_UNROLL for (int h = 0; h < WORDS / 2; h++) {
-                        QF_UNROLL for (int l = 0; l < LANES; l++) {
-                            QF_UNROLL for (int i = 0; i < 4; i++) a[l][i] = codes[l][i & 1][2 * h + (i >> 1)];
-                            two[l][0] = b[l][s][2 * h], two[l][1] = b[l][s][2 * h + 1];
-                        }
-                        mma<T>(c, a, two);
-                    }
-                    QF_UNROLL for (int l = 0; l < LANES; l++)
-                        QF_UNROLL for (int i = 0; i < 4; i++) {
-                            const typename F::Row &row = now[l][r][i >> 1];
-                            acc[l][r][i] = fma_(F::scale(row, s), c[l][i], acc[l][r][i]);
-                            if constexpr (F::MIN) acc[l][r][i] = fma_(-F::min(row, s), sum[l][i & 1], acc[l][r][i]);
-                        }
-                }
-            }
+            chunk_dot<F, T>(held[d], column, chunk * F::CHUNK, planes.n_in, acc);
+            fetch(chunk + F::SLOTS * warps, held[d]);
         }
 }
 
 // The lane's SUB/4 weights of sub-block s.
 template <class F>
-QF_HD void tile_values(const typename F::Row &row, int s, float *w) {
+QF_HD void tile_values(const uint32_t *w, int s, float *found) {
     uint32_t a[F::SUB / 8];
-    F::template codes<F16>(row, s, a);
+    F::template codes<F16>(w, s, a);
     QF_UNROLL for (int i = 0; i < F::SUB / 8; i++) {
-        w[2 * i] = F::value(row, s, F16::low(a[i]) - F::template offset<F16>());
-        w[2 * i + 1] = F::value(row, s, F16::high(a[i]) - F::template offset<F16>());
+        found[2 * i] = F::value(w, s, F16::low(a[i]) - F::template offset<F16>());
+        found[2 * i + 1] = F::value(w, s, F16::high(a[i]) - F::template offset<F16>());
     }
 }
 
 // ---- what families are made of
 
-// Word i of a plane of N bytes a lane and row: vectors of 16 bytes, 16 rows of 4 lanes each.
-template <int N>
-QF_HD void load_codes(const uint8_t *plane, int64_t step, int row, int t, uint32_t *w) {
-    constexpr int V = N < 16 ? N : 16;
-    QF_UNROLL for (int v = 0; v < N / V; v++)
-        load_once<V>(plane + ((step * (N / V) + v) * 64 + row * 4 + t) * V, w + 4 * v);
-}
-
-// N bytes a row, which its four lanes share.
-template <int N>
-QF_HD void load_params(const uint8_t *plane, int64_t step, int row, uint32_t *w) {
-    load_once<N>(plane + (step * 16 + row) * N, w);
-}
-
-// Four fields of WIDTH bits in each half of w, from field `first` on, as numbers raised by T::RAISE.
+// N fields of WIDTH bits in each half of w, from field `first` on, as numbers raised by T::RAISE.
 template <class T, int WIDTH>
-QF_HD void spread(uint32_t w, int first, uint32_t *a) {
+QF_HD void spread(uint32_t w, int first, uint32_t *a, int n = 4) {
     constexpr uint32_t mask = ((1u << WIDTH) - 1) * 0x10001u;
-    QF_UNROLL for (int p = 0; p < 4; p++) a[p] = (w >> WIDTH * (first + p) & mask) | T::MAGIC;
+    QF_UNROLL for (int p = 0; p < n; p++) a[p] = and_or(w >> WIDTH * (first + p), mask, T::MAGIC);
 }
 
-// Adds four fields of WIDTH bits as bits from PLACE on.
+// Adds fields of WIDTH bits to them as their bits from PLACE on.
 template <int WIDTH, int PLACE>
-QF_HD void spread_high(uint32_t w, int first, uint32_t *a) {
-    constexpr uint32_t mask = ((1u << WIDTH) - 1) << PLACE;
-    QF_UNROLL for (int p = 0; p < 4; p++) {
+QF_HD void spread_high(uint32_t w, int first, int n, uint32_t *a) {
+    constexpr uint32_t mask = (((1u << WIDTH) - 1) << PLACE) * 0x10001u;
+    QF_UNROLL for (int p = 0; p < n; p++) {
         const int shift = WIDTH * (first + p) - PLACE;
-        a[p] |= (shift < 0 ? w << -shift : w >> shift) & mask * 0x10001u;
+        a[p] = and_or(shift < 0 ? w << -shift : w >> shift, mask, a[p]);
     }
 }
 
@@ -156,10 +207,20 @@ QF_HD void spread_bytes(uint32_t w, uint32_t *a) {
             a[p] = prmt(w, T::MAGIC, p ? 0x5351 : 0x5250);
         } else {
             // (128 + low seven bits) − (256 or, with the top bit set, 128)
-            const uint32_t v = w >> 8 * p;
-            a[p] = Bf16::minus((v & 0x007f007fu) | Bf16::MAGIC, (~v & 0x00800080u) | Bf16::MAGIC);
+            a[p] = Bf16::minus(and_or(w >> 8 * p, 0x007f007fu, Bf16::MAGIC), and_or(~w >> 8 * p, 0x00800080u, Bf16::MAGIC));
         }
     }
 }
 
+// What is taken off what spread_bytes gives, for signed numbers.
+template <class T>
+QF_HD constexpr float bytes_offset() { return T::RAISE == 1024 ? 1024 + 128 : 0; }
+
+// Half i of an array of words.
 QF_HD float half_at(const uint32_t *w, int i) { return float_of_half(w[i >> 1] >> 16 * (i & 1) & 0xffffu); }
+
+// scale · (byte i of w − zero), rounded once, without the slow conversion: 2^15 + the byte is a float with the byte in
+// the middle of its mantissa, and (2^15 + zero) · scale is exact for a scale of 11 bits.
+QF_HD float times_byte(float scale, uint32_t w, int i, float zero = 0) {
+    return fma_(scale, float_of(prmt(w, 0x47000000u, 0x7404u | (uint32_t)i << 4)), -(32768.0f + zero) * scale);
+}

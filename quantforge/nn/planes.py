@@ -165,7 +165,11 @@ def _affine(kind: str, chunk: int, widths: tuple[int, ...], *params: slice, sub:
 
 FAMILIES: dict[str, Family] = {
     "Q4_0": _affine("q4_0", 128, (4,), slice(0, 2)),
+    "Q4_1": _affine("q4_1", 128, (4,), slice(0, 4)),
     "Q8_0": _affine("q8_0", 128, (8,), slice(0, 2)),
+    "Q4_K": _affine("q4_k", 256, (4,), slice(0, 16)),
+    "Q5_K": _affine("q5_k", 256, (4, 1), slice(0, 16)),
+    "Q6_K": _affine("q6_k", 256, (4, 2), slice(192, 208), slice(208, 210), sub=16),
 }
 """By codec name."""
 

@@ -1,0 +1,53 @@
+// ggml's K-quants of 4 to 6 bits: super-blocks of 256 weights are chunks.
+#pragma once
+#include "tile.cuh"
+
+// Q4_K's and Q5_K's parameters: the 16 bytes {d, dmin, 6-bit scales and mins}.
+struct Super : Chunked {
+    static constexpr bool MIN = true;
+    template <class T> QF_HD constexpr float offset() { return T::RAISE; }
+    // Four of the eight scales (mins: second) as bytes.
+    QF_HD uint32_t six(const uint32_t *w, int half, int second) {
+        const uint32_t low = w[1 + second];
+        return half ? and_or(low >> 2, 0x30303030u, w[3] >> 4 * second & 0x0f0f0f0fu) : low & 0x3f3f3f3fu;
+    }
+    QF_HD float scale_of(const uint32_t *w, int s) { return times_byte(half_at(w, 0), six(w, s >> 2, 0), s & 3); }
+    QF_HD float min_of(const uint32_t *w, int s) { return times_byte(half_at(w, 1), six(w, s >> 2, 1), s & 3); }
+};
+
+// d · sc · code − dmin · m, in 32s
+struct Q4_K : Super {
+    static constexpr Plane PLANES[] = {{32, false}, {16, true}};
+    static constexpr int WORDS = 12, CHUNK = 256, SUB = 32, TILES = 1, SLOTS = 2, WARPS = 16;
+    template <class T> QF_HD void codes(const uint32_t *w, int s, uint32_t *a) { spread<T, 4>(w[s], 0, a); }
+    QF_HD float scale(const uint32_t *w, int s) { return scale_of(w + 8, s); }
+    QF_HD float min(const uint32_t *w, int s) { return min_of(w + 8, s); }
+    QF_HD float value(const uint32_t *w, int s, float code) { return sub(mul(scale(w, s), code), min(w, s)); }
+};
+
+// the same with a fifth bit
+struct Q5_K : Super {
+    static constexpr Plane PLANES[] = {{32, false}, {8, false}, {16, true}};
+    static constexpr int WORDS = 14, CHUNK = 256, SUB = 32, TILES = 1, SLOTS = 2, WARPS = 16;
+    template <class T> QF_HD void codes(const uint32_t *w, int s, uint32_t *a) {
+        spread<T, 4>(w[s], 0, a);
+        spread_high<1, 4>(w[8 + (s >> 2)], 4 * (s & 3), 4, a);
+    }
+    QF_HD float scale(const uint32_t *w, int s) { return scale_of(w + 10, s); }
+    QF_HD float min(const uint32_t *w, int s) { return min_of(w + 10, s); }
+    QF_HD float value(const uint32_t *w, int s, float code) { return sub(mul(scale(w, s), code), min(w, s)); }
+};
+
+// d · sc · (code − 32), in 16s; sc is signed
+struct Q6_K : Chunked {
+    static constexpr Plane PLANES[] = {{32, false}, {16, false}, {16, true}, {2, true}};
+    static constexpr int WORDS = 17, CHUNK = 256, SUB = 16, TILES = 1, SLOTS = 2, WARPS = 12;
+    static constexpr bool MIN = false;
+    template <class T> QF_HD constexpr float offset() { return T::RAISE + 32; }
+    template <class T> QF_HD void codes(const uint32_t *w, int s, uint32_t *a) {
+        spread<T, 4>(w[s >> 1], 2 * (s & 1), a, 2);
+        spread_high<2, 4>(w[8 + (s >> 2)], 2 * (s & 3), 2, a);
+    }
+    QF_HD float scale(const uint32_t *w, int s) { return times_byte(float_of_half(w[16]), w[12 + (s >> 2)] ^ 0x80808080u, s & 3, 128); }
+    QF_HD float value(const uint32_t *w, int s, float code) { return mul(scale(w, s), code); }
+};

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .formats import open_path as open
     from .importance import Importance
     from .importance import read as read_importance
+    from .loading import load
     from .planning import Plan, plan
     from .recipes import Recipe
     from .report import Evaluation
@@ -59,6 +60,7 @@ __all__ = [
     "compare",
     "convert",
     "evaluate",
+    "load",
     "open",
     "plan",
     "quantize",
@@ -77,6 +79,7 @@ _HOMES = {
     "Evaluation": ("report", ""),
     "compare": ("scorecard", ""),
     "evaluate": ("evaluation", ""),
+    "load": ("loading", ""),
     "open": ("formats", "open_path"),
     "read_importance": ("importance", "read"),
 }

@@ -24,8 +24,9 @@ from torch import nn
 
 from . import archs, checkpoint
 from .arrays import F32
-from .codecs import Codec
+from .codecs import Codec, Encoded
 from .errors import FormatError, NonFiniteError, QuantForgeError, ShapeError, UnsupportedError
+from .nn import QuantEmbedding, QuantExperts, QuantLinear
 
 if TYPE_CHECKING:
     from .formats import Source
@@ -46,10 +47,24 @@ class Place:
 
 
 class Model:
-    """A model file as a transformers model whose weights are decoded on demand, in f32 or bf16."""
+    """A model file as a transformers model whose weights are decoded on demand, in f32 or bf16.
 
-    def __init__(self, source: Source, name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+    packed: linear layers, embeddings and experts are not decoded, but hold their tensors as they are stored and compute
+    from those (quantforge.nn); activations: as in `QuantLinear`.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        name: str,
+        *,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        packed: bool = False,
+        activations: str = "float",
+    ) -> None:
         self.source, self.name, self.dtype = source, name, dtype
+        self.packed, self.activations = packed, activations
         self.device = torch.device(device)
         self.arch = _arch(source)
         self.config = gguf_config(source) if source.format == "gguf" else dict(source.config)
@@ -180,6 +195,8 @@ class Model:
     def load(self, module: nn.Module, prefix: str, skip: Sequence[nn.Module] = ()) -> None:
         """Decode the parameters of `module`, whose name is `prefix`, into it; sub-modules in `skip` stay empty."""
         avoided = {id(m) for s in skip for m in s.modules()}
+        if self.packed:
+            self._pack(module, prefix, avoided)
         done: dict[str, nn.Parameter] = {}
         for path, owner in module.named_modules():
             if id(owner) in avoided:
@@ -200,9 +217,92 @@ class Model:
                 if buffer is not None and leaf not in owner._non_persistent_buffers_set and f"{stem}.{leaf}" in self.places:
                     owner._buffers[leaf] = torch.from_numpy(self.decode(f"{stem}.{leaf}")).to(self.device, buffer.dtype)
 
+    def encoded(self, name: str) -> Encoded | None:
+        """A matrix of the checkpoint as it is stored, its rows in the checkpoint's order; None where only its numbers
+        can be had, and where a plain parameter of this model's dtype would be the same bytes.
+        """
+        place = self.places.get(name)
+        if place is None or (place.inverse is not None and place.inverse.value is not None):
+            return None
+        e = self.source.read(place.stored)
+        if place.expert is not None and len(e.shape) == 3 and e.codec.row_local:
+            n = e.shape[1]
+            e = e.flat().rows(slice(place.expert * n, (place.expert + 1) * n))
+        if len(e.shape) != 2 or _PLAIN.get(e.codec.name) == self.dtype:
+            return None
+        if place.inverse is not None and place.inverse.rows is not None:
+            if not e.codec.sliceable:
+                return None
+            e = e.rows(place.inverse.rows)
+        return e
+
+    def _pack(self, module: nn.Module, prefix: str, avoided: set[int]) -> None:
+        """Put modules that hold stored tensors in the place of linears, embeddings and experts without weights."""
+        owners = [(".".join(p for p in (prefix, k) if p), m) for k, m in module.named_modules() if id(m) not in avoided]
+        for kind in (nn.Embedding, nn.Linear):  # a tied head needs its embedding
+            for stem, owner in owners:
+                for key, child in list(owner._modules.items()):
+                    if type(child) is kind and id(child) not in avoided and child.weight.is_meta:
+                        name = f"{stem}.{key}.weight" if stem else f"{key}.weight"
+                        if (fresh := self._packed(child, name)) is not None:
+                            owner._modules[key] = fresh.to(self.device)
+                            fresh.__dict__["_replaced"] = child
+                            if isinstance(child, nn.Linear):
+                                fresh.bias = child.bias  # decoded with what else is left
+        for stem, owner in owners:
+            for key, parameter in list(owner._parameters.items()):
+                if parameter is None or not parameter.is_meta or parameter.ndim != 3:
+                    continue
+                if (stacked := self._stacked(f"{stem}.{key}", len(parameter))) is not None:
+                    del owner._parameters[key]
+                    owner._modules[key] = experts = QuantExperts(stacked, dtype=self.dtype).to(self.device)
+                    experts.__dict__["_replaced"] = parameter
+                    self.module.config._experts_implementation = "eager"  # which takes experts one by one
+
+    def _packed(self, child: nn.Module, name: str) -> nn.Module | None:
+        if name in self.tied:
+            embedding = self.module.get_submodule(self.tied[name].removesuffix(".weight"))
+            if isinstance(embedding, QuantEmbedding):
+                return QuantLinear.tied(embedding, activations=self.activations)
+            name = self.tied[name]
+        e = self.encoded(name)
+        if e is None or (isinstance(child, nn.Embedding) and not e.codec.sliceable):
+            if name in self.places and self.stored(name)[0].name not in _PLAIN:
+                logger.info("%s: %s is decoded: its rows have another order or cannot be had one by one", self.name, name)
+            return None
+        expected = tuple(child.weight.shape)  # type: ignore[arg-type]
+        if e.shape != expected:
+            raise ShapeError(f"{self.name}: {name}: shape {list(e.shape)}, config says {list(expected)}")
+        linear = isinstance(child, nn.Linear)
+        fresh = QuantLinear(e, activations=self.activations) if linear else QuantEmbedding(e, dtype=self.dtype)
+        self.source.release(self.places[name].stored)
+        return fresh
+
+    def _stacked(self, name: str, count: int) -> list[list[Encoded]] | None:
+        """The stored matrices of each expert of a fused parameter, or None if some must be decoded."""
+        if name in self.places:
+            e = self.source.read(self.places[name].stored)
+            if e.codec.row_local and len(e.shape) == 3 and _PLAIN.get(e.codec.name) != self.dtype:
+                n = e.shape[1]
+                return [[e.flat().rows(slice(i * n, (i + 1) * n))] for i in range(count)]
+            return None
+        found = [self.encoded(p) for p in self.parts(name)]
+        if not found or any(e is None for e in found):
+            return None
+        per = len(found) // count
+        return [[e for e in found[i * per : (i + 1) * per] if e is not None] for i in range(count)]
+
     @staticmethod
     def unload(module: nn.Module) -> None:
         """Give the memory of a module's parameters back."""
+        for owner in list(module.modules()):
+            for key, child in list(owner._modules.items()):
+                replaced = child.__dict__.get("_replaced")
+                if isinstance(replaced, nn.Module):
+                    owner._modules[key] = replaced
+                elif replaced is not None:
+                    del owner._modules[key]
+                    owner._parameters[key] = replaced
         for owner in module.modules():
             for leaf, parameter in owner._parameters.items():
                 if parameter is not None:
@@ -222,7 +322,7 @@ class Model:
     def resident(self) -> Iterator[nn.Module]:
         """The whole model with its weights, for generation; blocks stay on the meta device if they would not fit
         into half of the free memory, and are then decoded at every pass."""
-        need = sum(p.numel() for p in self.module.parameters()) * self.dtype.itemsize
+        need = self.source.total_bytes if self.packed else sum(p.numel() for p in self.module.parameters()) * self.dtype.itemsize
         if need <= _free_memory(self.device) // 2:
             self.load(self.module, "")
             handles = []
@@ -319,6 +419,8 @@ class Model:
         finally:
             self.unload(self.module)
 
+
+_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 FUSED = {".gate_up_proj": ("gate_proj", "up_proj"), ".down_proj": ("down_proj",)}
 """transformers 5 keeps experts stacked; checkpoints have them one by one: suffix after "experts" -> what is joined."""

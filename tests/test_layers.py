@@ -18,7 +18,7 @@ LAYERS = [
     {"codecs", "archs", "metrics", "tokenizer", "overlap"},
     {"layouts", "checkpoint", "nn"},
     {"formats", "methods", "runtime", "presets", "corpus"},
-    {"recipes", "calibration", "importance", "report", "similarity", "tasks"},
+    {"recipes", "calibration", "importance", "report", "similarity", "tasks", "loading"},
     {"planning", "blockwise"},
     {"conversion", "evaluation"},
     {"scorecard", "inspection"},

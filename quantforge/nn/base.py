@@ -26,8 +26,11 @@ def tensor(part: Array) -> torch.Tensor:
 class Packed(nn.Module):
     """A matrix [out, in] in its stored form: a buffer for each part, `weight_<part>`, with the file's bytes.
 
-    Moving to another device takes the parts along; a change of dtype leaves them as they are.
+    Moving to another device takes the parts along; a change of dtype leaves them as they are, and is that of `dtype`.
     """
+
+    dtype: torch.dtype | None = None
+    """Of the numbers that come out; None: of what comes in."""
 
     def __init__(self, encoded: Encoded) -> None:
         super().__init__()
@@ -52,8 +55,9 @@ class Packed(nn.Module):
         """Bytes of the matrix in memory."""
         return sum(p.nbytes for p in self.planes)
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The numbers that the matrix stands for: [out, in] of `dtype`."""
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The numbers that the matrix stands for: [out, in] of `dtype`, by default float32."""
+        dtype = dtype or self.dtype or torch.float32
         found: torch.Tensor = torch.ops.quantforge.dequantize(self.planes, self.codec_name, *self.shape, dtype)
         return found
 
@@ -63,6 +67,8 @@ class Packed(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for k, part in kept.items():
             assert part is not None
+            if self.dtype is not None:
+                self.dtype = fn(torch.empty(0, dtype=self.dtype, device=part.device)).dtype
             self._buffers[k] = fn(part.reshape(-1).view(torch.uint8)).view(part.dtype).reshape(part.shape)
         return self
 

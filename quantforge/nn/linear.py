@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 from typing_extensions import Self
@@ -32,6 +34,11 @@ class QuantLinear(Packed):
             raise ShapeError(f"QuantLinear: a bias of {list(bias.shape)} does not fit {self.out_features} outputs")
         self.bias: nn.Parameter | None
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
+
+    @classmethod
+    def tied(cls, embedding: QuantEmbedding, *, activations: str = "float") -> QuantLinear:
+        """A head that computes with an embedding's matrix, which stays the embedding's."""
+        return TiedLinear(embedding, activations)
 
     @classmethod
     def from_encoded(cls, encoded: Encoded, bias: torch.Tensor | None = None, *, activations: str = "float") -> Self:
@@ -70,3 +77,43 @@ class QuantEmbedding(Packed):
             planes, self.codec_name, rows.shape[0], self.embedding_dim, self.dtype
         )
         return found.reshape(*ids.shape, self.embedding_dim)
+
+
+class TiedLinear(QuantLinear):
+    """A head without a matrix of its own: see `QuantLinear.tied`."""
+
+    def __init__(self, embedding: QuantEmbedding, activations: str) -> None:
+        nn.Module.__init__(self)
+        self._embedding = (embedding,)  # in a tuple: no sub-module, whose parameters would be here twice
+        self._parts = ()
+        self.codec_name, self.shape = embedding.codec_name, embedding.shape
+        self.out_features, self.in_features = self.shape
+        self.activations = activations
+        self.register_parameter("bias", None)
+
+    @property
+    def planes(self) -> list[torch.Tensor]:
+        """The embedding's."""
+        return self._embedding[0].planes
+
+
+class QuantExperts(nn.Module):
+    """Experts' matrices, stacked: `experts[i]` is the i-th, decoded, [out, in] of `dtype`.
+
+    Takes the place of a parameter [experts, out, in]. stacked: what each expert's matrix is made of, on top of each other.
+    """
+
+    def __init__(self, stacked: Iterable[Iterable[Encoded]], *, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        for i, matrices in enumerate(stacked):
+            self.add_module(str(i), nn.ModuleList(Packed(e) for e in matrices))
+        for m in self.modules():
+            if isinstance(m, Packed):
+                m.dtype = dtype
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __getitem__(self, i: int | torch.Tensor) -> torch.Tensor:
+        matrices = self.get_submodule(str(int(i))).children()
+        return torch.cat([m.dequantize() for m in matrices if isinstance(m, Packed)])

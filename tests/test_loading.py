@@ -1,0 +1,179 @@
+"""Models that run on what the file holds, beside transformers on the decoded weights."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import quantforge as qf
+from quantforge.demo import MODEL
+from quantforge.errors import FormatError, RecipeError
+from quantforge.nn import QuantEmbedding, QuantExperts, QuantLinear
+from quantforge.runtime import Model, advance
+from tests import checkpoints
+
+IDS = torch.tensor([[0, 5, 900, 77, 1234, 42, 8, 300, 2500, 11], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def decoded(path: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """transformers' model with all weights decoded."""
+    with qf.open(path) as source:
+        model = Model(source, "decoded", dtype=dtype)
+        model.load(model.module, "")
+        return model.module
+
+
+def in_memory(module: torch.nn.Module) -> int:
+    return sum({t.data_ptr(): t.nbytes for t in (*module.parameters(), *module.buffers())}.values())
+
+
+def compare(path: Path, ids: torch.Tensor = IDS, tolerance: float = 2e-5, **options: Any) -> Any:
+    """The loaded model, its logits checked."""
+    model, want = qf.load(path, **options), decoded(path)
+    with torch.no_grad():
+        ours, theirs = model(ids).logits, want(ids).logits
+    assert float((ours - theirs).abs().max()) < tolerance * float(theirs.abs().max())
+    return model
+
+
+def speak(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
+    made = model.generate(ids[:1, :4], max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
+    assert made.shape == (1, 10)
+    return made
+
+
+@pytest.mark.parametrize("kind", ["Q4_K_M", "Q8_0", "IQ3_XXS", "Q4_0", "IQ2_XXS"])
+def test_gguf(tmp_path: Path, kind: str) -> None:
+    qf.convert(MODEL, tmp_path / "m.gguf", kind, importance=MODEL / "llama.cpp-imatrix.gguf")
+    model = compare(tmp_path / "m.gguf")
+    with qf.open(tmp_path / "m.gguf") as source:
+        stored = sum(s.nbytes for s in source.weights.values())
+    assert stored <= in_memory(model) < 1.03 * stored  # the head is the embedding
+    linears = [m for k, m in model.named_modules() if k.endswith("_proj")]
+    assert len(linears) == 42 and all(isinstance(m, QuantLinear) for m in linears)
+    assert isinstance(model.get_input_embeddings(), QuantEmbedding)
+    assert torch.equal(speak(model), speak(decoded(tmp_path / "m.gguf")))
+    again = copy.deepcopy(model)
+    again.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(again(IDS).logits, model(IDS).logits)
+        half = copy.deepcopy(model).bfloat16()
+        assert half(IDS).logits.dtype == torch.bfloat16 and in_memory(half) < in_memory(model)
+    text = model.tokenizer("To open a file", return_tensors="pt").input_ids
+    assert model.tokenizer.decode(text[0]).endswith("To open a file")
+
+
+@pytest.mark.parametrize(
+    ("format", "options"),
+    [
+        ("gptq", {}),
+        ("gptq", {"bits": 8}),
+        ("awq", {}),
+        ("compressed-tensors", {}),
+        ("bitsandbytes", {}),
+        ("bitsandbytes", {"bits": 8}),
+    ],
+)
+def test_checkpoints_of_other_libraries(tmp_path: Path, format: str, options: dict[str, Any]) -> None:
+    qf.convert(MODEL, tmp_path / "m", format=format, **options)
+    model = compare(tmp_path / "m")
+    speak(model)
+    with qf.open(tmp_path / "m") as source:
+        stored = sum(s.nbytes for s in source.weights.values())
+    assert 0.97 * stored < in_memory(model) < 1.03 * stored
+    assert model.generation_config.eos_token_id == 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_plain_checkpoint(dtype: str) -> None:
+    model = qf.load(MODEL, dtype=dtype)
+    head = type(model.model.layers[0].mlp.up_proj)
+    assert head is (torch.nn.Linear if dtype == "bfloat16" else QuantLinear)  # the same bytes, where those are its dtype
+    assert in_memory(model) < 1.01 * (MODEL / "model.safetensors").stat().st_size
+    if dtype == "float32":
+        compare(MODEL)
+    else:
+        with torch.no_grad():
+            assert torch.equal(model(IDS).logits, decoded(MODEL, torch.bfloat16)(IDS).logits)
+
+
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16, "decoder_sparse_step": 1}
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("Llama", {"num_key_value_heads": 2, "attention_bias": True}),  # rows of q and k have another order in GGUF
+        ("Qwen2", {}),
+        ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
+        ("Qwen3Moe", MOE),
+        ("Mixtral", {"num_local_experts": 4}),
+    ],
+)
+def test_architectures(tmp_path: Path, kind: str, changes: dict[str, Any]) -> None:
+    checkpoints.model(tmp_path, kind, **changes)
+    ids = IDS % 300
+    found = [tmp_path]
+    qf.convert(tmp_path, tmp_path / "q8.safetensors.d", recipe="int8-channel-sym")
+    found.append(tmp_path / "q8.safetensors.d")
+    if kind not in ("Mixtral", "Qwen3Moe"):
+        qf.convert(tmp_path, tmp_path / "m.gguf", "Q8_0")
+        found.append(tmp_path / "m.gguf")
+    for path in found:
+        model = compare(path, ids, dtype="float32")
+        assert torch.equal(speak(model, ids), speak(decoded(path), ids))
+        packed = [m for m in model.modules() if isinstance(m, QuantExperts)]
+        if kind in ("Qwen3Moe", "Mixtral"):
+            assert len(packed) == (0 if path == tmp_path else 4)
+    with torch.no_grad():
+        made = qf.load(found[-1])
+        (near,) = {float((made(ids).logits - qf.load(tmp_path)(ids).logits).norm() / qf.load(tmp_path)(ids).logits.norm())}
+    assert near < 0.2  # and the rows are where they belong
+
+
+def test_blocks_of_stored_tensors_in_the_evaluators_passes(tmp_path: Path) -> None:
+    qf.convert(MODEL, tmp_path / "m.gguf", "Q4_K_M")
+    ids = torch.from_numpy(np.random.default_rng(0).integers(2, 4000, (3, 64)))
+    with qf.open(tmp_path / "m.gguf") as source:
+        models = [Model(source, "decoded"), Model(source, "packed", packed=True)]
+        seen: list[set[type]] = []
+        hidden = advance(models, ids, before=lambda i, blocks, _: seen.append({type(m) for m in blocks[1].modules()}))
+        assert all(QuantLinear in kinds for kinds in seen) and len(seen) == 6
+        assert float((hidden[0] - hidden[1]).norm() / hidden[0].norm()) < 1e-5
+        with torch.inference_mode():
+            positions, logits = torch.arange(10, 63), []
+            for m, h in zip(models, hidden, strict=True):
+                with m.head() as head:
+                    logits.append(head(h, positions).log_softmax(-1))
+        assert float((logits[0].exp() * (logits[0] - logits[1])).sum(-1).max()) < 1e-6
+        # and nothing stays behind
+        assert not any(isinstance(m, QuantLinear) for m in models[1].layers.modules())
+        assert all(p.is_meta for p in models[1].layers.parameters())
+
+
+def test_errors(tmp_path: Path) -> None:
+    for path, options, error, message in (
+        (MODEL, {"device": "tpu"}, RecipeError, "device tpu"),
+        (MODEL, {"dtype": "int8"}, RecipeError, "dtype int8"),
+        (MODEL, {"activations": "int4"}, RecipeError, "activations int4"),
+        (tmp_path, {}, FormatError, "not a model"),
+    ):
+        with pytest.raises(error, match=message) as raised:
+            qf.load(path, **options)
+        assert "\n" not in str(raised.value)
+    if not torch.cuda.is_available():
+        with pytest.raises(RecipeError, match="no CUDA device here"):
+            qf.load(MODEL, device="cuda")

@@ -2,17 +2,98 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
 from typing_extensions import Self
 
-from ..codecs import Encoded
+from .. import codecs
+from ..codecs import Codec, Encoded
 from ..errors import ShapeError
-from .base import Packed
+from . import ops
+from . import planes as layouts
+from .base import tensor
 
 ACTIVATIONS = ("float", "int8")
+
+ROWS_AT_ONCE = 1024
+"""Rows of an embedding that CUDA looks up together: with each come those of its tile."""
+
+
+class Packed(nn.Module):
+    """A matrix [out, in] in its stored form: a buffer for each part, `weight_<part>`, with the file's bytes; on CUDA,
+    the same bits as its kernels want them (`planes`).
+
+    Moving to another device takes the parts along; a change of dtype leaves them as they are, and is that of `dtype`.
+    """
+
+    dtype: torch.dtype | None = None
+    """Of the numbers that come out; None: of what comes in."""
+
+    def __init__(self, encoded: Encoded) -> None:
+        super().__init__()
+        self.codec_name = encoded.codec.name
+        self.shape = tuple(int(n) for n in encoded.shape)
+        self._parts: tuple[str, ...] = tuple(f"weight_{k}" for k in encoded.codec.layout(encoded.shape))
+        for name, part in zip(self._parts, encoded.parts.values(), strict=True):
+            self.register_buffer(name, tensor(part))
+
+    @property
+    def codec(self) -> Codec:
+        """How the matrix is stored."""
+        return codecs.get(self.codec_name)
+
+    @property
+    def planes(self) -> list[torch.Tensor]:
+        """What the operators take: the parts in the codec's order."""
+        return [getattr(self, k) for k in self._parts]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the matrix in memory."""
+        return sum(p.nbytes for p in self.planes)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The numbers that the matrix stands for: [out, in] of `dtype`, by default float32."""
+        dtype = dtype or self.dtype or torch.float32
+        found: torch.Tensor = torch.ops.quantforge.dequantize(self.planes, self.codec_name, *self.shape, dtype)
+        return found
+
+    def encoded(self) -> Encoded:
+        """The stored matrix, on the CPU."""
+        if self.planes[0].is_cuda:
+            return layouts.unpack(layouts.restore(self.planes, self.codec_name, self.shape).to("cpu"))
+        return Encoded(self.codec, self.shape, ops.parts_of(self.planes, self.codec, self.shape))
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        kept = {k: self._buffers.pop(k) for k in self._parts}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if not kept:
+            return self
+        here = next(p.device for p in kept.values() if p is not None)
+        there = fn(torch.empty(0, dtype=torch.uint8, device=here)).device
+        if self.dtype is not None:
+            self.dtype = fn(torch.empty(0, dtype=self.dtype, device=here)).dtype
+        if {here.type, there.type} == {"cpu", "cuda"}:
+            self._buffers.update(kept)
+            e = self.encoded()
+            for k in self._parts:
+                del self._buffers[k]
+            moved = layouts.pack(e).tensors if there.type == "cuda" else {k: tensor(p) for k, p in e.parts.items()}
+            kept = {f"weight_{k}": p.to(there) for k, p in moved.items()}
+            self._parts = tuple(kept)
+        for k, part in kept.items():
+            assert part is not None
+            # as bytes, which .half() and .to(dtype) let pass
+            self._buffers[k] = fn(part.reshape(-1).view(torch.uint8)).view(part.dtype).reshape(part.shape)
+        return self
+
+    def extra_repr(self) -> str:
+        """Sizes, codec and bits per weight."""
+        out, n = self.shape
+        bpw = 8 * self.nbytes / max(1, out * n)
+        return f"in_features={n}, out_features={out}, codec={self.codec_name}, bpw={bpw:.4g}"
 
 
 class QuantLinear(Packed):
@@ -66,17 +147,24 @@ class QuantEmbedding(Packed):
             raise ShapeError(f"QuantEmbedding: rows of {encoded.codec.name}{list(encoded.shape)} cannot be decoded alone")
         super().__init__(encoded)
         self.num_embeddings, self.embedding_dim = self.shape
-        self.dtype = dtype
-        self._shared = tuple(f"weight_{k}" in {f"weight_{s}" for s in encoded.codec.shared} for k in encoded.parts)
+        self.dtype: torch.dtype = dtype
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """ids: integers of any shape -> [..., hidden]."""
+        tile = layouts.TILE if self.planes[0].is_cuda and layouts.family(self.codec_name) else 1
         rows = ids.reshape(-1)
-        planes = [p if shared else p[rows] for p, shared in zip(self.planes, self._shared, strict=True)]
-        found: torch.Tensor = torch.ops.quantforge.dequantize(
-            planes, self.codec_name, rows.shape[0], self.embedding_dim, self.dtype
-        )
-        return found.reshape(*ids.shape, self.embedding_dim)
+        at_once = ROWS_AT_ONCE if tile > 1 else max(1, len(rows))
+        found = [self._rows(some, tile) for some in torch.split(rows, at_once)]
+        return torch.cat(found).reshape(*ids.shape, self.embedding_dim)
+
+    def _rows(self, rows: torch.Tensor, tile: int) -> torch.Tensor:
+        shared = {f"weight_{k}" for k in self.codec.shared}
+        planes = [p if k in shared else p[rows // tile] for k, p in zip(self._parts, self.planes, strict=True)]
+        n = rows.shape[0]
+        found: torch.Tensor = torch.ops.quantforge.dequantize(planes, self.codec_name, n * tile, self.embedding_dim, self.dtype)
+        if tile == 1:
+            return found
+        return found.reshape(n, tile, -1)[torch.arange(n, device=rows.device), rows % tile]
 
 
 class TiedLinear(QuantLinear):
@@ -85,7 +173,7 @@ class TiedLinear(QuantLinear):
     def __init__(self, embedding: QuantEmbedding, activations: str) -> None:
         nn.Module.__init__(self)
         self._embedding = (embedding,)  # in a tuple: no sub-module, whose parameters would be here twice
-        self._parts = ()
+        self._parts: tuple[str, ...] = ()
         self.codec_name, self.shape = embedding.codec_name, embedding.shape
         self.out_features, self.in_features = self.shape
         self.activations = activations

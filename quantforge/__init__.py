@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .calibration import CalibrationReport, calibrate
-    from .codecs import Codec, Encoded, GridCodec, quantize, register
+    from .codecs import Codec, Encoded, GridCodec, register
     from .conversion import Report, convert
+    from .device import quantize
     from .errors import (
         CalibrationError,
         FormatError,
@@ -70,7 +71,8 @@ __all__ = [
 
 # Names are looked up when first used: `quantforge --help` loads neither NumPy nor gguf.
 _HOMES = {
-    **dict.fromkeys(("Codec", "Encoded", "GridCodec", "quantize", "register"), ("codecs", "")),
+    **dict.fromkeys(("Codec", "Encoded", "GridCodec", "register"), ("codecs", "")),
+    "quantize": ("device", ""),
     **dict.fromkeys(("Report", "convert"), ("conversion", "")),
     **dict.fromkeys(("Plan", "plan"), ("planning", "")),
     **dict.fromkeys(("CalibrationReport", "calibrate"), ("calibration", "")),

@@ -247,7 +247,9 @@ def _print_plan(plan: Plan) -> None:
     "--static-groups/--no-static-groups", default=None, help="GPTQ: fit all scales beforehand; then --act-order needs no g_idx."
 )
 @click.option("--damping", metavar="X", type=float, help="GPTQ: part of the Hessian's mean diagonal added to it; default 0.01.")
-@click.option("--device", metavar="D", default="cpu", show_default=True, help="Where --method runs: cpu or cuda.")
+@click.option(
+    "--device", metavar="D", default="cpu", show_default=True, help="Where tensors are encoded and --method runs: cpu or cuda."
+)
 def convert(
     model: str,
     out: str,

@@ -16,11 +16,13 @@ from typing import Any
 
 import numpy as np
 
+from . import device, native
 from .archs.base import IDENTITY, Weight
 from .arrays import F32, Parts
 from .codecs import Encoded, repack, repacks
+from .codecs.base import GgmlCodec
 from .codecs.plain import PlainCodec
-from .errors import NonFiniteError, OutputError
+from .errors import NativeError, NonFiniteError, OutputError
 from .formats import Sink, Source
 from .importance import Importance
 from .planning import Calibration, Plan, PlannedTensor, count, plan
@@ -135,7 +137,7 @@ def run(
         raise OutputError(out, "exists already; --force overwrites it")
     threads = threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else threads or os.cpu_count() or 1
     began, cpu = time.perf_counter(), time.process_time()
-    work = _Work(job, measure, progress)
+    work = _Work(job, measure, progress, _encoder(job, threads))
     with job.format.create(out, job.header) as sink:
         if job.calibrated is not None:
             work.calibrated(job.calibrated, sink)
@@ -161,6 +163,19 @@ def run(
         tensors=[work.report(i) for i in range(len(job.tensors))],
         warnings=job.warnings,
     )
+
+
+def _encoder(job: Plan, threads: int) -> device.Encoder | None:
+    """What encodes on the plan's device; None: the CPU does, as it does after a method where there are no CUDA kernels."""
+    if job.device == "cpu":
+        return None
+    try:
+        return device.Encoder(job.device, threads)
+    except NativeError as e:
+        if job.calibrated is None or not native.cuda_missing():
+            raise
+        log.info("%s", e)
+        return None
 
 
 @dataclass(slots=True)
@@ -197,8 +212,10 @@ class _Errors:
 class _Work:
     """The tiles of a plan, handed out to threads in order."""
 
-    def __init__(self, job: Plan, measure: bool, progress: Callable[[Progress], None] | None) -> None:
-        self.job, self.measure, self.progress = job, measure, progress
+    def __init__(
+        self, job: Plan, measure: bool, progress: Callable[[Progress], None] | None, encoder: device.Encoder | None
+    ) -> None:
+        self.job, self.measure, self.progress, self.encoder = job, measure, progress, encoder
         self.errors = [_Errors() for _ in job.tensors]
         self.methods: dict[str, tuple[str, float | None, float | None]] = {}
         """Tensor -> method kept, its output error, rtn's; of stacked experts, the means."""
@@ -215,15 +232,22 @@ class _Work:
             if t.name in self._done:
                 continue
             rows = count(t.shape[:-1])
-            step = max(1, TILE // max(1, t.shape[-1]))
-            # a tile never spans two sources; a codec with parameters for the whole tensor gets it whole
-            within = rows // max(1, len(t.weight.sources))
+            step = max(1, (device.TILE if self._goes_up(t) else TILE) // max(1, t.shape[-1]))
+            # a tile never spans two sources or two experts; a codec with parameters for the whole tensor gets it whole
+            q = self.job.importance.get(t.weight.name)
+            experts = len(q) if q is not None and q.ndim > 1 and rows % len(q) == 0 else 1
+            within = rows // max(1, len(t.weight.sources), experts)
             cuts = [(i, a, min(a + step, b + within)) for b in range(0, rows, within) for a in range(b, b + within, step)]
             stored = [self.job.source.weights[s].codec for s in t.weight.sources]
             if not t.codec.row_local or (t.via and not t.via.row_local) or not all(c.sliceable for c in stored):
                 cuts = [(i, 0, rows)]
             self._left[i] = len(cuts)
             yield from cuts
+
+    def _goes_up(self, t: PlannedTensor) -> bool:
+        """True if the device encodes that tensor."""
+        up = t.codec.row_local and t.via is None and len(t.shape) > 1 and t.weight.transform.value is None
+        return up and self.encoder is not None and device.has_kernel(t.codec, "encode")
 
     def report(self, i: int) -> TensorReport:
         """What became of tensor i."""
@@ -340,9 +364,11 @@ class _Work:
                 return stored.parts, None
             if t.via is None and t.weight.transform.value is None and repacks(stored.codec, t.codec, stored.shape):
                 return repack(stored, t.codec).parts, stored.decode() if self.measure else None
-            w = stored.decode()
-        else:
-            w = stored
+        if self._goes_up(t) and self.encoder is not None and isinstance(t.codec, GgmlCodec):
+            parts = self.encoder.encode(t.codec, stored, q)
+            if parts is not None:
+                return parts, _decoded(stored) if self.measure else None
+        w = _decoded(stored)
         if t.weight.transform.value is not None:
             w = t.weight.transform.value(w)
         if not t.codec.row_local or len(t.shape) == 1:

@@ -93,6 +93,8 @@ class Plan:
     recipe: str
     warnings: Sequence[str] = ()
     calibrated: Calibration | None = None
+    device: str = "cpu"
+    """Where tensors are encoded."""
 
     @property
     def total_bytes(self) -> int:
@@ -172,7 +174,8 @@ def plan(
     method: "rtn", "gptq", "awq", "awq+gptq" or an object of `quantforge.methods`, for the matrices of the model's
     blocks. calibration: the text it sees, a file or "builtin"; calibration_chunks: windows of it, default 128;
     calibration_ctx: tokens of each, default min(512, the model's). act_order, static_groups, damping: as in
-    `methods.GPTQ`. device: where it runs. layout_options: of that layout, such as version="gptq_v2". Raises FormatError,
+    `methods.GPTQ`. device: where tensors are encoded
+    and methods run, cpu or cuda. layout_options: of that layout, such as version="gptq_v2". Raises FormatError,
     UnsupportedError, RecipeError, ShapeError, CalibrationError.
     """
     source = model if isinstance(model, Source) else formats.open_path(model)
@@ -256,7 +259,7 @@ def plan(
     header = Header(metadata, {t.name: Stored(t.codec, t.shape) for t in tensors}, files, layout)
     if max_shard_size is not None:
         header = replace(header, max_shard_size=max_shard_size)
-    return Plan(source, target, header, tensors, table, name, warnings, how)
+    return Plan(source, target, header, tensors, table, name, warnings, how, device)
 
 
 def _calibration(

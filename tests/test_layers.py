@@ -16,7 +16,7 @@ LAYERS = [
     {"arrays", "grid"},
     {"native"},
     {"codecs", "archs", "metrics", "tokenizer", "overlap"},
-    {"layouts", "checkpoint", "nn"},
+    {"layouts", "checkpoint", "nn", "device"},
     {"formats", "methods", "runtime", "presets", "corpus"},
     {"recipes", "calibration", "importance", "report", "similarity", "tasks", "loading"},
     {"planning", "blockwise"},

@@ -104,7 +104,7 @@ inline int device_encode_args(const qf_array *in, int n_in, qf_array *out, int n
     a->bad = (int32_t *)out[1].data;
     const int rc = encode_args(in, n_in, out, 1, block_size, type_size, a);
     if (rc != QF_OK) return rc;
-    return aligned(a->w, 16) && aligned(a->importance, 16) && aligned(a->out, 4) ? QF_OK : QF_ESHAPE;
+    return aligned(a->w, 16) && aligned(a->importance, 16) && aligned(a->out, type_size % 4 == 0 ? 4 : type_size % 2 == 0 ? 2 : 1) ? QF_OK : QF_ESHAPE;
 }
 
 // Report it if one of x[first], x[first + step], ... x[< n] is not finite.

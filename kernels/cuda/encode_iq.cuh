@@ -13,7 +13,7 @@ inline int iq_device_args(const qf_array *in, int n_in, qf_array *out, int n_out
     a->bad = (int32_t *)out[1].data;
     const int rc = iq_encode_args(in, n_in, 1, out, 1, block, type_size, a);
     if (rc != QF_OK) return rc;
-    return aligned(a->w, 16) && aligned(a->q, 16) && aligned(a->out, 4) ? QF_OK : QF_ESHAPE;
+    return aligned(a->w, 16) && aligned(a->q, 16) && aligned(a->out, 2) ? QF_OK : QF_ESHAPE;
 }
 
 template <class T>

@@ -1,0 +1,205 @@
+"""Encoding and decoding on a CUDA device: `convert --device cuda` and `quantize` of CUDA tensors.
+
+The kernels are the CPU's algorithms (kernels/cuda/encode.cuh): the bytes are the same. In a
+conversion, weights go up as they are stored (bf16 is half of f32's bytes), become f32 there, and
+their codes come back. Threads share a few slots, each a stream and pinned memory of its own, so
+that copies in both directions and kernels overlap.
+"""
+
+from __future__ import annotations
+
+import queue
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import codecs, native
+from .arrays import BF16, F32, Array, Parts, to_numpy
+from .codecs import Codec, Encoded
+from .codecs.base import GgmlCodec, check_block, check_importance
+from .codecs.iquants import KSIGNS, IQCodec
+from .codecs.plain import PlainCodec
+from .errors import NativeError, UnsupportedError
+
+if TYPE_CHECKING:
+    import torch
+
+TILE = 1 << 23
+"""Weights encoded at once: 32 MiB of f32, a few waves of blocks on the largest GPUs."""
+
+SLOTS = 8
+"""Tiles that may be on the device at a time."""
+
+_FLOATS: dict[np.dtype[Any], str] = {BF16: "bfloat16", np.dtype(np.float16): "float16", np.dtype(np.float32): "float32"}
+
+
+def quantize(w: Any, codec: str | Codec, *, importance: Any = None, threads: int = 1) -> Encoded:
+    """Quantize one tensor: w: [..., in], NumPy array or torch tensor; importance: f32[in] (mean x²).
+
+    A CUDA tensor is quantized on its device where there is a kernel for the type; the bytes are the same.
+    Raises UnsupportedError (unknown codec), ShapeError, NonFiniteError.
+    """
+    codec = codecs.get(codec)
+    if getattr(w, "is_cuda", False) and has_kernel(codec, "encode") and isinstance(codec, GgmlCodec):
+        data, bad = encode(codec, w, None if importance is None else to_numpy(importance))
+        if not bad.item():
+            return Encoded(codec, tuple(w.shape), {"data": to_numpy(data)})
+    return codecs.quantize(w, codec, importance=importance, threads=threads)
+
+
+def has_kernel(codec: Codec, op: str) -> bool:
+    """True if a CUDA kernel encodes or decodes ("encode", "decode") that type."""
+    return isinstance(codec, GgmlCodec) and native.cuda_has(codec.name, op)
+
+
+def encode(codec: GgmlCodec, w: torch.Tensor, importance: F32 | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """`codec.encode` of w: [..., in] on its device and current stream, waiting for nothing.
+
+    importance: as there. Returns data: u8[..., row_bytes], and i32[1], not 0 where w is not finite.
+    Raises ShapeError, NonFiniteError (importance), NativeError.
+    """
+    import torch
+
+    check_block(tuple(w.shape), codec)
+    w = w.detach().float().contiguous()
+    w = w.clone() if w.data_ptr() % 16 else w  # the kernels load vectors
+    info = codec.layout(tuple(w.shape))["data"]
+    data = torch.empty(info.shape, dtype=torch.uint8, device=w.device)
+    bad = torch.zeros(1, dtype=torch.int32, device=w.device)
+    rows, out = w.reshape(-1, w.shape[-1]), data.reshape(-1, info.shape[-1])
+    tables = [torch.from_numpy(codec.entries)] if isinstance(codec, IQCodec) else []
+    parts = _importance(codec, importance, tuple(w.shape))
+    step = rows.shape[0] // len(parts) if parts else 0
+    for i, q in enumerate(parts):
+        span = slice(i * step, (i + 1) * step)
+        inputs = [rows[span], *([] if q is None else [torch.from_numpy(q).to(w.device)]), *tables]
+        _call(codec, "encode", inputs, [out[span], bad], w.device)
+    return data, bad
+
+
+def _importance(codec: GgmlCodec, importance: F32 | None, shape: tuple[int, ...]) -> list[Array | None]:
+    """What the kernel gets beside each of as many equal parts of the rows: f32[in], or for IQ types f32[rows, in]."""
+    none = np.empty(0, np.float32) if isinstance(codec, IQCodec) else None
+    if importance is None or not codec.takes_importance:
+        return [none]
+    q = np.asarray(importance, np.float32)
+    if isinstance(codec, IQCodec) and q.shape == shape:
+        return [np.array(check_importance(q.reshape(1, -1), (1, q.size), codec)).reshape(-1, shape[-1])]
+    return [np.array(one) for one in check_importance(q, shape, codec)]
+
+
+def decode(codec: GgmlCodec, data: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """`codec.decode` of data: u8[..., row_bytes], on its device and current stream: f32[shape]."""
+    import torch
+
+    w = torch.empty(shape, dtype=torch.float32, device=data.device)
+    rows = w.reshape(-1, shape[-1])
+    tables = [torch.from_numpy(np.array(t)) for t in (codec.entries, KSIGNS)] if isinstance(codec, IQCodec) else []
+    _call(codec, "decode", [data.reshape(len(rows), -1), *tables], [rows], data.device)
+    return w
+
+
+def _call(codec: GgmlCodec, op: str, inputs: list[torch.Tensor], outputs: list[torch.Tensor], device: torch.device) -> None:
+    import torch
+
+    if device.type != "cuda":  # kernels that are emulated, in the tests
+        return native.cuda_call(codec.name, op, inputs, outputs, 0)
+    with torch.cuda.device(device):
+        native.cuda_call(codec.name, op, inputs, outputs, torch.cuda.current_stream().cuda_stream)
+
+
+class Encoder:
+    """Encodes tiles on a device, for any number of threads."""
+
+    def __init__(self, device: str, threads: int) -> None:
+        """Raises NativeError or UnsupportedError, with the way out, where nothing can be encoded there."""
+        if reason := native.cuda_missing():
+            raise NativeError(f"--device {device}: {reason}; --device cpu needs none")
+        self._device = _checked(device)
+        self._slots: queue.SimpleQueue[_Slot] = queue.SimpleQueue()
+        for _ in range(max(2, min(threads, SLOTS))):
+            self._slots.put(_Slot(self._device))
+
+    def encode(self, codec: GgmlCodec, w: Encoded | F32, importance: F32 | None) -> Parts | None:
+        """Parts of w: [..., in], f32 or stored; None where w is not finite (the CPU's `encode` says where).
+
+        Raises NativeError for an error of the device.
+        """
+        slot = self._slots.get()
+        try:
+            return slot.encode(codec, w, importance)
+        except RuntimeError as e:  # torch's, out of memory among them
+            reason = str(e).partition("\n")[0]
+            raise NativeError(f"{self._device}: encoding {codec.name} failed: {reason}; --device cpu does without") from None
+        finally:
+            self._slots.put(slot)
+
+
+def _checked(name: str) -> torch.device:
+    try:
+        import torch
+    except ImportError:
+        raise UnsupportedError(f"--device {name} needs torch (pip install torch); --device cpu does without") from None
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UnsupportedError(f"--device {name}: choose cpu, cuda or cuda:N") from None
+    if device.type != "cuda":
+        raise UnsupportedError(f"--device {name}: choose cpu, cuda or cuda:N")
+    if not torch.cuda.is_available():
+        raise NativeError(f"--device {name}: torch {torch.__version__} finds no CUDA device here; use --device cpu")
+    if (device.index or 0) >= torch.cuda.device_count():
+        raise NativeError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
+    return device
+
+
+class _Slot:
+    """A stream and pinned memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        import torch
+
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self.up = self.down = torch.empty(0, dtype=torch.uint8)
+
+    def encode(self, codec: GgmlCodec, w: Encoded | F32, importance: F32 | None) -> Parts | None:
+        import torch
+
+        with torch.cuda.stream(self.stream) if self.stream else nullcontext():
+            data, bad = encode(codec, self._weights(w), importance)
+            self.down = self._room(self.down, data.numel())
+            back = self.down[: data.numel()]
+            back.copy_(data.reshape(-1), non_blocking=True)
+            if bad.item():  # waits for the stream
+                return None
+        return {"data": back.numpy().reshape(data.shape).copy()}
+
+    def _weights(self, w: Encoded | F32) -> torch.Tensor:
+        """w on the device: f32[..., in]."""
+        import torch
+
+        if not isinstance(w, Encoded):
+            return self._send(w).view(torch.float32).reshape(w.shape)
+        codec, shape = w.codec, w.shape
+        if isinstance(codec, PlainCodec) and codec.dtype in _FLOATS:
+            return self._send(w.parts["data"]).view(getattr(torch, _FLOATS[codec.dtype])).float().reshape(shape)
+        if isinstance(codec, GgmlCodec) and has_kernel(codec, "decode"):
+            return decode(codec, self._send(w.parts["data"]), shape)
+        return self._weights(w.decode())
+
+    def _send(self, a: Array) -> torch.Tensor:
+        """The bytes of an array, on the device."""
+        import torch
+
+        raw = np.ascontiguousarray(a).reshape(-1).view(np.uint8)
+        self.up = self._room(self.up, raw.size)
+        np.copyto(self.up.numpy()[: raw.size], raw)
+        sent = torch.empty(raw.size, dtype=torch.uint8, device=self.device)
+        return sent.copy_(self.up[: raw.size], non_blocking=True)
+
+    def _room(self, have: torch.Tensor, n: int) -> torch.Tensor:
+        import torch
+
+        return have if have.numel() >= n else torch.empty(n, dtype=torch.uint8, pin_memory=self.stream is not None)

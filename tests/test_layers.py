@@ -28,7 +28,9 @@ LAYERS = [
     {"__main__"},
 ]
 FREE = {"errors"}
-STACKED = {"nn": ["planes", "ops", "cuda", "linear"]}  # packages whose modules have an order of their own, the lowest first
+STACKED = {
+    "nn": ["tiles", "lookups", "planes", "ops", "cuda", "linear"]
+}  # packages whose modules have an order of their own, the lowest first
 HEAVY = {"torch", "transformers"}
 MAY_BE_HEAVY = {"methods", "runtime", "calibration", "blockwise", "nn"}
 

@@ -149,8 +149,10 @@ QF_HD void load_once(const uint8_t *p, uint32_t *w) {
 template <int N>
 QF_HD void load_words(const void *p, uint32_t *w) {
 #ifdef __CUDA_ARCH__
-    static_assert(N == 2 || N == 4, "one load");
-    if constexpr (N == 4) {
+    static_assert(N == 1 || N == 2 || N == 4, "one load");
+    if constexpr (N == 1) {
+        w[0] = *(const uint32_t *)p;
+    } else if constexpr (N == 4) {
         const uint4 v = *(const uint4 *)p;
         w[0] = v.x, w[1] = v.y, w[2] = v.z, w[3] = v.w;
     } else {

@@ -31,12 +31,12 @@ QF_HD void write_weights(const Planes &planes, void *out, int dtype, int64_t ste
     const uint8_t *at[planes_of<F>()];
     uint32_t held[2][F::WORDS];
     lane_start<F>(planes, tile, lane >> 2, t, at);
-    lane_load<F>(planes, at, chunk, held);
+    lane_load<F>(planes, at, tile * TILE + (lane >> 2), chunk, held);
     QF_UNROLL for (int h = 0; h < 2; h++) {
         const int64_t n = tile * TILE + (lane >> 2) + 8 * h;
         QF_UNROLL for (int s = 0; s < F::CHUNK / F::SUB; s++) {
             float w[N];
-            tile_values<F>(held[h], s, w);
+            tile_values<F>(planes, held[h], s, w);
             const int k = chunk * F::CHUNK + s * F::SUB + t * N;
             if (n >= planes.n_out) continue;
             const int64_t at = n * planes.n_in + k;
@@ -58,15 +58,38 @@ QF_HD void write_weights(const Planes &planes, void *out, int dtype, int64_t ste
     }
 }
 
+// F's table of pairs of T to every copy, by thread `i` of `n`.
+template <class F, class T>
+QF_HD void fill_table(const Planes &planes, uint32_t *table, int i, int n) {
+    constexpr int WORDS = Entry<F>::WORDS;
+    if constexpr (WORDS > 0) {
+        const uint32_t *from = F::template table<T>(planes);
+        for (; i < ENTRIES * COPIES / 4; i += n) {
+            uint32_t entry[WORDS], four[4];
+            load_words<WORDS>(from + i / (COPIES / 4) * WORDS, entry);
+            QF_UNROLL for (int j = 0; j < 4; j++) four[j] = entry[j % WORDS];
+            store_words<4>(table + 4 * i, four);
+        }
+    }
+}
+
+template <class F>
+QF_HD constexpr int table_words() { return Entry<F>::WORDS > 0 ? ENTRIES * COPIES : 0; }
+
 #ifdef __CUDACC__
 // A block computes F::TILES tiles of rows; its warps share the columns and meet in shared memory.
 template <class F, class T>
 __global__ void __launch_bounds__(32 * F::WARPS) linear_kernel(Planes planes, const uint16_t *x, int m, void *out, int dtype) {
     constexpr int R = F::TILES;
-    extern __shared__ float parts[];  // [warps][R][TILE · COLUMNS]
+    extern __shared__ __align__(16) uint32_t shared[];  // the table; [warps][R][TILE · COLUMNS] sums
+    float *parts = (float *)(shared + table_words<F>());
     const int warps = (int)blockDim.y, warp = (int)threadIdx.y, lane = (int)threadIdx.x;
     float acc[1][R][4];
-    tile_dot<F, T>(planes, x, m, (int)blockIdx.x * R, warp, warps, acc);
+    const auto ready = [&] {
+        fill_table<F, T>(planes, shared, warp * 32 + lane, 32 * warps);
+        if (table_words<F>()) __syncthreads();
+    };
+    tile_dot<F, T>(planes, x, m, (int)blockIdx.x * R, warp, warps, shared, ready, acc);
 #pragma unroll
     for (int r = 0; r < R; r++)
 #pragma unroll
@@ -104,7 +127,7 @@ static inline int multiprocessors() {
 template <class F, class T>
 static int run_linear(Planes planes, const uint16_t *x, int m, void *out, int dtype, int blocks, int warps, void *stream) {
     void *args[] = {&planes, &x, &m, &out, &dtype};
-    const size_t shared = sizeof(float) * F::TILES * TILE * COLUMNS * (size_t)warps;
+    const size_t shared = 4 * (table_words<F>() + F::TILES * TILE * COLUMNS * (size_t)warps);
     return launch((const void *)linear_kernel<F, T>, dim3((unsigned)blocks), dim3(32, (unsigned)warps), args, shared, stream);
 }
 
@@ -121,11 +144,13 @@ static inline int multiprocessors() { return 4; }
 template <class F, class T>
 static int run_linear(const Planes &planes, const uint16_t *x, int m, void *out, int dtype, int blocks, int warps, void *) {
     constexpr int R = F::TILES;
+    alignas(16) static uint32_t table[table_words<F>() + 4];
+    const auto ready = [&] { fill_table<F, T>(planes, table, 0, 1); };
     for (int tile = 0; tile < blocks * R; tile += R) {
         float parts[R][TILE * COLUMNS] = {};
         for (int warp = 0; warp < warps; warp++) {
             float acc[LANES][R][4];
-            tile_dot<F, T>(planes, x, m, tile, warp, warps, acc);
+            tile_dot<F, T>(planes, x, m, tile, warp, warps, table, ready, acc);
             for (int l = 0; l < LANES; l++)
                 for (int r = 0; r < R; r++)
                     for (int i = 0; i < 4; i++) parts[r][place(l, i)] += acc[l][r][i];
@@ -170,7 +195,7 @@ static int open_planes(const qf_array *in, int n_in, int64_t n_out, int64_t k, P
         if ((uintptr_t)in[i].data % F::PLANES[i].vector()) return QF_ESHAPE;
     }
     for (int i = 0; i < n_in; i++)
-        if (!has_steps(in[i], F::PLANES[i], planes->tiles * F::steps(*planes, i))) return QF_ESHAPE;
+        if (!F::PLANES[i].whole && !has_steps(in[i], F::PLANES[i], planes->tiles * F::steps(*planes, i))) return QF_ESHAPE;
     return QF_OK;
 }
 

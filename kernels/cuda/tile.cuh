@@ -14,6 +14,8 @@
 //   offset<T>()              what is taken off codes<T> again
 //   scale(w, s), min(w, s)   of sub-block s
 //   value(w, s, code)        the weight of an integer code, as the CPU rounds it
+// or, where codes are entries of a table (lookup.cuh), ENTRY, its words; codes<T>(w, s, table, a), and
+// values(planes, w, s, found) instead of value.
 // w: the lane's words of one row of a chunk, plane after plane. The lane's codes are columns
 // SUB·s + SUB/4·t + 0, 1, 2, ...
 #pragma once
@@ -21,11 +23,12 @@
 
 constexpr int TILE = 16, COLUMNS = 8;
 
-// Bytes of a row of a chunk: for each of its four lanes, or (parameters) for them together.
+// Bytes of a row of a chunk: for each of its four lanes, or (parameters) for them together. A plane of the whole
+// matrix is no lane's: a family reads it by itself.
 struct Plane {
     int bytes;
-    bool shared;
-    QF_MEMBER constexpr int words() const { return (bytes + 3) / 4; }
+    bool shared, whole = false;
+    QF_MEMBER constexpr int words() const { return whole ? 0 : (bytes + 3) / 4; }
     QF_MEMBER constexpr int vector() const { return bytes < 16 ? bytes : 16; }        // bytes of a load
     QF_MEMBER constexpr int row() const { return shared ? bytes : 4 * vector(); }     // from a row to the next
     QF_MEMBER constexpr int step() const { return TILE * bytes * (shared ? 1 : 4); }  // from a chunk to the next
@@ -56,22 +59,27 @@ template <class F, int I = 0>
 QF_HD void lane_start(const Planes &planes, int64_t tile, int g, int t, const uint8_t **at) {
     if constexpr (I < planes_of<F>()) {
         constexpr Plane plane = F::PLANES[I];
-        at[I] = planes.p[I] + tile * F::steps(planes, I) * plane.step() + g * plane.row() + (plane.shared ? 0 : t * plane.vector());
+        if constexpr (!plane.whole)
+            at[I] = planes.p[I] + tile * F::steps(planes, I) * plane.step() + g * plane.row() + (plane.shared ? 0 : t * plane.vector());
         lane_start<F, I + 1>(planes, tile, g, t, at);
     }
 }
 
-// Rows g and g + 8 of a chunk.
+// Rows g and g + 8 of a chunk; row: g of the whole matrix.
 template <class F, int I = 0>
-QF_HD void lane_load(const Planes &planes, const uint8_t *const *at, int chunk, uint32_t (*w)[F::WORDS]) {
-    if constexpr (I < planes_of<F>()) {
+QF_HD void lane_load(const Planes &planes, const uint8_t *const *at, int64_t row, int chunk, uint32_t (*w)[F::WORDS]) {
+    if constexpr (I == planes_of<F>()) {
+        QF_UNROLL for (int h = 0; h < 2; h++) F::gather(planes, row + 8 * h, chunk, w[h]);
+    } else if constexpr (F::PLANES[I].whole) {
+        lane_load<F, I + 1>(planes, at, row, chunk, w);
+    } else {
         constexpr Plane plane = F::PLANES[I];
         constexpr int first = first_word<F>(I), vector = plane.vector();
         const uint8_t *p = at[I] + (int64_t)F::step(planes, I, chunk) * plane.step();
         QF_UNROLL for (int h = 0; h < 2; h++)
             QF_UNROLL for (int v = 0; v < plane.bytes / vector; v++)
                 load_once<vector>(p + v * TILE * plane.row() + 8 * h * plane.row(), w[h] + first + v * (vector / 4));
-        lane_load<F, I + 1>(planes, at, chunk, w);
+        lane_load<F, I + 1>(planes, at, row, chunk, w);
     }
 }
 
@@ -80,7 +88,50 @@ struct Chunked {
     QF_HD int64_t steps(const Planes &planes, int) { return planes.chunks; }  // of a tile in plane i
     QF_HD int step(const Planes &, int, int chunk) { return chunk; }          // of a chunk
     QF_HD float min(const uint32_t *, int) { return 0; }
+    QF_HD void gather(const Planes &, int64_t, int, uint32_t *) {}            // words of planes of the whole matrix
 };
+
+// Words of an entry of F's table; 0: it has none.
+template <class F, class = void> struct Entry { static constexpr int WORDS = 0; };
+template <class F> struct Entry<F, decltype((void)F::ENTRY)> { static constexpr int WORDS = F::ENTRY; };
+
+// A table of pairs in global memory, entries of N words.
+template <int N>
+struct Table {
+    const uint32_t *words;
+    template <int>
+    QF_HD void get(const Table &t, uint32_t w, int k, uint32_t *a) { load_words<N>(t.words + (w >> 8 * k & 255) * N, a); }
+};
+
+// In shared memory every lane has a copy of the table (or as many lanes as a load serves at once), each in
+// banks of its own: 256 entries of 32 words.
+constexpr int ENTRIES = 256, COPIES = 32;
+
+struct Copies {
+    const uint32_t *words;
+    uint32_t lane;  // byte offset of this lane's copy
+    // Entry of byte k of w: two instructions and the load.
+    template <int N>
+    QF_HD void get(const Copies &t, uint32_t w, int k, uint32_t *a) {
+        const uint32_t byte = prmt(w, 0, 0x4440u | (uint32_t)k);
+#ifdef __CUDA_ARCH__
+        const uint32_t at = (uint32_t)__cvta_generic_to_shared(t.words) + t.lane + byte * (COPIES * 4);
+        if constexpr (N == 1) asm("ld.shared.u32 %0, [%1];" : "=r"(a[0]) : "r"(at));
+        else if constexpr (N == 2) asm("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(a[0]), "=r"(a[1]) : "r"(at));
+        else asm("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "r"(at));
+#else
+        load_words<N>((const char *)t.words + t.lane + byte * (COPIES * 4), a);
+#endif
+    }
+};
+
+// The lane's codes of sub-block s, of families with and without a table.
+template <class F, class T>
+QF_WARP void lane_codes(const uint32_t *w, int s, const uint32_t *table, int l, uint32_t *a) {
+    constexpr int WORDS = Entry<F>::WORDS;
+    if constexpr (WORDS > 0) F::template codes<T>(w, s, Copies{table, (uint32_t)(lane_id(l) % (COPIES / WORDS) * WORDS * 4)}, a);
+    else F::template codes<T>(w, s, a);
+}
 
 // x[column][k .. k+N) as pairs; zeros beyond the matrix. p: x[column] or, if there is no such column, null;
 // k and n_in are multiples of N.
@@ -92,7 +143,8 @@ QF_WARP void load_x(const uint16_t *p, int k, int n_in, uint32_t *b) {
 
 // Adds the product of one chunk: w is what lanes hold of its rows, x the activations of the lane's column.
 template <class F, class T>
-QF_WARP void chunk_dot(const uint32_t (*w)[F::TILES][2][F::WORDS], const uint16_t *const *x, int k, int n_in, float (*acc)[F::TILES][4]) {
+QF_WARP void chunk_dot(const uint32_t (*w)[F::TILES][2][F::WORDS], const uint16_t *const *x, int k, int n_in, const uint32_t *table,
+                       float (*acc)[F::TILES][4]) {
     constexpr int S = 128 / F::SUB, WORDS = F::SUB / 8;
     QF_UNROLL for (int part = 0; part < F::CHUNK / 128; part++) {
         uint32_t b[LANES][S][WORDS];
@@ -118,7 +170,7 @@ QF_WARP void chunk_dot(const uint32_t (*w)[F::TILES][2][F::WORDS], const uint16_
                 float c[LANES][4];
                 uint32_t codes[LANES][2][WORDS];
                 QF_UNROLL for (int l = 0; l < LANES; l++)
-                    QF_UNROLL for (int h = 0; h < 2; h++) F::template codes<T>(w[l][r][h], sub, codes[l][h]);
+                    QF_UNROLL for (int h = 0; h < 2; h++) lane_codes<F, T>(w[l][r][h], sub, table, l, codes[l][h]);
                 QF_UNROLL for (int h = 0; h < WORDS / 2; h++) {
                     QF_UNROLL for (int l = 0; l < LANES; l++) {
                         QF_UNROLL for (int i = 0; i < 4; i++) a[l][i] = codes[l][i & 1][2 * h + (i >> 1)];
@@ -138,9 +190,11 @@ QF_WARP void chunk_dot(const uint32_t (*w)[F::TILES][2][F::WORDS], const uint16_
 }
 
 // Products of F::TILES tiles from `tile` on with x[m][n_in], m <= 8: the chunks warp, warp + warps, ...
-// acc[lane][r] is the lane's part of mma's c: rows g, g + 8 of tile + r, columns 2t, 2t + 1.
-template <class F, class T>
-QF_WARP void tile_dot(const Planes &planes, const uint16_t *x, int m, int tile, int warp, int warps, float (*acc)[F::TILES][4]) {
+// acc[lane][r] is the lane's part of mma's c: rows g, g + 8 of tile + r, columns 2t, 2t + 1. `ready` is called with
+// the first loads under way; from then on `table` holds F's.
+template <class F, class T, class Ready>
+QF_WARP void tile_dot(const Planes &planes, const uint16_t *x, int m, int tile, int warp, int warps, const uint32_t *table,
+                      Ready ready, float (*acc)[F::TILES][4]) {
     uint32_t held[F::SLOTS][LANES][F::TILES][2][F::WORDS];
     const uint8_t *at[LANES][F::TILES][planes_of<F>()];
     const uint16_t *column[LANES];
@@ -156,26 +210,32 @@ QF_WARP void tile_dot(const Planes &planes, const uint16_t *x, int m, int tile, 
     const auto fetch = [&](int chunk, uint32_t (*into)[F::TILES][2][F::WORDS]) {
         if (chunk >= planes.chunks) return;
         QF_UNROLL for (int l = 0; l < LANES; l++)
-            QF_UNROLL for (int r = 0; r < F::TILES; r++) lane_load<F>(planes, at[l][r], chunk, into[l][r]);
+            QF_UNROLL for (int r = 0; r < F::TILES; r++)
+                lane_load<F>(planes, at[l][r], (int64_t)(tile + r) * TILE + (lane_id(l) >> 2), chunk, into[l][r]);
     };
     QF_UNROLL for (int d = 0; d < F::SLOTS; d++) fetch(warp + d * warps, held[d]);
+    ready();
     for (int base = warp; base < planes.chunks; base += F::SLOTS * warps)
         QF_UNROLL for (int d = 0; d < F::SLOTS; d++) {
             const int chunk = base + d * warps;
             if (chunk >= planes.chunks) break;
-            chunk_dot<F, T>(held[d], column, chunk * F::CHUNK, planes.n_in, acc);
+            chunk_dot<F, T>(held[d], column, chunk * F::CHUNK, planes.n_in, table, acc);
             fetch(chunk + F::SLOTS * warps, held[d]);
         }
 }
 
 // The lane's SUB/4 weights of sub-block s.
 template <class F>
-QF_HD void tile_values(const uint32_t *w, int s, float *found) {
-    uint32_t a[F::SUB / 8];
-    F::template codes<F16>(w, s, a);
-    QF_UNROLL for (int i = 0; i < F::SUB / 8; i++) {
-        found[2 * i] = F::value(w, s, F16::low(a[i]) - F::template offset<F16>());
-        found[2 * i + 1] = F::value(w, s, F16::high(a[i]) - F::template offset<F16>());
+QF_HD void tile_values(const Planes &planes, const uint32_t *w, int s, float *found) {
+    if constexpr (Entry<F>::WORDS > 0) {
+        F::values(planes, w, s, found);
+    } else {
+        uint32_t a[F::SUB / 8];
+        F::template codes<F16>(w, s, a);
+        QF_UNROLL for (int i = 0; i < F::SUB / 8; i++) {
+            found[2 * i] = F::value(w, s, F16::low(a[i]) - F::template offset<F16>());
+            found[2 * i + 1] = F::value(w, s, F16::high(a[i]) - F::template offset<F16>());
+        }
     }
 }
 

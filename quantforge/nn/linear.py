@@ -14,6 +14,7 @@ from ..errors import ShapeError
 from . import ops
 from . import planes as layouts
 from .base import tensor
+from .tiles import TILE
 
 ACTIVATIONS = ("float", "int8")
 
@@ -151,7 +152,7 @@ class QuantEmbedding(Packed):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """ids: integers of any shape -> [..., hidden]."""
-        tile = layouts.TILE if self.planes[0].is_cuda and layouts.family(self.codec_name) else 1
+        tile = TILE if self.planes[0].is_cuda and layouts.family(self.codec_name) else 1
         rows = ids.reshape(-1)
         at_once = ROWS_AT_ONCE if tile > 1 else max(1, len(rows))
         found = [self._rows(some, tile) for some in torch.split(rows, at_once)]
@@ -159,7 +160,8 @@ class QuantEmbedding(Packed):
 
     def _rows(self, rows: torch.Tensor, tile: int) -> torch.Tensor:
         shared = {f"weight_{k}" for k in self.codec.shared}
-        planes = [p if k in shared else p[rows // tile] for k, p in zip(self._parts, self.planes, strict=True)]
+        whole = [k in shared or (tile > 1 and p.ndim == 1) for k, p in zip(self._parts, self.planes, strict=True)]
+        planes = [p if all_ else p[rows // tile] for p, all_ in zip(self.planes, whole, strict=True)]
         n = rows.shape[0]
         found: torch.Tensor = torch.ops.quantforge.dequantize(planes, self.codec_name, n * tile, self.embedding_dim, self.dtype)
         if tile == 1:

@@ -1,0 +1,133 @@
+// Types whose codes are entries of a table: 16 numbers, two codes to an index byte (IQ4, FP4, NF4), or
+// a codebook of 4 or 8 neighbours, with signs apart (IQ3_XXS, IQ2_XXS). Either way an index byte stands
+// for 1, 2 or 4 pairs of numbers, which lie ready in the table.
+//
+// The table plane, the last one: u32[256 · N] pairs of bf16, the same of f16, and for N = 1 f32[512], exact.
+#pragma once
+#include "tile.cuh"
+
+// ---- scales of a sub-block of 32: `exact` as the CPU rounds them; `fast`, a few ulps off, for products
+
+// n bits of w from bit `at` on as the top of a mantissa: 1 + them / 2^n.
+template <int N>
+QF_HD float one_and(uint32_t w, int at) {
+    const int up = 23 - N - at;
+    return float_of(and_or(up >= 0 ? w << up : w >> -up, ((1u << N) - 1) << (23 - N), 0x3f800000u));
+}
+
+struct HalfPer32 : Chunked {  // d f16
+    static constexpr int CHUNK = 128, PARAMS = 1, WORDS = 2, SLOTS = 3;
+    QF_HD float exact(const uint32_t *w, int s) { return half_at(w, s); }
+    QF_HD float fast(const uint32_t *w, int s) { return half_at(w, s); }
+};
+
+struct Iq4Xs : Chunked {  // {d f16; u6 l5, l6; u4 l7 >> 2}, {u6 l0 .. l4; u2 l7 & 3} per 256: d · (l − 32)
+    static constexpr int CHUNK = 256, PARAMS = 1, WORDS = 2, SLOTS = 2;
+    QF_HD uint32_t last(const uint32_t *w) { return (w[0] >> 26 & 0x3c) | w[1] >> 30; }
+    QF_HD float exact(const uint32_t *w, int s) {
+        const uint32_t l = s < 5 ? w[1] >> 6 * s & 63 : s < 7 ? w[0] >> (16 + 6 * (s - 5)) & 63 : last(w);
+        return mul(half_at(w, 0), (float)((int)l - 32));
+    }
+    QF_HD float fast(const uint32_t *w, int s) {
+        const float d = half_at(w, 0);
+        const float one = s < 5 ? one_and<6>(w[1], 6 * s) : s < 7 ? one_and<6>(w[0], 16 + 6 * (s - 5)) : one_and<6>(last(w), 0);
+        return fma_(one, 64 * d, -96 * d);
+    }
+};
+
+template <int EIGHTHS>
+struct Nibbles : Chunked {  // u4[8]; d f16 per 256: d · (1/2 + nibble) · EIGHTHS/8
+    static constexpr int CHUNK = 256, PARAMS = 2, WORDS = 2, SLOTS = 3;
+    QF_HD float exact(const uint32_t *w, int s) {
+        return mul(mul(float_of_half(w[1]), 0.5f + (float)(w[0] >> 4 * s & 15)), EIGHTHS / 8.0f);
+    }
+    QF_HD float fast(const uint32_t *w, int s) {
+        const float d = float_of_half(w[1]);
+        return fma_(one_and<4>(w[0], 4 * s), d * (EIGHTHS * 2.0f), d * (EIGHTHS / 16.0f - EIGHTHS * 2.0f));
+    }
+};
+
+struct E8m0 : Chunked {  // a power of two, for doubled levels
+    static constexpr int CHUNK = 128, PARAMS = 1, WORDS = 1, SLOTS = 3;
+    QF_HD float exact(const uint32_t *w, int s) {
+        const uint32_t e = w[0] >> 8 * s & 255;
+        return float_of(e < 2 ? 0x00200000u << e : (e - 1) << 23);
+    }
+    QF_HD float fast(const uint32_t *w, int s) {  // the smallest, 2^-128, as 0, the largest as infinity
+        return 0.5f * float_of((s < 3 ? w[0] << (23 - 8 * s) : w[0] >> 1) & 0x7f800000u);
+    }
+};
+
+struct FloatPer64 : Chunked {  // absmax f32
+    static constexpr int CHUNK = 128, PARAMS = 1, WORDS = 2, SLOTS = 3;
+    QF_HD float exact(const uint32_t *w, int s) { return float_of(w[s / 2]); }
+    QF_HD float fast(const uint32_t *w, int s) { return float_of(w[s / 2]); }
+};
+
+// absmax u8 per 64, an index of map: map[it] · nested + offset. Planes of the whole matrix: nested f32, of 256 absmax
+// each, row after row, and f32[257]: map, offset.
+struct Nested : Chunked {
+    static constexpr int CHUNK = 128, PARAMS = 3, WORDS = 5, SLOTS = 2;
+    QF_HD void gather(const Planes &planes, int64_t row, int chunk, uint32_t *w) {
+        const int blocks = planes.n_in / 64;
+        const int64_t last = (int64_t)planes.n_out * blocks - 1, block = row * blocks + 2 * chunk;  // padding has codes, too
+        const uint32_t *nested = (const uint32_t *)planes.p[2];
+        QF_UNROLL for (int i = 0; i < 2; i++) w[5 + i] = nested[(block + i < last ? block + i : last) >> 8];
+        memcpy(w + 7, &planes.p[3], sizeof planes.p[3]);
+    }
+    QF_HD float exact(const uint32_t *w, int s) {
+        const float *map;
+        memcpy(&map, w + 3, sizeof map);
+        const float a = add(mul(map[w[0] >> 8 * (s / 2) & 255], float_of(w[1 + s / 2])), map[256]), most = 3.4028234663852886e38f;
+        return a > most ? most : a < -most ? -most : a;
+    }
+    QF_HD float fast(const uint32_t *w, int s) { return exact(w, s); }
+};
+
+// ---- families: index bytes, signs, parameters, table
+
+template <class S, int N, bool SIGNED>
+struct Lookup : S {
+    static constexpr int CHUNK = S::CHUNK, SUB = 32, TILES = 1, WARPS = 16, ENTRY = N;
+    static constexpr int INDEX = CHUNK / (32 * N), SIGNS = SIGNED ? CHUNK / 128 : 0, WORDS = INDEX + SIGNS + S::WORDS;  // of a lane
+    static constexpr bool MIN = false;
+    template <class T> QF_HD constexpr float offset() { return 0; }
+    template <class T, class Entries>
+    QF_HD void codes(const uint32_t *w, int s, const Entries &table, uint32_t *a) {
+        QF_UNROLL for (int i = 0; i < 4 / N; i++) {
+            const int at = s * (4 / N) + i;
+            Entries::template get<N>(table, w[at / 4], at % 4, a + i * N);
+        }
+        if constexpr (SIGNED)
+            QF_UNROLL for (int p = 0; p < 4; p++) a[p] ^= w[INDEX + s / 4] << (15 - (s % 4 * 4 + p)) & 0x80008000u;
+    }
+    QF_HD float scale(const uint32_t *w, int s) { return S::fast(w + INDEX + SIGNS, s); }
+    template <class T> QF_HD const uint32_t *table(const Planes &planes) {
+        return (const uint32_t *)planes.p[1 + SIGNED + S::PARAMS] + (T::RAISE == 1024 ? ENTRIES * N : 0);
+    }
+    QF_HD void values(const Planes &planes, const uint32_t *w, int s, float *found) {
+        const float d = S::exact(w + INDEX + SIGNS, s);
+        if constexpr (N == 1) {
+            const float *exact = (const float *)(table<F16>(planes) + ENTRIES);
+            QF_UNROLL for (int i = 0; i < 8; i++) found[i] = mul(d, exact[2 * (w[s] >> 8 * (i / 2) & 255) + i % 2]);
+        } else {  // integers
+            uint32_t a[4];
+            codes<F16>(w, s, Table<N>{table<F16>(planes)}, a);
+            QF_UNROLL for (int i = 0; i < 8; i++) found[i] = mul(d, i % 2 ? F16::high(a[i / 2]) : F16::low(a[i / 2]));
+        }
+    }
+};
+
+constexpr Plane WHOLE = {4, true, true};
+
+struct Iq4_nl : Lookup<HalfPer32, 1, false> { static constexpr Plane PLANES[] = {{16, false}, {8, true}, WHOLE}; };
+struct Iq4_xs : Lookup<Iq4Xs, 1, false> { static constexpr Plane PLANES[] = {{32, false}, {8, true}, WHOLE}; };
+struct Iq3_xxs : Lookup<Nibbles<4>, 2, true> { static constexpr Plane PLANES[] = {{16, false}, {8, false}, {4, true}, {2, true}, WHOLE}; };
+struct Iq2_xxs : Lookup<Nibbles<2>, 4, true> { static constexpr Plane PLANES[] = {{8, false}, {8, false}, {4, true}, {2, true}, WHOLE}; };
+struct Mxfp4 : Lookup<E8m0, 1, false> { static constexpr Plane PLANES[] = {{16, false}, {4, true}, WHOLE}; };
+struct Nf4 : Lookup<FloatPer64, 1, false> { static constexpr Plane PLANES[] = {{16, false}, {8, true}, WHOLE}; };
+struct Nf4Dq : Lookup<Nested, 1, false> { static constexpr Plane PLANES[] = {{16, false}, {2, true}, WHOLE, WHOLE, WHOLE}; };
+
+#define LOOKUP_FAMILIES                                                                                          \
+    QF_FAMILY("iq4_nl", Iq4_nl), QF_FAMILY("iq4_xs", Iq4_xs), QF_FAMILY("iq3_xxs", Iq3_xxs),                     \
+        QF_FAMILY("iq2_xxs", Iq2_xxs), QF_FAMILY("mxfp4", Mxfp4), QF_FAMILY("nf4", Nf4), QF_FAMILY("nf4-dq", Nf4Dq)

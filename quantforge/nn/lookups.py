@@ -1,0 +1,234 @@
+"""Planes of codecs whose codes are entries of a table (kernels/cuda/lookup.cuh): 16 numbers, two codes to an
+index byte, or a codebook of 4 or 8 neighbours with signs apart. An index byte stands for 1, 2 or 4 pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cache, partial
+
+import gguf
+import numpy as np
+import torch
+
+from ..arrays import F32, Array, to_numpy
+from ..codecs.base import Codec, Encoded
+from ..codecs.iquants import KSIGNS, IQCodec
+from ..codecs.lookup import DYNAMIC, LookupCodec
+from .base import tensor
+from .tiles import TILE, gather, pack_fields, pack_rows, spread, unpack_fields, unpack_rows
+
+SUB = 32
+"""Columns that share a scale in the kernels; a lane has 8 neighbours of them."""
+
+Bytes = list[torch.Tensor]
+"""Of one codec: u8[out, in / (2 pairs)] indices, u8[out, in / 8] signs if it has them, and u8[out, blocks, bytes]
+for each plane of parameters that is cut by rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lookup:
+    """How one codec's bits become indices, signs and parameters, and come back."""
+
+    kind: str
+    chunk: int
+    pairs: int
+    read: Callable[[Encoded], Bytes]
+    write: Callable[[Codec, Bytes, list[torch.Tensor], tuple[int, ...]], Encoded]
+    levels: Callable[[Codec], F32]
+    """f32[16] or f32[256, 4 or 8]."""
+    blocks: tuple[int, ...]
+    """Weights of a block of each plane of parameters."""
+    signs: bool = False
+    whole: Callable[[Encoded], list[torch.Tensor]] = field(default=lambda e: [])
+    """Planes of the whole matrix."""
+
+
+@cache
+def table(levels: bytes, pairs: int) -> torch.Tensor:
+    """What the kernels look up: i32[words]. One tensor for all matrices of a codec."""
+    numbers = torch.frombuffer(bytearray(levels), dtype=torch.float32)
+    if pairs == 1:
+        byte = torch.arange(256)
+        entries = torch.stack([numbers[byte & 15], numbers[byte >> 4]], -1)
+    else:
+        entries = numbers.reshape(256, 2 * pairs)
+    words = [entries.to(t).contiguous().view(torch.int32) for t in (torch.bfloat16, torch.float16)]
+    if pairs == 1:
+        words.append(entries.contiguous().view(torch.int32))
+    return torch.cat([w.reshape(-1) for w in words])
+
+
+def pack(f: Lookup, e: Encoded) -> dict[str, torch.Tensor]:
+    """The planes of a matrix by name."""
+    indices, *rest = f.read(e)
+    found = {"codes": _lanes(indices, f.chunk, 4 // f.pairs)}
+    if f.signs:
+        bits = rest.pop(0).unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8) & 1
+        found["signs"] = pack_fields(spread(bits.flatten(1), f.chunk, SUB), 1)
+    for i, (params, block) in enumerate(zip(rest, f.blocks, strict=True)):
+        found[f"params{i or ''}"] = pack_rows(params, f.chunk // block)
+    found |= {f"whole{i or ''}": t for i, t in enumerate(f.whole(e))}
+    return found | {"table": table(np.ascontiguousarray(f.levels(e.codec), np.float32).tobytes(), f.pairs)}
+
+
+def unpack(f: Lookup, codec: Codec, shape: tuple[int, ...], planes: Iterable[torch.Tensor]) -> Encoded:
+    """Inverse of `pack`."""
+    out, n = shape
+    found = [t.cpu() for t in planes]
+    bytes_ = [_from_lanes(found.pop(0), 4 // f.pairs, out, n // (2 * f.pairs))]
+    if f.signs:
+        bits = gather(unpack_fields(found.pop(0), 1), SUB, out, n).reshape(out, -1, 8)
+        bytes_.append((bits << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8))
+    for block in f.blocks:
+        plane = found.pop(0)
+        bytes_.append(unpack_rows(plane, plane.shape[2] // TILE * block // f.chunk, out, n // block))
+    return f.write(codec, bytes_, found[:-1], shape)
+
+
+def _lanes(indices: torch.Tensor, chunk: int, per: int) -> torch.Tensor:
+    """u8[out, indices] to lanes, `per` to a lane and sub-block -> u8[tiles, chunks, bytes]; see `tiles.pack_fields`."""
+    out, n = indices.shape
+    of_chunk = chunk // SUB * 4 * per
+    indices = torch.nn.functional.pad(indices, (0, -n % of_chunk, 0, -out % TILE))
+    tiles = indices.reshape(-1, TILE, indices.shape[1] // of_chunk, chunk // SUB, 4, per).permute(0, 2, 1, 4, 3, 5).flatten(4)
+    lane = tiles.shape[4]
+    vectors = tiles.reshape(*tiles.shape[:4], -1, min(16, lane))
+    return vectors.permute(0, 1, 4, 2, 3, 5).contiguous().flatten(2)
+
+
+def _from_lanes(plane: torch.Tensor, per: int, out: int, n: int) -> torch.Tensor:
+    """Inverse of `_lanes`."""
+    lane = plane.shape[2] // 64
+    tiles = plane.reshape(*plane.shape[:2], -1, TILE, 4, min(16, lane)).permute(0, 1, 3, 4, 2, 5).flatten(4)
+    tiles = tiles.reshape(*tiles.shape[:4], -1, per).permute(0, 2, 1, 4, 3, 5)
+    return tiles.reshape(tiles.shape[0] * TILE, -1)[:out, :n]
+
+
+# ---- codecs
+
+
+def _bytes(t: torch.Tensor) -> torch.Tensor:
+    """[out, blocks] of any dtype -> u8[out, blocks, itemsize]."""
+    return t.contiguous().unsqueeze(-1).view(torch.uint8)
+
+
+def _pair(codes: torch.Tensor) -> torch.Tensor:
+    return (codes[:, ::2] | codes[:, 1::2] << 4).to(torch.uint8)
+
+
+def _unpair(indices: torch.Tensor) -> torch.Tensor:
+    return torch.stack([indices & 15, indices >> 4], -1).flatten(1)
+
+
+def _read_iq(e: Encoded, pairs: int) -> Bytes:
+    assert isinstance(e.codec, IQCodec)
+    codes, params = e.codec.unpack(e.parts, e.shape)
+    d = _bytes(params["d"])
+    if pairs == 1:
+        return [_pair(codes), _join_scales(d, params["sc"]) if "sc" in params else d]
+    indices = torch.stack([codes >> 8 * i & 255 for i in range(4 // pairs)], -1).flatten(1).to(torch.uint8)
+    signs = torch.from_numpy(KSIGNS.copy())[codes >> e.codec.fields.signs[0]]
+    sc = params["sc"].reshape(len(codes), -1, 4, 2)
+    return [indices, signs, sc[..., 0] | sc[..., 1] << 4, d]
+
+
+def _write_iq(codec: Codec, found: Bytes, _: list[torch.Tensor], shape: tuple[int, ...], pairs: int) -> Encoded:
+    assert isinstance(codec, IQCodec)
+    indices, *rest = found
+    params = {}
+    if pairs == 1:
+        codes, d = _unpair(indices).int(), rest[0]
+        if codec.fields.sc:
+            d, params["sc"] = _split_scales(d)
+    else:
+        signs, sc, d = rest
+        codes = (signs.int() & 127) << codec.fields.signs[0]
+        for i, part in enumerate(indices.int().reshape(shape[0], -1, 4 // pairs).unbind(-1)):
+            codes = codes | part << 8 * i
+        params["sc"] = torch.stack([sc & 15, sc >> 4], -1).reshape(shape[0], -1)
+    params["d"] = d.contiguous().view(torch.float16).squeeze(-1)
+    return Encoded(codec, shape, codec.pack(codes, params))
+
+
+_PLACES = (32, 38, 44, 50, 56, 16, 22)
+"""Where IQ4_XS's first seven scales begin in 64 bits, which begin with d: each lies in one word. The eighth is divided."""
+
+
+def _join_scales(d: torch.Tensor, sc: torch.Tensor) -> torch.Tensor:
+    """d: u8[out, blocks, 2], sc of 6 bits: u8[out, 8 blocks] -> u8[out, blocks, 8]."""
+    s = sc.reshape(*d.shape[:2], 8).long()
+    word = d[..., 0].long() | d[..., 1].long() << 8 | s[..., 7] >> 2 << 28 | (s[..., 7] & 3) << 62
+    for i, at in enumerate(_PLACES):
+        word = word | s[..., i] << at
+    return _bytes(word)
+
+
+def _split_scales(params: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inverse of `_join_scales`."""
+    word = params.contiguous().view(torch.int64).squeeze(-1)
+    scales = [word >> at & 63 for at in _PLACES] + [(word >> 26 & 60) | (word >> 62 & 3)]
+    return params[..., :2], torch.stack(scales, -1).to(torch.uint8).reshape(len(params), -1)
+
+
+def _read_mxfp4(e: Encoded) -> Bytes:
+    data = tensor(e.parts["data"]).reshape(e.shape[0], -1, 17)
+    codes = torch.cat([data[..., 1:] & 15, data[..., 1:] >> 4], -1).flatten(1)
+    return [_pair(codes), data[..., :1]]
+
+
+def _write_mxfp4(codec: Codec, found: Bytes, _: list[torch.Tensor], shape: tuple[int, ...]) -> Encoded:
+    codes = _unpair(found[0]).reshape(shape[0], -1, 32)
+    data = torch.cat([found[1], codes[..., :16] | codes[..., 16:] << 4], -1)
+    return Encoded(codec, shape, {"data": to_numpy(data.reshape(shape[0], -1))})
+
+
+def _swap(a: torch.Tensor) -> torch.Tensor:
+    return a >> 4 | a << 4  # bitsandbytes has the even weight in the high nibble
+
+
+def _read_table(e: Encoded) -> Bytes:
+    return [_swap(tensor(e.parts["codes"])), _bytes(tensor(e.parts["absmax"]))]
+
+
+def _whole_table(e: Encoded) -> list[torch.Tensor]:
+    nested, offset = e.parts["nested_absmax"], e.parts["nested_offset"]
+    return [torch.from_numpy(nested.copy()), torch.from_numpy(np.concatenate([DYNAMIC, offset]))]
+
+
+def _write_table(codec: Codec, found: Bytes, whole: list[torch.Tensor], shape: tuple[int, ...]) -> Encoded:
+    absmax: Array = to_numpy(found[1]).squeeze(-1) if whole else to_numpy(found[1].contiguous().view(torch.float32).squeeze(-1))
+    parts = {"codes": to_numpy(_swap(found[0])), "absmax": absmax}
+    if whole:
+        parts |= {"nested_absmax": to_numpy(whole[0]), "nested_offset": to_numpy(whole[1][-1:])}
+    return Encoded(codec, shape, parts)
+
+
+def _iq_levels(codec: Codec) -> F32:
+    assert isinstance(codec, IQCodec)
+    return codec.entries.astype(np.float32)
+
+
+def _table_levels(codec: Codec) -> F32:
+    assert isinstance(codec, LookupCodec)
+    return codec.table
+
+
+def _iq(name: str, chunk: int, pairs: int, *blocks: int, signs: bool = False) -> Lookup:
+    return Lookup(name, chunk, pairs, partial(_read_iq, pairs=pairs), partial(_write_iq, pairs=pairs), _iq_levels, blocks, signs)
+
+
+FAMILIES = {
+    "IQ4_NL": _iq("iq4_nl", 128, 1, 32),
+    "IQ4_XS": _iq("iq4_xs", 256, 1, 256),
+    "IQ3_XXS": _iq("iq3_xxs", 256, 2, 256, 256, signs=True),
+    "IQ2_XXS": _iq("iq2_xxs", 256, 4, 256, 256, signs=True),
+    "MXFP4": Lookup(
+        "mxfp4", 128, 1, _read_mxfp4, _write_mxfp4, lambda c: np.array(gguf.quants.MXFP4.kvalues, np.float32), blocks=(32,)
+    ),
+    "nf4": Lookup("nf4", 128, 1, _read_table, _write_table, _table_levels, (64,)),
+    "nf4-dq": Lookup("nf4-dq", 128, 1, _read_table, _write_table, _table_levels, (64,), whole=_whole_table),
+    "fp4": Lookup("nf4", 128, 1, _read_table, _write_table, _table_levels, (64,)),
+    "fp4-dq": Lookup("nf4-dq", 128, 1, _read_table, _write_table, _table_levels, (64,), whole=_whole_table),
+}
+"""By codec name. NF4 and FP4 are one kernel: their numbers come with the """

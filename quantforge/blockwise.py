@@ -25,12 +25,14 @@ from .codecs.plain import PlainCodec
 from .corpus import Ints
 from .errors import CalibrationError, NonFiniteError, UnsupportedError
 from .formats import Source
-from .methods import AWQ, Method, Stats, output_error
+from .methods import AWQ, Method, Stats, output_errors
 from .methods import get as get_method
 from .runtime import FUSED, TOKENS_AT_ONCE, Model
 
 HELD_OUT = 8
 """One window of so many only judges: the better of the method and rtn on it is kept."""
+_STRIPE = 1024
+"""Columns of a Hessian that are summed together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,14 +99,25 @@ class _Moments:
                 n = x.shape[1]
                 if not isinstance(self.sums[judge][i], torch.Tensor):
                     self.sums[judge][i] = x.new_zeros((n, n))
-                self.sums[judge][i].addmm_(a.T, b)
+                if a is not b:
+                    self.sums[judge][i].addmm_(a.T, b)
+                    continue
+                for j in range(0, n, _STRIPE):  # symmetric: the lower triangle is enough
+                    self.sums[judge][i][j:, j : j + _STRIPE].addmm_(a[:, j:].T, b[:, j : j + _STRIPE])
         self.tokens[judge] += len(x)
 
     def stats(self, judge: bool) -> Stats | None:
+        """The means; the sums are used up."""
         n = self.tokens[judge]
         if not n:
             return None
-        hessian, shift, drift = (t * (2 / n) if isinstance(t, torch.Tensor) else None for t in self.sums[judge])
+        for t in self.sums[judge]:
+            if isinstance(t, torch.Tensor):
+                t.mul_(2 / n)
+        hessian, shift, drift = (t if isinstance(t, torch.Tensor) else None for t in self.sums[judge])
+        for t in (hessian, drift):
+            for j in range(0, 0 if t is None else len(t), _STRIPE):
+                t[j : j + _STRIPE, j + _STRIPE :] = t[j + _STRIPE :, j : j + _STRIPE].T  # type: ignore[index]
         assert hessian is not None
         return Stats(hessian, n, shift, drift)
 
@@ -401,13 +414,10 @@ class _Block:
         self, w: torch.Tensor, codec: Codec, mine: Encoded | None, stats: Stats, judge: Stats
     ) -> tuple[str, Encoded, float, float]:
         """(kept, result, error, rtn's error) of the method's result or rtn's, whichever errs less on the held-out windows."""
-
-        def error(e: Encoded) -> float:
-            return output_error(w, torch.from_numpy(e.decode()).to(w.device), judge)
-
         plain = Encoded(codec, tuple(w.shape), get_method("rtn").quantize(w, codec, stats))
-        base, otherwise = error(plain), "awq" if isinstance(self.method, AWQ) else "rtn"
-        own = base if mine is None else error(mine)
+        trials = [e for e in (plain, mine) if e is not None]
+        base, *rest = output_errors(w, (torch.from_numpy(e.decode()).to(w.device) for e in trials), judge)
+        own, otherwise = (*rest, base)[0], "awq" if isinstance(self.method, AWQ) else "rtn"
         if mine is None or not own <= base:
             return otherwise, plain, base, base
         return self.method.name, mine, own, base

@@ -1,7 +1,7 @@
 """Methods: how the codes of a matrix are chosen."""
 
 from .awq import AWQ
-from .base import Method, Stats, get, names, output_error, register
+from .base import Method, Stats, get, names, output_error, output_errors, register
 from .gptq import GPTQ, gptq
 
-__all__ = ["AWQ", "GPTQ", "Method", "Stats", "get", "gptq", "names", "output_error", "register"]
+__all__ = ["AWQ", "GPTQ", "Method", "Stats", "get", "gptq", "names", "output_error", "output_errors", "register"]

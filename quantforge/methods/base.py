@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from importlib.metadata import entry_points
@@ -41,17 +41,25 @@ def output_error(w: torch.Tensor, quantized: torch.Tensor, stats: Stats) -> floa
 
     Without shift: ‖(ŵ − w)x‖² / ‖wx‖². w, quantized: f32[out, in].
     """
+    return output_errors(w, [quantized], stats)[0]
 
-    def trace(a: torch.Tensor, moments: torch.Tensor, b: torch.Tensor) -> float:
-        return float(((a @ moments) * b).sum(dtype=torch.float64))
 
-    d = quantized - w
-    error, norm = trace(d, stats.hessian, d), trace(w, stats.hessian, w)
-    if stats.shift is not None and stats.drift is not None:
-        moved, drift = trace(w, stats.shift, w), trace(w, stats.drift, w)
-        error += drift - 2 * trace(w, stats.shift, d)
-        norm += 2 * moved + drift
-    return max(error, 0.0) / norm if norm > 0 else 0.0
+def output_errors(w: torch.Tensor, quantized: Iterable[torch.Tensor], stats: Stats) -> list[float]:
+    """`output_error` of several, with the work that they share done once."""
+
+    def dot(a: torch.Tensor, b: torch.Tensor) -> float:
+        return float((a * b).sum(dtype=torch.float64))
+
+    h, moved, drift = stats.hessian, None, 0.0
+    if stats.shift is not None and stats.drift is not None:  # of x₀x₀ᵀ = (x + (x₀ − x))(x + (x₀ − x))ᵀ
+        moved, drift = w @ stats.shift, dot(w @ stats.drift, w)
+    norm = dot(w @ h, w) + drift + (0.0 if moved is None else 2 * dot(moved, w))
+    found = []
+    for q in quantized:
+        d = q - w
+        error = dot(d @ h, d) + drift - (0.0 if moved is None else 2 * dot(moved, d))
+        found.append(max(error, 0.0) / norm if norm > 0 else 0.0)
+    return found
 
 
 @runtime_checkable

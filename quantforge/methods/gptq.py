@@ -8,7 +8,7 @@ predecessors give (‖ŵx − wx₀‖² = ‖(ŵ − w′)x‖² + const with w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,8 @@ from .base import Stats, register
 
 SEGMENT = 128
 """Columns whose errors reach the columns behind them in one matrix product."""
+_INNER = 16
+"""The same among the columns of a segment."""
 _TRIES = 6
 _DOUBLE = 4096
 
@@ -82,45 +84,77 @@ def gptq(
     w = w.float().clone()
     exact, dead = factor(hessian[order][:, order] if act_order else hessian, damping)
     if shift is not None:
-        w = aim(w, shift, exact, order)
+        w = aim(w, shift, exact.float(), order)
     w[:, order[dead]] = 0  # never multiplied by anything
     cost = (1 / exact.diagonal() ** 2).float()[inverse]
     u = exact.float()
     del exact
-    if static_groups:
-        params = codec.fit(w, cost)
-    blocks: list[Params] = [{} for _ in range(n // size)]
-    codes: list[Codes | None] = [None] * (n // v)
-    w = w[:, order]
-    for s in range(0, n, segment):
-        e = min(s + segment, n)
-        u1, errors = u[s:e, s:e], torch.zeros_like(w[:, s:e])
-        for j in range(0, e - s, v):
-            at = int(order[s + j])
-            b = at // size
-            if static_groups:
-                p, inside = params, at
-            else:
-                if not blocks[b]:
-                    self_order = order[s + j : s + j + size].argsort()
-                    now = w[:, s + j : s + j + size][:, self_order]
-                    blocks[b] = codec.fit(now.contiguous(), cost[b * size : (b + 1) * size])
-                p, inside = blocks[b], at - b * size
-            own = u1[j : j + v, j : j + v]
-            if v == 1:
-                q = codec.round(w[:, s + j : s + j + v], p, inside)
-            else:  # what errors of the vector cost after the columns to come: its part of the inverse, inverted
-                q = codec.round_weighted(w[:, s + j : s + j + v], p, inside, torch.cholesky_inverse(own, upper=True).diagonal())
-            d = w[:, s + j : s + j + v] - codec.expand(q, p, inside)
-            codes[at // v] = q
-            error = d / own if v == 1 else torch.linalg.solve_triangular(own, d, upper=True, left=False)
-            # a block is fitted to what all errors before it have made of it: within the segment, at once
-            w[:, s + j + v : e] -= error @ u1[j : j + v, j + v :]
-            errors[:, j : j + v] = error
-        w[:, e:] -= errors @ u[s:e, e:]
-    if not static_groups:
-        params = {k: torch.cat([p[k] for p in blocks], 1) for k in blocks[0]}
-    return torch.cat([c for c in codes if c is not None], 1), params
+    whole = codec.fit(w, cost) if static_groups else None
+    loop = _Loop(codec, u, order, cost, size, whole)
+    codes = loop.run(w[:, order].t().contiguous(), (n, segment, _INNER))
+    params = whole or {k: torch.cat([p[k] for p in loop.blocks], 1) for k in loop.blocks[0]}
+    return codes, params
+
+
+class _Loop:
+    """The columns in turn. Weights lie [column, row] here: what is done to one column is done to neighbours in memory."""
+
+    def __init__(
+        self, codec: GridCodec, u: torch.Tensor, order: torch.Tensor, cost: torch.Tensor, size: int, whole: Params | None
+    ) -> None:
+        self.codec, self.u, self.order, self.cost, self.size, self.whole = codec, u, order.tolist(), cost, size, whole
+        self.blocks: list[Params] = [{} for _ in range(len(u) // size)]
+        self.codes: list[Codes | None] = [None] * (len(u) // codec.vector)
+
+    def run(self, w: torch.Tensor, steps: Sequence[int]) -> Codes:
+        """The codes of w: f32[in, out], which is used up."""
+        threads = torch.get_num_threads()
+        try:
+            self.part(w, torch.empty_like(w[: steps[1]]), 0, len(w), steps, threads)
+        finally:
+            torch.set_num_threads(threads)
+        return torch.cat([c for c in self.codes if c is not None], 1)
+
+    def part(self, w: torch.Tensor, errors: torch.Tensor, first: int, last: int, steps: Sequence[int], threads: int) -> None:
+        """Columns first:last, in parts whose errors reach the rest of them in one matrix product; into errors[: last - first]."""
+        if len(steps) == 1:
+            torch.set_num_threads(1)  # many small operations: waiting for a second thread takes longer than they do
+            for j in range(first, last, self.codec.vector):
+                self.column(w, errors[j - first :], j, last)
+            torch.set_num_threads(threads)
+            return
+        for s in range(first, last, steps[1]):
+            e = min(s + steps[1], last)
+            mine = errors[s - first :] if len(steps) < 3 else errors
+            self.part(w, mine, s, e, steps[1:], threads)
+            if e < last:
+                w[e:last].addmm_(self.u[s:e, e:last].t(), mine[: e - s], alpha=-1)
+
+    def column(self, w: torch.Tensor, errors: torch.Tensor, j: int, last: int) -> None:
+        """Round a column, or those that share a code, and take the error off those up to `last`."""
+        codec, v, at = self.codec, self.codec.vector, self.order[j]
+        params, inside = (self.whole, at) if self.whole is not None else self.block(w, j)
+        x, own = w[j : j + v], self.u[j : j + v, j : j + v]
+        if v == 1:
+            q = codec.round(x.t(), params, inside)
+        else:  # what errors of the vector cost after the columns to come: its part of the inverse, inverted
+            q = codec.round_weighted(x.t(), params, inside, torch.cholesky_inverse(own, upper=True).diagonal())
+        d = x - codec.expand(q, params, inside).t()
+        self.codes[at // v] = q
+        error = d / own if v == 1 else torch.linalg.solve_triangular(own.t(), d, upper=False)
+        if j + v < last:
+            w[j + v : last].addmm_(self.u[j : j + v, j + v : last].t(), error, alpha=-1)
+        errors[:v] = error
+
+    def block(self, w: torch.Tensor, j: int) -> tuple[Params, int]:
+        """Parameters of the block of the j-th column, fitted when it is reached to what all errors before have made of it."""
+        at, size = self.order[j], self.size
+        b = at // size
+        if not self.blocks[b]:
+            sorted_ = torch.tensor(self.order[j : j + size], device=w.device).argsort()
+            now = w[j : j + size][sorted_].t().contiguous()
+            self.blocks[b] = self.codec.fit(now, self.cost[b * size : (b + 1) * size])
+        return self.blocks[b], at - b * size
 
 
 def aim(w: torch.Tensor, shift: torch.Tensor, upper: torch.Tensor, order: torch.Tensor) -> torch.Tensor:

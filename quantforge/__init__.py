@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .conversion import Report, convert
     from .device import quantize
     from .errors import (
+        BackendError,
         CalibrationError,
         FormatError,
         NativeError,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BackendError",
     "CalibrationError",
     "CalibrationReport",
     "Codec",

@@ -136,7 +136,10 @@ def recipe_options(command: F) -> F:
         if kind and recipe:
             raise RecipeError("--type and --recipe exclude each other: name the base preset inside the recipe file")
         own_rules = bool(recipe or tensor_types or output_tensor_type or token_embedding_type or pure or keep_output)
-        if kwargs.get("bits") is not None or kwargs.get("format") not in (None, "gguf", "safetensors"):
+        if kwargs.get("backend") and not own_rules:  # it may be the library's own word
+            return command(*args, recipe=kind, **kwargs)
+        linears = kwargs.get("bits") is not None or kwargs.get("format") not in (None, "gguf", "safetensors")
+        if linears and not kwargs.get("backend"):
             # one type for the linear layers of the blocks, which the format knows by its own names
             if recipe or output_tensor_type or token_embedding_type or pure or keep_output:
                 raise RecipeError(
@@ -236,7 +239,9 @@ def _print_plan(plan: Plan) -> None:
 @click.option("--force", is_flag=True, help="Overwrite an existing output.")
 @click.option("--report", metavar="FILE.json", type=click.Path(dir_okay=False), help="Write a report with each tensor's error.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan or the report as JSON.")
-@click.option("--method", metavar="M", default="rtn", show_default=True, help="rtn, gptq, awq or awq+gptq (torch).")
+@click.option("--method", metavar="M", help="rtn, gptq, awq or awq+gptq (torch); default: rtn, or the back end's own.")
+@click.option("--backend", metavar="B", help="Quantize with auto-gptq, autoawq, gptqmodel, llm-compressor or auto-round.")
+@click.option("--backend-python", metavar="PATH", help="The interpreter that has it; default: this one.")
 @click.option("--calibration", metavar="FILE", default="builtin", show_default=True, help="Text that --method sees.")
 @click.option("--calibration-chunks", metavar="N", type=click.IntRange(2), help="Windows of it; default 128.")
 @click.option("--calibration-ctx", metavar="N", type=click.IntRange(4), help="Tokens of each; default: 512, or the model's.")

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import resource
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import device, native
+from . import device, formats, native
 from .archs.base import IDENTITY, Weight
 from .arrays import F32, Parts
+from .backends import Library
 from .codecs import Encoded, repack, repacks
 from .codecs.base import GgmlCodec
 from .codecs.plain import PlainCodec
@@ -27,6 +30,9 @@ from .formats import Sink, Source
 from .importance import Importance
 from .planning import Calibration, Plan, PlannedTensor, count, plan
 from .recipes import Recipe
+
+if TYPE_CHECKING:
+    from .corpus import Ints
 
 log = logging.getLogger(__name__)
 
@@ -137,17 +143,12 @@ def run(
         raise OutputError(out, "exists already; --force overwrites it")
     threads = threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else threads or os.cpu_count() or 1
     began, cpu = time.perf_counter(), time.process_time()
-    work = _Work(job, measure, progress, _encoder(job, threads))
-    with job.format.create(out, job.header) as sink:
-        if job.calibrated is not None:
-            work.calibrated(job.calibrated, sink)
-        with ThreadPoolExecutor(threads, "quantforge") as pool:
-            try:
-                for worker in [pool.submit(work.drain, sink) for _ in range(threads)]:
-                    worker.result()
-            finally:
-                work.stop()
-        sink.commit()
+    if job.finish is not None:
+        work = _through_library(job, out, threads, measure, progress)
+    else:
+        work = _Work(job, measure, progress, _encoder(job, threads))
+        work.run(out, threads)
+    job = work.job
     for warning in job.warnings:
         log.warning("%s", warning)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -213,9 +214,16 @@ class _Work:
     """The tiles of a plan, handed out to threads in order."""
 
     def __init__(
-        self, job: Plan, measure: bool, progress: Callable[[Progress], None] | None, encoder: device.Encoder | None
+        self,
+        job: Plan,
+        measure: bool,
+        progress: Callable[[Progress], None] | None,
+        encoder: device.Encoder | None,
+        original: Source | None = None,
     ) -> None:
         self.job, self.measure, self.progress, self.encoder = job, measure, progress, encoder
+        self.original = original
+        """What errors are measured against; None: the source."""
         self.errors = [_Errors() for _ in job.tensors]
         self.methods: dict[str, tuple[str, float | None, float | None]] = {}
         """Tensor -> method kept, its output error, rtn's; of stacked experts, the means."""
@@ -225,6 +233,29 @@ class _Work:
         self._left: dict[int, int] = {}
         self._stopped = False
         self._state = Progress(0, len(job.tensors), 0, sum(count(t.shape) for t in job.tensors), 0, "")
+
+    def run(self, out: Path, threads: int) -> None:
+        """Do all of it."""
+        with self.job.format.create(out, self.job.header) as sink:
+            if self.job.calibrated is not None:
+                self.calibrated(self.job.calibrated, sink)
+            with ThreadPoolExecutor(threads, "quantforge") as pool:
+                try:
+                    for worker in [pool.submit(self.drain, sink) for _ in range(threads)]:
+                        worker.result()
+                finally:
+                    self.stop()
+            sink.commit()
+
+    def adopt(self, out: Path, marks: Mapping[str, Any]) -> None:
+        """Make the source itself, a library's checkpoint, the output; only config.json says a little more."""
+        source = self.job.source
+        for i, t in enumerate(self.job.tensors) if self.measure else ():
+            w, decoded = self._reference(t, 0, count(t.shape[:-1])), source.read(t.name).decode()
+            self.errors[i].take(self.errors[i].add(w.reshape(-1, t.shape[-1]), decoded.reshape(-1, t.shape[-1]), None))
+        config = source.path / "config.json"
+        config.write_text(json.dumps({**source.config, **marks}, indent=2) + "\n")
+        formats.adopt(source.path, out)
 
     def _cut(self) -> Iterator[tuple[int, int, int]]:
         """(tensor, first row, last row) of every tile, in file order."""
@@ -260,14 +291,9 @@ class _Work:
     def calibrated(self, how: Calibration, sink: Sink) -> None:
         """Do the tensors of the model's blocks, one block after the other; the rest stays for the tiles."""
         from .blockwise import Outcome, quantize_blocks
-        from .calibration import context, read_windows
-        from .runtime import Model
-        from .tokenizer import Tokenizer
 
         source, at = self.job.source, {t.name: i for i, t in enumerate(self.job.tensors)}
-        tokenizer = Tokenizer(source.path, source.config, gguf_metadata=source.format == "gguf")
-        ctx = context(how.ctx, Model(source, source.path.name), "--calibration-ctx")
-        ids = read_windows(how.text, tokenizer, ctx, how.chunks, spread=True)
+        ids = _windows(source, how)
         found: dict[str, list[Outcome]] = {}
 
         def write(o: Outcome) -> None:
@@ -320,6 +346,8 @@ class _Work:
         parts, w = self._encode(t, a, b, q)
         sink.write(t.name, parts, a)
         sums = None
+        if self.measure and self.original is not None:
+            w = self._reference(t, a, b)
         if self.measure and w is not None:
             decoded = t.codec.decode(parts, w.shape)
             n_in = w.shape[-1]
@@ -341,6 +369,12 @@ class _Work:
         if done:
             for name in t.weight.sources:
                 self.job.source.release(name)
+
+    def _reference(self, t: PlannedTensor, a: int, b: int) -> F32:
+        """Rows a:b of the original that a library's tensor is measured against."""
+        assert self.original is not None
+        w = _decoded(_stored_rows(self.original, t.weight, a, b))
+        return w if t.weight.transform.value is None else t.weight.transform.value(w)
 
     def _importance(self, t: PlannedTensor, a: int, b: int) -> F32 | None:
         """Importance of a tile: f32[in], or f32[experts, in] for a whole stacked tensor."""
@@ -386,6 +420,42 @@ class _Work:
             raise NonFiniteError(
                 f"{where}: weight {list(index)} is {value}; the checkpoint is damaged or overflowed", index
             ) from None
+
+
+def _windows(source: Source, how: Calibration) -> Ints:
+    """Calibration tokens: int[windows, ctx]."""
+    from .calibration import context, read_windows
+    from .runtime import Model
+    from .tokenizer import Tokenizer
+
+    tokenizer = Tokenizer(source.path, source.config, gguf_metadata=source.format == "gguf")
+    ctx = context(how.ctx, Model(source, source.path.name), "--calibration-ctx")
+    return read_windows(how.text, tokenizer, ctx, how.chunks, spread=True)
+
+
+def _through_library(job: Plan, out: Path, threads: int, measure: bool, progress: Callable[[Progress], None] | None) -> _Work:
+    """Let a library of `backends` quantize, and make the output from the checkpoint that it leaves."""
+    how, finish = job.calibrated, job.finish
+    assert how is not None and finish is not None and isinstance(how.method, Library)
+    job.format.create(out, job.header).abort()  # it may take hours: what cannot be written is said before
+    ids = _windows(job.source, how)
+    with TemporaryDirectory(prefix=".quantforge-", suffix=".tmp", dir=out.absolute().parent) as directory:
+        made = how.method.run(job.source.path, Path(directory), ids, device=how.device, threads=threads)
+        rest = finish(made.path)
+        try:
+            name = f"{how.method.method} ({how.method.backend} {made.version})"
+            marks = {k: v for k, v in job.header.metadata.items() if k.startswith("quantforge.")} | {"quantforge.method": name}
+            rest = replace(rest, recipe=job.recipe, header=replace(rest.header, metadata={**rest.header.metadata, **marks}))
+            # awq moves scales between layers: its weights are not near the original's
+            work = _Work(rest, measure and how.method.method != "awq", progress, None, job.source)
+            work.methods = {t.name: (name, None, None) for t in rest.tensors if not isinstance(t.source_codec, PlainCodec)}
+            if job.adopt:
+                work.adopt(out, marks)
+            else:
+                work.run(out, threads)
+            return work
+        finally:
+            rest.source.close()
 
 
 def _stored_rows(source: Source, weight: Weight, a: int, b: int) -> Encoded | F32:

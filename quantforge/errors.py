@@ -8,6 +8,7 @@
     ├── RecipeError        options that name nothing, contradict or cannot be met
     ├── CalibrationError   calibration text or statistics unfit for use
     ├── OutputError        the result cannot be written: disk full, no permission (has .path)
+    ├── BackendError       another library that was to quantize is missing, does not fit or failed
     └── NativeError        the compiled kernels are missing or failed
 
 Messages are one line; they name the thing, the limit and the way out.
@@ -70,6 +71,13 @@ class OutputError(QuantForgeError):
     def __init__(self, path: str | PathLike[str], message: str) -> None:
         self.path = fspath(path)
         super().__init__(f"{self.path}: {message}")
+
+
+class BackendError(QuantForgeError):
+    """Another library, asked to quantize, is not there, not compatible, or failed."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_one_line(message, 1200))
 
 
 class NativeError(QuantForgeError):

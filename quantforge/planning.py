@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gguf
 import numpy as np
 
-from . import archs, checkpoint, codecs, formats, layouts, overlap, recipes, tokenizer
+from . import archs, backends, checkpoint, codecs, formats, layouts, overlap, recipes, tokenizer
 from .archs.base import Weight
 from .arrays import F32
 from .codecs import Codec, repacks
+from .codecs.integers import IntegerCodec
 from .codecs.plain import PlainCodec
 from .errors import CalibrationError, FormatError, RecipeError, ShapeError, UnsupportedError, nearest
 from .formats import Format, Header, Source, Stored
@@ -27,6 +29,7 @@ from .layouts import Layout
 from .presets import kept
 
 if TYPE_CHECKING:
+    from .backends import Library
     from .methods import Method
 
 log = logging.getLogger(__name__)
@@ -95,6 +98,10 @@ class Plan:
     calibrated: Calibration | None = None
     device: str = "cpu"
     """Where tensors are encoded."""
+    finish: Callable[[Path], Plan] | None = None
+    """Where a library quantizes: the plan for the checkpoint that it left; this one is what that should come to."""
+    adopt: bool = False
+    """The library's checkpoint is the output as it is."""
 
     @property
     def total_bytes(self) -> int:
@@ -153,7 +160,9 @@ def plan(
     tensor_types: Sequence[str | tuple[str, str]] = (),
     allow_requantize: bool = False,
     pre_tokenizer: str | None = None,
-    method: str | Method = "rtn",
+    method: str | Method | None = None,
+    backend: str | None = None,
+    backend_python: str | Path | None = None,
     calibration: str | Path = "builtin",
     calibration_chunks: int | None = None,
     calibration_ctx: int | None = None,
@@ -174,10 +183,31 @@ def plan(
     method: "rtn", "gptq", "awq", "awq+gptq" or an object of `quantforge.methods`, for the matrices of the model's
     blocks. calibration: the text it sees, a file or "builtin"; calibration_chunks: windows of it, default 128;
     calibration_ctx: tokens of each, default min(512, the model's). act_order, static_groups, damping: as in
-    `methods.GPTQ`. device: where tensors are encoded
-    and methods run, cpu or cuda. layout_options: of that layout, such as version="gptq_v2". Raises FormatError,
-    UnsupportedError, RecipeError, ShapeError, CalibrationError.
+    `methods.GPTQ`. backend: the library of `backends` that quantizes instead, method: one that it has; backend_python: the
+    interpreter that has it. device: where tensors are encoded and methods run, cpu or cuda. layout_options: of that layout,
+    such as version="gptq_v2". Raises FormatError, UnsupportedError, RecipeError, ShapeError, CalibrationError, BackendError.
     """
+    if backend is not None:
+        if not isinstance(method, str | None):
+            raise RecipeError(f"--backend {backend}: give the method by its name")
+        library = backends.get(backend, method, backend_python, device)
+        library = replace(library, act_order=act_order, static_groups=static_groups, damping=damping)
+        calibrate = {"calibration": calibration, "calibration_chunks": calibration_chunks, "calibration_ctx": calibration_ctx}
+        write = {"max_shard_size": max_shard_size, "tensor_types": tensor_types, "pre_tokenizer": pre_tokenizer, **layout_options}
+        return _plan_library(
+            library,
+            model,
+            Path(out),
+            recipe,
+            importance,
+            format,
+            (bits, group_size, symmetric),
+            calibrate | {"device": device},
+            write,
+        )
+    if backend_python is not None:
+        raise RecipeError("--backend-python goes with --backend")
+    method = method or "rtn"
     source = model if isinstance(model, Source) else formats.open_path(model)
     target, layout = _target(Path(out), format, layout_options)
     weights, outputs, metadata, files = _model(source, target.name, pre_tokenizer)
@@ -260,6 +290,62 @@ def plan(
     if max_shard_size is not None:
         header = replace(header, max_shard_size=max_shard_size)
     return Plan(source, target, header, tensors, table, name, warnings, how, device)
+
+
+def _plan_library(
+    library: Library,
+    model: str | Path | Source,
+    out: Path,
+    recipe: str | Path | recipes.Recipe | None,
+    importance: str | Path | Importance | None,
+    format: str | None,
+    wanted: tuple[int | None, int | None, bool | None],
+    calibrate: Mapping[str, Any],
+    write: Mapping[str, Any],
+) -> Plan:
+    """What a library will be told, and what its checkpoint becomes; see `plan`."""
+    source = model if isinstance(model, Source) else formats.open_path(model)
+    if not (source.path / "config.json").is_file() or source.format == "gguf":
+        raise UnsupportedError(
+            f"{source.path}: --backend needs a checkpoint directory with config.json, as transformers loads it"
+        )
+    if any(not isinstance(s.codec, PlainCodec) for s in source.weights.values()):
+        raise UnsupportedError(f"{source.path}: quantized already; --backend quantizes the original model")
+    bits, group_size, symmetric = wanted
+    schemes, written_in = library.known.schemes, library.known.methods[library.method]
+    kind = schemes.get(str(recipe).upper())
+    target = None if kind else recipe
+    if target is not None and wanted == (None, None, None) and not isinstance(target, recipes.Recipe):
+        with suppress(UnsupportedError):  # what stands on even steps the library can make as well
+            grid = codecs.get(str(target)).integers
+            if grid is not None:
+                bits, group_size, symmetric = grid.hi.bit_length(), grid.group or -1, grid.zero is not None
+    usual = "awq" if symmetric is False and "awq" in written_in and bits in (None, 4) else written_in[0]
+    layout = format if format in written_in else usual
+    _, codec = layouts.get(layout).choose(
+        kind, bits, group_size, symmetric, _dtype((s.codec, s.shape) for s in source.weights.values())
+    )
+    even: dict[str, Any] = {}
+    if isinstance(codec, IntegerCodec):
+        even = {"bits": codec.bits, "group_size": codec.group or -1, "symmetric": codec.symmetric}
+    library = replace(library, layout=layout, scheme=str(recipe).upper() if kind else None, **even)
+
+    to_gguf = out.suffix == ".gguf"
+    how: dict[str, Any]
+    if target is not None:
+        how = {"recipe": target, "format": format}
+    elif to_gguf:
+        how = even or {"recipe": codec.name}
+    else:
+        how = {"format": format or layout, **({"recipe": kind} if kind else even)}
+    if library.act_order and not library.static_groups and layout == "gptq" and (to_gguf or how.get("format") != "gptq"):
+        raise RecipeError("--act-order scatters groups over the columns, which only GPTQ files can say: add --static-groups")
+    as_is = target is None and (to_gguf or format in (None, layout, "safetensors"))
+    adopt = as_is and not to_gguf and format != "safetensors" and not any(write.values())
+    first = plan(source, out, importance=importance, method=library, **how, **calibrate, **write)
+    then: dict[str, Any] = {"recipe": recipes.AS_STORED} if as_is and (adopt or to_gguf or format == "safetensors") else how
+    finish = partial(plan, out=out, importance=importance, allow_requantize=True, **then, **write)
+    return replace(first, finish=finish, adopt=adopt, recipe=f"{first.recipe}, {library.name}")
 
 
 def _calibration(

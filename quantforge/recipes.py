@@ -210,6 +210,27 @@ class Recipe:
             raise RecipeError(f"{option}: the model has neither {OUTPUT} nor {EMBEDDING}; leave it out")
 
 
+@dataclass(frozen=True)
+class AsStored(Recipe):
+    """What is quantized stays as it is; GGUF takes its integers over. The rest is kept in floats."""
+
+    def assign(
+        self,
+        weights: Sequence[Weight],
+        metadata: Mapping[str, Any],
+        stored: Mapping[str, Codec],
+        importance: Collection[str] = (),
+    ) -> dict[str, Choice]:
+        """See `Recipe.assign`."""
+        floats = (*FLOATS, "F64")
+        return {
+            w.name: Choice(kept(w, have, self.base.name) if (have := stored[w.name]).name in floats else have) for w in weights
+        }
+
+
+AS_STORED = AsStored("as stored", codecs.get("F32"))
+
+
 def _codec(name: str | Codec, where: str) -> Codec:
     try:
         codec = codecs.get(name)

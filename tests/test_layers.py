@@ -18,7 +18,7 @@ LAYERS = [
     {"codecs", "archs", "metrics", "tokenizer", "overlap"},
     {"layouts", "checkpoint", "nn", "device"},
     {"formats", "methods", "runtime", "presets", "corpus"},
-    {"recipes", "calibration", "importance", "report", "similarity", "tasks", "loading"},
+    {"recipes", "calibration", "importance", "report", "similarity", "tasks", "loading", "backends"},
     {"planning", "blockwise"},
     {"conversion", "evaluation"},
     {"scorecard", "inspection"},

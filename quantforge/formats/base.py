@@ -183,6 +183,14 @@ class FileSink(Sink):
             self.abort()
             raise
 
+    def take(self, file: Path) -> None:
+        """Move a finished file into a directory that is being written."""
+        try:
+            os.rename(file, self._temporary / file.name)
+            self._fds[file.name] = os.open(self._temporary / file.name, os.O_RDWR)
+        except OSError as e:
+            raise self._cannot_write(e) from None
+
     def write(self, name: str, parts: Parts, row: int = 0) -> None:
         """Store a tensor, or its rows from `row` on; see `Sink.write`. Raises OutputError."""
         try:
@@ -315,6 +323,15 @@ class FileSink(Sink):
 
     def _cannot_write(self, e: OSError) -> OutputError:
         return OutputError(self._path, f"cannot write: {e.strerror or e}")
+
+
+def adopt(directory: Path, path: Path) -> None:
+    """Put the files of a finished directory on `path`'s file system in place as a sink would. Raises OutputError."""
+    with FileSink(path, {}, Placement({}, {}, {}), directory=True) as sink:
+        for file in sorted(directory.iterdir()):
+            if file.is_file():
+                sink.take(file)
+        sink.commit()
 
 
 def _pwrite(fd: int, data: memoryview, at: int) -> None:

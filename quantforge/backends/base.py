@@ -156,8 +156,9 @@ class Library:
     @property
     def advice(self) -> str:
         """Which versions work, and that ours needs none."""
-        own = f"quantforge's own --method {self.method}" if self.method in ("gptq", "awq", "rtn") else "quantforge's own methods"
-        return f"{self.known.works} works, in an environment that --backend-python names; {own} (without --backend) needs none"
+        own = f"--method {self.method}" if self.method in ("gptq", "awq", "rtn") else "methods"
+        need = "needs" if own != "methods" else "need"
+        return f"{self.known.works} works, in an environment that --backend-python names; the built-in {own} {need} no --backend"
 
     def run(self, model: Path, work: Path, ids: Ints, *, device: str = "cpu", threads: int = 1) -> Made:
         """Quantize a checkpoint directory.
@@ -183,7 +184,7 @@ class Library:
         for line in _lines(said):
             log.info("%s: %s", self.backend, line)
         told: dict[str, Any] = json.loads(result.read_text()) if result.exists() else {"versions": {}, "stage": "run"}
-        if code or "error" in told:
+        if told["stage"] != "done":
             raise BackendError(self._what_happened(code, told, said))
         version = told["versions"].get(self.known.package, "")
         for file in copy.iterdir():  # the model's own tokenizer, whatever the library made of it
@@ -238,7 +239,7 @@ class Library:
         elif code < 0:
             why = f"ended by {signal.Signals(-code).name}" + (", perhaps for want of memory" if code == -signal.SIGKILL else "")
         else:
-            why = next(reversed(list(_lines(said))), f"exit status {code}")
+            why = next(reversed(_lines(said)), f"exit status {code} and no word; is that a Python?")
         with tempfile.NamedTemporaryFile("w", prefix=f"quantforge-{self.backend}-", suffix=".log", delete=False) as kept:
             kept.write(said)
         return f"{self.backend} ({have or where}) failed: {why[:300]} (all it said: {kept.name}); {self.advice}"
@@ -257,7 +258,7 @@ def get(backend: str, method: str | None = None, python: str | os.PathLike[str] 
         raise RecipeError(
             f"--backend {backend} has --method {' or '.join(known.methods)}, not {method}"
             + (f", which {' and '.join(others)} have" if others else "")
-            + "; quantforge's own methods need no --backend"
+            + "; the built-in methods need no --backend"
         )
     found = shutil.which(os.path.expanduser(python)) if python is not None else sys.executable
     if found is None:
@@ -267,7 +268,7 @@ def get(backend: str, method: str | None = None, python: str | os.PathLike[str] 
         backend=backend.lower(), method=(method or next(iter(known.methods))).lower(), python=os.path.abspath(found)
     )
     if not known.cpu and not device.startswith("cuda"):
-        raise BackendError(f"{backend} quantizes only with CUDA: give --device cuda; {library.advice}, nor a GPU")
+        raise BackendError(f"{backend} quantizes only with CUDA: give --device cuda; {library.advice} and no GPU")
     return library
 
 

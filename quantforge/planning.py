@@ -223,7 +223,7 @@ def plan(
         choices, name = _assign_linears(weights, outputs, stored, codec, rules, target.name == "gguf"), codec.name
         if layout is not None:
             used = {c.codec.name: c.codec for c in choices.values() if not isinstance(c.codec, PlainCodec)}
-            warnings = list(dict.fromkeys(w for c in used.values() for w in layout.warnings(c)))
+            warnings = layout.warnings(used.values())
         file_type = int(gguf.LlamaFileType.GUESSED)
     else:
         if group_size is not None or symmetric is not None:

@@ -19,7 +19,7 @@ from ..arrays import Array, Parts, TensorInfo
 from ..codecs import Codec
 from ..codecs.integers import IntegerCodec, pack_bits, unpack_bits
 from ..errors import ShapeError, UnsupportedError
-from .base import SCALES, Arrays, Found, Gathered, Layout, Load, octets, one_type, stems, words
+from .base import SCALES, Arrays, Found, Gathered, Layout, Load, in_blocks, left_out, octets, one_type, stems, words
 
 _ORDER = np.array([0, 2, 4, 6, 1, 3, 5, 7])
 """Field j of a word holds column 8c + _ORDER[j]."""
@@ -111,7 +111,7 @@ class Awq(Layout):
 
     def config(self, modules: Mapping[str, Codec], kept: Iterable[str]) -> dict[str, Any]:
         """See `Layout.config`."""
-        codec = one_type(modules, "an AWQ checkpoint")
+        codec, left = one_type(modules, "an AWQ checkpoint"), in_blocks(kept)
         assert isinstance(codec, IntegerCodec)
         return {
             "quant_method": "awq",
@@ -119,7 +119,8 @@ class Awq(Layout):
             "group_size": codec.group or -1,
             "zero_point": not codec.symmetric,
             "version": "gemm",
-            "modules_to_not_convert": sorted({m for m in kept if m != "lm_head"}) or None,
+            "modules_to_not_convert": left or None,
+            **({"dynamic": left_out(left)} if left else {}),  # GPTQModel's way to say it
         }
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar
@@ -93,8 +94,8 @@ class Layout(ABC):
         """This layout for a method whose `Method.settings` these are."""
         return self
 
-    def warnings(self, codec: Codec) -> list[str]:
-        """What users should know about this type in this layout."""
+    def warnings(self, codecs: Collection[Codec]) -> list[str]:
+        """What users should know about these types in this layout."""
         return []
 
     def files(self, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,6 +114,11 @@ def one_type(modules: Mapping[str, Codec], what: str) -> Codec:
 def in_blocks(modules: Iterable[str]) -> list[str]:
     """Those modules that are part of a numbered block, sorted."""
     return sorted(m for m in modules if any(part.isdigit() for part in m.split(".")))
+
+
+def left_out(modules: Iterable[str]) -> dict[str, Any]:
+    """GPTQModel's `dynamic` for modules that are not quantized."""
+    return {f"-:^{re.escape(m)}$": {} for m in modules}
 
 
 def stems(arrays: Arrays, suffix: str) -> list[str]:

@@ -8,7 +8,7 @@ Packed integers are stored with 2**(bits − 1) added, along the input dimension
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -243,9 +243,9 @@ class CompressedTensors(Layout):
             "kv_cache_scheme": None,
         }
 
-    def warnings(self, codec: Codec) -> list[str]:
+    def warnings(self, codecs: Collection[Codec]) -> list[str]:
         """What clients cannot load."""
-        if isinstance(codec, IntegerCodec) and not codec.symmetric:
+        if any(isinstance(c, IntegerCodec) and not c.symmetric for c in codecs):
             return [
                 "transformers 5.23.0 cannot load asymmetric pack-quantized weights (5.17 to 5.22.2 can); --sym loads everywhere"
             ]

@@ -164,6 +164,59 @@ def test_act_order(static_groups: bool, tmp_path: Path) -> None:
         assert worst <= TOLERANCE
 
 
+MIXED = [
+    ("gptq", {"bits": 4, "group_size": 64}, ["down_proj=BF16", "blk.0.attn_q=BF16"], 35),
+    ("awq", {"group_size": 64}, ["down_proj=BF16", "blk.0.attn_q=BF16"], 35),
+    ("compressed-tensors", {"recipe": "W4A16"}, ["down_proj=W8A16", "blk.0.attn_q=BF16"], 41),
+    ("compressed-tensors", {"recipe": "W8A8"}, ["down_proj=FP8_DYNAMIC", "o_proj=NVFP4A16", "blk.0.attn_q=BF16"], 41),
+    ("bitsandbytes", {"recipe": "nf4"}, ["down_proj=BF16", "blk.0.attn_q=BF16"], 35),
+    ("bitsandbytes", {"recipe": "int8"}, ["down_proj=BF16", "blk.0.attn_q=BF16"], 35),
+]
+
+
+def kept_as_it_is(path: Path, model: Any) -> None:
+    """Layers in floats are bit-equal in the client."""
+    modules = dict(model.named_modules())
+    with qf.open(path) as source:
+        for name in [k for k, s in source.weights.items() if s.codec.name == "BF16" and k.endswith("weight")]:
+            theirs = modules[name.removesuffix(".weight")].weight.detach().float().numpy()
+            np.testing.assert_array_equal(theirs, source.read(name).decode(), err_msg=name)
+
+
+@pytest.mark.parametrize(("format", "options", "types", "layers"), MIXED, ids=str)
+def test_mixed_types_in_transformers(format: str, options: dict, types: list[str], layers: int, tmp_path: Path) -> None:
+    needs(format)
+    import transformers
+
+    path = tmp_path / "model"
+    qf.convert(MODEL, path, format=format, tensor_types=types, **options)
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, device_map="cpu")
+    kept_as_it_is(path, model)
+    if format == "compressed-tensors":
+        speak(model)
+    n, worst = compare(path, model, 1.0 if format == "awq" else 2.0**-8)
+    assert n == layers
+    assert worst <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("format", "options", "types", "layers"),
+    [*MIXED[:2], *(("gptq", {"bits": 4, "group_size": 64}, [f"down_proj={t}"], 42) for t in ("int8-g32-sym", "int4-g64-asym"))],
+    ids=str,
+)
+def test_mixed_types_in_gptqmodel(format: str, options: dict, types: list[str], layers: int, tmp_path: Path) -> None:
+    needs(format)
+    from gptqmodel import BACKEND, GPTQModel
+
+    path = tmp_path / "model"
+    qf.convert(MODEL, path, format=format, tensor_types=types, **options)
+    model = GPTQModel.load(str(path), device="cpu", backend=BACKEND.TORCH).model
+    kept_as_it_is(path, model)
+    n, worst = compare(path, model)
+    assert n == layers
+    assert worst <= TOLERANCE
+
+
 GPTQMODEL = [
     *(("gptq", o) for o in (GPTQ[1], GPTQ[2], {"bits": 4, "group_size": -1}, {"bits": 4, "group_size": 128, "symmetric": False})),
     *(("awq", o) for o in AWQ),

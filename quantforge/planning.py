@@ -222,8 +222,8 @@ def plan(
         layout, codec, rules = _schemes(layout, recipe, bits, group_size, symmetric, tensor_types, source, how)
         choices, name = _assign_linears(weights, outputs, stored, codec, rules, target.name == "gguf"), codec.name
         if layout is not None:
-            used = {c.codec.name: c.codec for c in choices.values() if not isinstance(c.codec, PlainCodec)}
-            warnings = layout.warnings(used.values())
+            named = {n.removesuffix(".weight"): choices[w.name].codec for w in weights for n, _ in outputs[w.name]}
+            warnings = layout.warnings({n: c for n, c in named.items() if not isinstance(c, PlainCodec)})
         file_type = int(gguf.LlamaFileType.GUESSED)
     else:
         if group_size is not None or symmetric is not None:

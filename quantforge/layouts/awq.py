@@ -19,7 +19,21 @@ from ..arrays import Array, Parts, TensorInfo
 from ..codecs import Codec
 from ..codecs.integers import IntegerCodec, pack_bits, unpack_bits
 from ..errors import ShapeError, UnsupportedError
-from .base import SCALES, Arrays, Found, Gathered, Layout, Load, in_blocks, left_out, octets, one_type, stems, words
+from .base import (
+    SCALES,
+    Arrays,
+    Found,
+    Gathered,
+    Layout,
+    Load,
+    expert_readers,
+    in_blocks,
+    left_out,
+    octets,
+    one_type,
+    stems,
+    words,
+)
 
 _ORDER = np.array([0, 2, 4, 6, 1, 3, 5, 7])
 """Field j of a word holds column 8c + _ORDER[j]."""
@@ -108,6 +122,10 @@ class Awq(Layout):
             "qzeros": _pack(np.ascontiguousarray(zero.T)),
             "scales": np.ascontiguousarray(scale.T),
         }
+
+    def warnings(self, modules: Mapping[str, Codec]) -> list[str]:
+        """Who does not read experts."""
+        return expert_readers(modules)
 
     def config(self, modules: Mapping[str, Codec], kept: Iterable[str]) -> dict[str, Any]:
         """See `Layout.config`."""

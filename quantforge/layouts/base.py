@@ -7,7 +7,7 @@ import importlib
 import pkgutil
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar
@@ -94,8 +94,8 @@ class Layout(ABC):
         """This layout for a method whose `Method.settings` these are."""
         return self
 
-    def warnings(self, codecs: Collection[Codec]) -> list[str]:
-        """What users should know about these types in this layout."""
+    def warnings(self, modules: Mapping[str, Codec]) -> list[str]:
+        """What users should know about these modules and types in this layout."""
         return []
 
     def files(self, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,6 +109,19 @@ def one_type(modules: Mapping[str, Codec], what: str) -> Codec:
     if len(used) != 1:
         raise UnsupportedError(f"{what} holds one type, not {', '.join(sorted(used))}; other layers can only stay in floats")
     return next(iter(used.values()))
+
+
+def experts(modules: Mapping[str, Codec]) -> dict[str, Codec]:
+    """Those modules that are experts of a mixture, one by one."""
+    return {m: c for m, c in modules.items() if ".experts." in m}
+
+
+def expert_readers(modules: Mapping[str, Codec]) -> list[str]:
+    """Warnings of who does not read quantized experts as GPTQ and AWQ have them."""
+    found = experts(modules)
+    if any(m.endswith((".w1", ".w2", ".w3")) for m in found):
+        return ["quantized experts named w1, w2, w3 are read by vLLM, not by transformers 5 or GPTQModel 7"]
+    return ["quantized experts are read by GPTQModel and vLLM, not by transformers 5"] if found else []
 
 
 def in_blocks(modules: Iterable[str]) -> list[str]:

@@ -18,7 +18,7 @@ from ..arrays import Array, Parts, TensorInfo
 from ..codecs import Codec
 from ..codecs.lookup import DYNAMIC, NESTED_BLOCK, LookupCodec
 from ..errors import ShapeError, UnsupportedError
-from .base import Arrays, Found, Gathered, Layout, Load, in_blocks, one_type, stems
+from .base import Arrays, Found, Gathered, Layout, Load, experts, in_blocks, one_type, stems
 
 _STATE = "weight.quant_state.bitsandbytes__"
 _DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
@@ -125,6 +125,11 @@ class BitsAndBytes(Layout):
     def config(self, modules: Mapping[str, Codec], kept: Iterable[str]) -> dict[str, Any]:
         """See `Layout.config`."""
         codec = one_type(modules, "a bitsandbytes checkpoint")
+        if experts(modules):
+            raise UnsupportedError(
+                "transformers keeps experts in floats under bitsandbytes and does not load quantized ones: add "
+                "--tensor-type experts=BF16"
+            )
         four = isinstance(codec, LookupCodec)
         inside = in_blocks(kept)
         found: dict[str, Any] = {"quant_method": "bitsandbytes", "load_in_4bit": four, "load_in_8bit": not four}

@@ -8,7 +8,7 @@ Packed integers are stored with 2**(bits − 1) added, along the input dimension
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -21,7 +21,7 @@ from ..codecs import Codec
 from ..codecs.fp8 import Fp8Codec
 from ..codecs.integers import ActOrderCodec, IntegerCodec, pack_bits, unpack_bits
 from ..errors import ShapeError, UnsupportedError, nearest
-from .base import SCALES, Arrays, Found, Gathered, Layout, Load, octets, stems, words
+from .base import SCALES, Arrays, Found, Gathered, Layout, Load, experts, octets, stems, words
 
 SCHEMES = {
     "W4A16": ("int4-g128-sym", False),
@@ -36,6 +36,8 @@ SCHEMES = {
 }
 """llm-compressor's names of schemes: the codec, and whether activations are quantized too, as they come."""
 
+EXPERTS = r"re:.*\.experts\..*"
+"""The target by which transformers knows the type of experts, which it keeps stacked."""
 _ACTIVATIONS = ("input_scale", "input_zero_point", "input_global_scale", "output_scale", "q_scale", "k_scale", "v_scale")
 _I32, _U8, _F32 = np.dtype(np.int32), np.dtype(np.uint8), np.dtype(np.float32)
 
@@ -231,6 +233,8 @@ class CompressedTensors(Layout):
                 inputs = {"num_bits": 8, "type": weights["type"], "symmetric": True, "strategy": "token", "dynamic": True}
                 if weights["strategy"] == "block":
                     inputs |= {"strategy": "group", "group_size": 128}
+            if i and named == sorted(experts(modules)):
+                named = [EXPERTS]
             group = {"targets": named if i else ["Linear"], "format": _format(codec), "weights": weights}
             groups[f"group_{i}"] = {**group, "input_activations": inputs, "output_activations": None}
         formats = {g["format"] for g in groups.values()}
@@ -243,13 +247,27 @@ class CompressedTensors(Layout):
             "kv_cache_scheme": None,
         }
 
-    def warnings(self, codecs: Collection[Codec]) -> list[str]:
+    def warnings(self, modules: Mapping[str, Codec]) -> list[str]:
         """What clients cannot load."""
-        if any(isinstance(c, IntegerCodec) and not c.symmetric for c in codecs):
-            return [
+        found = []
+        if any(isinstance(c, IntegerCodec) and not c.symmetric for c in modules.values()):
+            found.append(
                 "transformers 5.23.0 cannot load asymmetric pack-quantized weights (5.17 to 5.22.2 can); --sym loads everywhere"
-            ]
-        return []
+            )
+        odd = {c.name for c in experts(modules).values() if not _as_expert(c)}
+        if odd:
+            found.append(
+                f"experts as {', '.join(sorted(odd))} are laid out as vLLM reads them; transformers 5.23.0 does not load them "
+                "right: it knows experts in W4A16, W8A16 by group and FP8"
+            )
+        return found
+
+
+def _as_expert(codec: Codec) -> bool:
+    """Can transformers 5.23 load an expert of this type?"""
+    if isinstance(codec, Fp8Codec):
+        return not codec.tile
+    return isinstance(codec, IntegerCodec) and codec.symmetric and _format(codec) == "pack-quantized"
 
 
 _WEIGHT = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "weight_global_scale")

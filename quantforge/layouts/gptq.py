@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -22,7 +22,7 @@ from ..arrays import Array, Parts, TensorInfo
 from ..codecs import Codec
 from ..codecs.integers import ActOrderCodec, IntegerCodec, pack_bits, unpack_bits
 from ..errors import ShapeError, UnsupportedError
-from .base import SCALES, Arrays, Found, Gathered, Layout, Load, in_blocks, left_out, octets, stems, words
+from .base import SCALES, Arrays, Found, Gathered, Layout, Load, expert_readers, in_blocks, left_out, octets, stems, words
 
 BITS = (2, 3, 4, 8)
 V1, V2 = "gptq", "gptq_v2"
@@ -197,11 +197,12 @@ class Gptq(Layout):
             found["modules_in_block_to_quantize"] = [sorted(modules)]
         return found | {"dynamic": dynamic} if dynamic else found
 
-    def warnings(self, codecs: Collection[Codec]) -> list[str]:
-        """Who reads a mixture."""
-        if len({c.name.removesuffix("-act") for c in codecs}) > 1:
-            return ["a GPTQ checkpoint of several types is read by GPTQModel and vLLM (dynamic), not by transformers"]
-        return []
+    def warnings(self, modules: Mapping[str, Codec]) -> list[str]:
+        """Who reads a mixture of types or experts."""
+        found = []
+        if len({c.name.removesuffix("-act") for c in modules.values()}) > 1:
+            found.append("a GPTQ checkpoint of several types is read by GPTQModel and vLLM (dynamic), not by transformers")
+        return found + expert_readers(modules)
 
     def files(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """quantize_config.json, without which AutoGPTQ 0.7 does not open a checkpoint."""

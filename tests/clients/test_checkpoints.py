@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,19 @@ def dense(module: Any) -> np.ndarray:
         return module(torch.eye(module.in_features, dtype=torch.bfloat16)).float().T.numpy()
 
 
+def weight_of(modules: dict[str, Any], name: str) -> np.ndarray:
+    """The client's weight of a module; transformers 5 keeps experts stacked, gate and up in one, under newer names."""
+    match = re.fullmatch(r"(.*)\.(?:block_sparse_moe|mlp)\.experts\.(\d+)\.(\w+)", name)
+    if match is None or name in modules:
+        return dense(modules[name])
+    part = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}.get(match[3], match[3])
+    experts = modules[f"{match[1]}.mlp.experts"]
+    if part == "down_proj":
+        return experts.down_proj[int(match[2])].detach().float().numpy()
+    halves = experts.gate_up_proj[int(match[2])].detach().float().numpy()
+    return np.split(halves, 2)[part == "up_proj"]
+
+
 def compare(path: Path, model: Any, near_zero: float = 2.0**-8) -> tuple[int, float]:
     """Layers that are quantized, and the largest relative error of the client's weights beside ours."""
     worst, n = 0.0, 0
@@ -62,7 +76,7 @@ def compare(path: Path, model: Any, near_zero: float = 2.0**-8) -> tuple[int, fl
             if stored.codec.name in ("BF16", "F16", "F32"):
                 continue
             ours = source.read(name).decode()
-            theirs = dense(modules[name.removesuffix(".weight")])
+            theirs = weight_of(modules, name.removesuffix(".weight"))
             assert theirs.shape == ours.shape
             error = np.abs(theirs - ours) / (np.abs(ours) + np.abs(ours).max() * near_zero)
             worst, n = max(worst, float(error.max())), n + 1
@@ -236,6 +250,91 @@ def test_gptqmodel_computes_with_our_weights(format: str, options: dict, tmp_pat
     print(f"gptqmodel {format} {options}: {n} layers, {worst:.2e}")
     assert n == 42
     assert worst <= TOLERANCE
+
+
+# ---- mixtures of experts
+
+
+@pytest.fixture(scope="module")
+def mixtures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Small bf16 models with four experts."""
+    found = {}
+    for kind, settings in (
+        ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+        ("Qwen3Moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "head_dim": 32}),
+    ):
+        directory = checkpoints.model(tmp_path_factory.mktemp(kind), kind, hidden_size=128, intermediate_size=128, **settings)
+        tensors = {k: v.astype(BFLOAT16) for k, v in load_file(directory / "model.safetensors").items()}
+        save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+        config = json.loads((directory / "config.json").read_text())
+        checkpoints.save(directory, "config.json", config | {"dtype": "bfloat16"})
+        found[kind] = directory
+    return found
+
+
+EXPERTS = [
+    ("compressed-tensors", {"recipe": "W4A16"}, []),
+    ("compressed-tensors", {"recipe": "int8-g128-sym"}, []),
+    ("compressed-tensors", {"recipe": "FP8_DYNAMIC"}, []),
+    ("compressed-tensors", {"recipe": "W8A8"}, ["experts=W4A16"]),
+    ("bitsandbytes", {"recipe": "nf4"}, ["experts=BF16"]),
+    ("bitsandbytes", {"recipe": "int8"}, ["experts=BF16"]),
+    ("awq", {"group_size": 64}, ["experts=BF16"]),
+    ("gptq", {"group_size": 64}, ["experts=BF16"]),
+]
+
+
+@pytest.mark.parametrize("kind", ["Mixtral", "Qwen3Moe"])
+@pytest.mark.parametrize(("format", "options", "types"), EXPERTS, ids=str)
+def test_experts_in_transformers(
+    format: str, options: dict, types: list[str], kind: str, tmp_path: Path, mixtures: dict[str, Path]
+) -> None:
+    needs(format)
+    import transformers
+
+    path = tmp_path / "model"
+    report = qf.convert(mixtures[kind], path, format=format, tensor_types=types, **options)
+    assert not report.warnings
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, device_map="cpu")
+    if format == "compressed-tensors":
+        speak(model)
+    n, worst = compare(path, model, 1.0 if format == "awq" else 2.0**-8)
+    assert n == 2 * (4 if types == ["experts=BF16"] else 4 + 4 * 3)
+    assert worst <= TOLERANCE
+    if types == ["experts=BF16"]:
+        with qf.open(path) as source:
+            name = next(k for k in source.weights if ".1." in k and ".experts.3." in k)
+            theirs = weight_of(dict(model.named_modules()), name.removesuffix(".weight"))
+            np.testing.assert_array_equal(theirs, source.read(name).decode())
+
+
+@pytest.mark.parametrize(("format", "options"), [("gptq", {"bits": 4, "group_size": 64}), ("awq", {"group_size": 64})])
+def test_experts_in_gptqmodel(format: str, options: dict, tmp_path: Path, mixtures: dict[str, Path]) -> None:
+    needs(format)
+    from gptqmodel import BACKEND, GPTQModel
+
+    path = tmp_path / "model"
+    qf.convert(mixtures["Qwen3Moe"], path, format=format, **options)
+    model = GPTQModel.load(str(path), device="cpu", backend=BACKEND.TORCH).model
+    n, worst = compare(path, model, 1.0 if format == "awq" else 2.0**-8)
+    assert n == 2 * (4 + 4 * 3)
+    assert worst <= TOLERANCE
+
+
+def test_experts_that_no_client_here_loads(tmp_path: Path, mixtures: dict[str, Path]) -> None:
+    for kind, format, recipe in (
+        ("Qwen3Moe", "compressed-tensors", "NVFP4A16"),
+        ("Mixtral", "compressed-tensors", "W8A8"),
+        ("Qwen3Moe", "compressed-tensors", "FP8_BLOCK"),
+        ("Qwen3Moe", "compressed-tensors", "W4A16_ASYM"),
+        ("Mixtral", "gptq", None),
+        ("Qwen3Moe", "awq", None),
+    ):
+        plan = qf.plan(mixtures[kind], tmp_path / "m", recipe, format=format)
+        assert any("vLLM" in w for w in plan.warnings)
+    with pytest.raises(qf.UnsupportedError, match="add --tensor-type experts=BF16"):
+        qf.convert(mixtures["Mixtral"], tmp_path / "m", "nf4", format="bitsandbytes")
+    assert not (tmp_path / "m").exists()
 
 
 # ---- reading what the libraries write themselves

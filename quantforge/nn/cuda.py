@@ -8,7 +8,7 @@ from functools import cache
 import torch
 
 from .. import native
-from . import ops
+from . import ops, products
 from . import planes as layouts
 
 _log = logging.getLogger(__name__)
@@ -47,10 +47,16 @@ def linear(
     """x wᵀ for a matrix in planes. `activations` changes nothing here: 8-bit ones would not be faster."""
     kind = layouts.kind(codec)
     rows = x.reshape(-1, in_features)
-    if not rows.shape[0] or not native.cuda_has(kind, "linear") or rows.shape[0] > COLUMNS:
-        dtype = torch.float32 if x.dtype == torch.float64 else x.dtype
-        return torch.nn.functional.linear(x.to(dtype), dequantize(planes, codec, out_features, in_features, dtype)).to(x.dtype)
-    return _few(rows, planes, kind, out_features).to(x.dtype).reshape(*x.shape[:-1], out_features)
+    way = products.choose(kind, rows.shape[0], in_features, x.dtype) if native.cuda_has(kind, "linear") else "slabs"
+    if not rows.shape[0]:
+        y = x.new_empty((0, out_features))
+    elif way == "matvec":
+        y = torch.cat([_few(part, planes, kind, out_features) for part in torch.split(rows, COLUMNS)])
+    elif way == "fused":
+        y = products.fused(rows, planes, kind, out_features)
+    else:
+        y = products.slabs(rows, planes, codec, out_features)
+    return y.to(x.dtype).reshape(*x.shape[:-1], out_features)
 
 
 def _few(x: torch.Tensor, planes: list[torch.Tensor], kind: str, out_features: int) -> torch.Tensor:

@@ -1,0 +1,97 @@
+"""Products of planes with many activations on a GPU: which way, from how many activations on, and the ways themselves.
+
+matvec   kernels/cuda: up to 8 activations at once
+fused    kernels/triton: weights become numbers inside the product
+slabs    rows of the matrix become numbers a slab at a time, which the L2 keeps until cuBLAS has read it
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from types import ModuleType
+
+import torch
+
+from . import ops
+from .planes import TILE
+
+_log = logging.getLogger(__name__)
+
+WAYS = ("matvec", "fused", "slabs")
+
+UP_TO = {"": (8, 256)}
+"""Kind of planes (or "" for all others) -> the most activations for matvec, and for fused. Not measured yet."""
+
+SLAB = 30 << 20
+"""Bytes of a slab: half the L2 of an H100 or H200."""
+
+_forced: ContextVar[str | None] = ContextVar("quantforge_way", default=None)
+
+
+@contextmanager
+def way(name: str) -> Iterator[None]:
+    """Every product within takes this way where it can: for tests and benchmarks. QUANTFORGE_GPU_WAY does so for a process."""
+    if name not in WAYS:
+        raise ValueError(f"way {name!r} is not one of {', '.join(WAYS)}")
+    before = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(before)
+
+
+@cache
+def kernels() -> ModuleType | None:
+    """The Triton kernels, or None without Triton."""
+    try:
+        from . import triton_kernels
+    except ImportError as e:
+        _log.warning("products of quantized weights with many activations: %s; they are decoded first", e)
+        return None
+    return triton_kernels
+
+
+def choose(kind: str, m: int, n_in: int, dtype: torch.dtype) -> str:
+    """The way of a product with m activations: the forced one if it can, or by `UP_TO`."""
+    found = _forced.get() or os.environ.get("QUANTFORGE_GPU_WAY")
+    if found not in WAYS:
+        few, some = UP_TO.get(kind) or UP_TO[""]
+        found = "matvec" if m <= few else "fused" if m <= some else "slabs"
+    if found == "fused":
+        half = dtype in (torch.bfloat16, torch.float16)
+        triton = kernels() if half and n_in % 8 == 0 else None
+        if triton is None or kind not in triton.FAMILIES:
+            return "slabs"
+    return found
+
+
+def fused(x: torch.Tensor, planes: list[torch.Tensor], kind: str, out_features: int) -> torch.Tensor:
+    """x wᵀ by Triton: x bf16 or f16 [m, in] -> [m, out_features] of that dtype."""
+    triton = kernels()
+    assert triton is not None
+    y: torch.Tensor = triton.gemm(x, planes, kind, out_features)
+    return y
+
+
+def slabs(x: torch.Tensor, planes: list[torch.Tensor], codec: str, out_features: int, slab: int | None = None) -> torch.Tensor:
+    """x wᵀ by cuBLAS: x [m, in] of any float dtype -> [m, out_features] of that dtype. slab: bytes of numbers at a time."""
+    (m, k), dtype = x.shape, torch.float32 if x.dtype == torch.float64 else x.dtype
+    x, whole = x.to(dtype), x.dtype
+    rows = max(1, (slab or SLAB) // (TILE * max(1, k) * dtype.itemsize)) * TILE
+    # a slice of tiles is a matrix of its own, unless rows know their number: planes of the whole matrix besides a table
+    if rows >= out_features or sum(p.dim() < 3 for p in planes) > 1 or planes[0].dim() != 3:
+        w = ops.dequantize(planes, codec, out_features, k, dtype)
+        return torch.mm(x, w.T).to(whole)
+    rows = -(-out_features // (-(-out_features // rows) * TILE)) * TILE  # of one size, but for the last
+    y = torch.empty((m, out_features), dtype=dtype, device=x.device)
+    for at in range(0, out_features, rows):
+        n = min(rows, out_features - at)
+        tiles = slice(at // TILE, -(-(at + n) // TILE))
+        w = ops.dequantize([p[tiles] if p.dim() == 3 else p for p in planes], codec, n, k, dtype)
+        torch.mm(x, w.T, out=y[:, at : at + n])
+    return y.to(whole)

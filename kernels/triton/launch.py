@@ -120,6 +120,15 @@ def _device(device: torch.device) -> tuple[int, int]:
     return found.multi_processor_count, int(getattr(found, "shared_memory_per_block_optin", SHARED)) - 7 * 1024
 
 
+def constants(f: Family, c: Config) -> dict[str, int | str]:
+    """The kernel's constants."""
+    low, high = (*f.widths, 0)[:2]
+    return {
+        "CHUNK": f.chunk, "W0": low, "W1": high, "SCALES": f.scales, "SUB": f.sub, "ZERO": f.zero, "TABLE": f.table,
+        "BM": c.tokens, "BN": c.rows, "SPLIT": c.split,
+    }  # fmt: skip
+
+
 def gemm(
     x: torch.Tensor, planes: Sequence[torch.Tensor], kind: str, out_features: int, config: Config | None = None
 ) -> torch.Tensor:
@@ -147,11 +156,9 @@ def gemm(
         arrived = _arrived(tiles, x.device)
     else:
         partial = arrived = words[0]
-    low, high = (*family.widths, 0)[:2]
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         gemm_kernel[grid](
             x, *words, table, y, partial, arrived, m, out_features, k, x.stride(0), MAGIC,
-            CHUNK=family.chunk, W0=low, W1=high, SCALES=family.scales, SUB=family.sub, ZERO=family.zero,
-            TABLE=family.table, BM=c.tokens, BN=c.rows, SPLIT=c.split, num_warps=c.warps, num_stages=c.stages,
+            **constants(family, c), num_warps=c.warps, num_stages=c.stages,
         )  # fmt: skip
     return y

@@ -1,0 +1,53 @@
+"""Runs the Triton kernels in Triton's interpreter: prints a JSON list of [case, relative error].
+
+A process of its own: the interpreter is chosen before Triton is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import numpy as np
+import torch
+
+from quantforge import codecs
+from quantforge.nn import planes
+from quantforge.nn.triton_kernels import FAMILIES, Config, gemm
+
+CASES = [
+    # rows, columns, activations, dtype, configuration
+    (37, 768 + 256, 9, torch.bfloat16, Config(16, 64, 2, 4, 2)),
+    (70, 1280, 21, torch.float16, Config(32, 64, 1, 4, 2)),
+    (130, 256, 40, torch.float16, Config(16, 128, 1, 8, 2)),
+]
+
+
+def random_matrix(codec: codecs.Codec, rows: int, n: int) -> codecs.Encoded:
+    rng = np.random.default_rng(rows)
+    return codecs.quantize((rng.standard_normal((rows, n)) * rng.lognormal(0, 0.3, (rows, 1)) * 0.02).astype(np.float32), codec)
+
+
+def main(names: list[str]) -> None:
+    found = []
+    for name in names:
+        codec, kind = codecs.get(name), planes.kind(name)
+        for i, (rows, n, m, dtype, config) in enumerate(CASES):
+            if codec.block_size < FAMILIES[kind].chunk:
+                n -= codec.block_size  # K is a multiple of the block only
+            e = random_matrix(codec, rows, n)
+            x = torch.randn((m, n), generator=torch.Generator().manual_seed(i)).to(dtype)
+            wide = torch.full((m, n + 8), float("nan"), dtype=dtype)
+            wide[:, :n] = x  # rows that do not follow each other
+            exact = x.double() @ torch.from_numpy(e.decode()).double().T
+            y = gemm(wide[:, :n], list(planes.pack(e).tensors.values()), kind, rows, config)
+            assert y.dtype == dtype and y.shape == exact.shape
+            found.append([f"{name}-{i}", float((y.double() - exact).norm() / exact.norm())])
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,153 @@
+"""The Triton kernels without a GPU: run by Triton's interpreter, and compiled for sm_90."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from quantforge import codecs
+from quantforge.nn import planes, products
+
+triton = pytest.importorskip("triton", reason="Triton is not installed (it is for Linux on x86-64)")
+kernels = pytest.importorskip("quantforge.nn.triton_kernels")
+ROOT = Path(__file__).parents[2]
+CODECS = [name for name in planes.FAMILIES if planes.kind(name) in kernels.FAMILIES]
+BOUND = {"0": 2.6e-3, "1": 6e-4, "2": 6e-4}  # of interpreted.CASES: weights and the result are rounded to bf16 or f16
+
+
+@pytest.fixture(scope="module")
+def errors() -> dict[str, float]:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.nn.interpreted", *CODECS],
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout))
+
+
+@pytest.mark.parametrize("case", BOUND)
+@pytest.mark.parametrize("codec", CODECS)
+def test_the_product_is_right(codec, case, errors):
+    assert errors[f"{codec}-{case}"] <= BOUND[case]
+
+
+@pytest.mark.parametrize("kind", sorted({planes.kind(c) for c in CODECS}))
+def test_compiles_for_hopper_without_spills(kind, tmp_path):
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from quantforge.nn.triton_kernels.gemm import gemm_kernel
+
+    if triton.knobs.runtime.interpret:
+        pytest.skip("TRITON_INTERPRET is set")
+    config = kernels.choose(kind, 16, 4096, 4096)
+    constants = kernels.constants(kernels.FAMILIES[kind], config)
+    types = {
+        "x": "*bf16",
+        "y": "*bf16",
+        "partial": "*fp32",
+        "M": "i32",
+        "N": "i32",
+        "K": "i32",
+        "x_stride": "i32",
+        "magic": "i32",
+    }
+    names = gemm_kernel.arg_names
+    signature = {n: "constexpr" if n in constants else types.get(n, "*i32") for n in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in constants and n not in ("M", "magic")}
+    compiled = triton.compile(
+        ASTSource(gemm_kernel, signature, constexprs=constants, attrs=aligned),
+        target=GPUTarget("cuda", 90, 32), options={"num_warps": config.warps, "num_stages": config.stages},
+    )  # fmt: skip
+    assert "wgmma.mma_async" in compiled.asm["ptx"]
+    assert compiled.metadata.shared <= kernels.launch.SHARED
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    used = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
+    registers, stack, local = (int(re.search(rf"{what}:(\d+)", used)[1]) for what in ("REG", "STACK", "LOCAL"))
+    assert stack == local == 0 and registers < 255
+
+
+def test_candidates_fit_the_chip_and_are_few():
+    for kind in kernels.FAMILIES:
+        for m in (9, 16, 33, 128, 256):
+            for n, k in ((4096, 4096), (28672, 8192), (17, 64)):
+                found = kernels.candidates(kind, m, n, k)
+                assert 0 < len(found) <= 12
+                assert kernels.choose(kind, m, n, k) in found
+                assert all(c.tokens >= 16 and c.rows % 64 == 0 for c in found)
+
+
+def test_ways():
+    half = torch.bfloat16
+    assert products.choose("q4_0", 8, 4096, half) == "matvec"
+    assert products.choose("q4_0", 9, 4096, half) == "fused"
+    assert products.choose("q4_0", 257, 4096, half) == "slabs"
+    assert products.choose("q4_0", 9, 4096, torch.float32) == "slabs"
+    assert products.choose("no such kind", 9, 4096, half) == "slabs"
+    with products.way("slabs"):
+        assert products.choose("q4_0", 1, 4096, half) == "slabs"
+    with pytest.raises(ValueError, match="matvec"), products.way("fast"):
+        pass
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("slab", [None, 1, 40 * 64 * 4])
+def test_slabs_are_the_product(dtype, slab, monkeypatch):
+    """Slices of planes are matrices of their own: cut, decoded and multiplied one after the other."""
+    rows, n = 83, 64
+    e = codecs.quantize(np.random.default_rng(0).standard_normal((rows, n)).astype(np.float32), "Q4_0")
+    seen = []
+
+    def dequantize(tensors, codec, out, k, kind):
+        seen.append(out)
+        return torch.from_numpy(planes.unpack(planes.restore(tensors, codec, (out, k))).decode()).to(kind)
+
+    monkeypatch.setattr(products.ops, "dequantize", dequantize)
+    x = torch.randn(5, n).to(dtype)
+    y = products.slabs(x, list(planes.pack(e).tensors.values()), "Q4_0", rows, slab)
+    exact = x.double() @ torch.from_numpy(e.decode()).double().T
+    assert y.dtype == dtype and (y.double() - exact).norm() <= (1e-6 if dtype == torch.float32 else 5e-3) * exact.norm()
+    assert sum(seen) == rows and (len(seen) > 1) == (slab is not None)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("codec", CODECS)
+def test_on_a_gpu(codec):
+    """Every way against float64 on random shapes, in eager mode and in a graph."""
+    from quantforge.nn import ops
+    from tests.nn.interpreted import random_matrix
+
+    rng, found = np.random.default_rng(1), codecs.get(codec)
+    for m in (1, 8, 9, 16, 33, 64, 100, 256, 300):
+        rows, blocks = int(rng.integers(1, 700)), int(rng.integers(1, 40))
+        n = found.block_size * blocks
+        e = random_matrix(found, rows, n)
+        w = torch.from_numpy(e.decode()).double().cuda()
+        tensors = [t.cuda() for t in planes.pack(e).tensors.values()]
+        for dtype, bound in ((torch.bfloat16, 2.6e-3), (torch.float16, 1e-3)):
+            x = torch.randn(m, n, device="cuda").to(dtype)
+            exact = x.double() @ w.T
+            for name in products.WAYS:
+                with products.way(name):
+                    y = ops.linear(x, tensors, codec, rows, n)
+                    assert (y.double() - exact).norm() <= bound * exact.norm(), (codec, name, m, rows, n, dtype)
+                    again = ops.linear(x, tensors, codec, rows, n)
+                    graph = torch.cuda.CUDAGraph()
+                    with torch.cuda.graph(graph):
+                        captured = ops.linear(x, tensors, codec, rows, n)
+                    captured.fill_(float("nan"))
+                    for _ in range(3):
+                        graph.replay()
+                    torch.cuda.synchronize()
+                    assert torch.equal(captured, again)

@@ -270,7 +270,12 @@ def scales(
     elif KIND == "iq4_xs":
         at = p0 + step * 32 + row * 2
         w0, w1 = tl.load(at), tl.load(at + 1)
-        sc = ((w1[:, None] >> (4 * s)[None, :]) & 15) | (((w0[:, None] >> (16 + 2 * s)[None, :]) & 3) << 4)
+        # d, then six bits each: l5, l6 and four of l7 above d; l0 to l4 and two of l7 in the second word
+        sc = tl.where(
+            (s < 5)[None, :], w1[:, None] >> (6 * tl.minimum(s, 4))[None, :], w0[:, None] >> (tl.maximum(6 * s, 30) - 14)[None, :]
+        )
+        last = ((w0 >> 26) & 0x3C) | ((w1 >> 30) & 3)
+        sc = tl.where((s == 7)[None, :], last[:, None], sc & 63)
         d = (w0 & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
         d = d[:, None] * (sc - 32).to(tl.float32)
         return d, d * -ZERO

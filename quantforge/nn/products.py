@@ -18,7 +18,7 @@ from types import ModuleType
 import torch
 
 from . import ops
-from .planes import TILE
+from .tiles import TILE
 
 _log = logging.getLogger(__name__)
 

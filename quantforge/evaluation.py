@@ -16,6 +16,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -27,7 +28,7 @@ from . import metrics as stats
 from . import overlap, similarity
 from .arrays import F32
 from .corpus import BUILTIN, Corpus, Windows, cut
-from .errors import RecipeError, ShapeError, nearest
+from .errors import NonFiniteError, RecipeError, ShapeError, nearest
 from .formats import open_path
 from .report import Evaluation, ModelResult, TensorError
 from .report.base import check_path
@@ -43,9 +44,10 @@ logger = logging.getLogger(__name__)
 
 METRICS = ("ppl", "kld", "flips", "similarity")
 CTX = 512
-_LOGITS_AT_ONCE = 8 << 20
-"""Logits of one model that exist together: 32 MB."""
-_LOGITS_IN_CACHE = 1 << 20
+_LOGITS_AT_ONCE = 1 << 19
+"""Logits of one model that exist together: 2 MB, which stay in a core's cache."""
+_LEAST = 64 << 20
+"""Bytes that answering may always take; else no more than the text took, so that memory does not depend on depth."""
 _OBSERVED = 16384
 """Tokens from which input statistics and the error of hidden states are taken."""
 
@@ -110,9 +112,17 @@ def evaluate(
         answers = None
         if questions:
             tell("answers", 0, 1)
-            limit = _max_context(party.reference)
+            limit, memory = _max_context(party.reference), max(_LEAST, run.held_bytes)
             answers, figures, intervals = similarity.compare(
-                party.reference, party.ceiling, party.candidates, party.tokenizer, questions, answer_tokens, embedder, limit
+                party.reference,
+                party.ceiling,
+                party.candidates,
+                party.tokenizer,
+                questions,
+                answer_tokens,
+                embedder,
+                limit,
+                memory,
             )
             for r, f, i in zip(results[1:], figures, intervals, strict=False):
                 r.similarity = f
@@ -134,7 +144,7 @@ def evaluate(
             intervals=_differences(run, n),
             similarity=answers,
             tasks=found,
-            run=_about_run(run, windows, device, loss, seconds),
+            run=_about_run(run, windows, device, loss, seconds, answers),
         )
     for path in reports:
         evaluation.save(path)
@@ -238,27 +248,35 @@ class _Run:
 
     def __init__(self, models: list[Model], windows: Windows, tell: Progress) -> None:
         self.models, self.windows, self.tell = models, windows, tell
-        self.score = stats.Score([m.name for m in models])
+        self.score = stats.Score([m.name for m in models], windows.targets, str(models[0].device))
         self.hidden_error: list[list[float]] = [[] for _ in models]
         self.tensors: list[list[TensorError]] = [[] for _ in models]
-        self.block_bytes = self.hidden_bytes = 0
+        self.block_bytes = self.hidden_bytes = self.head_bytes = self.logit_bytes = 0
+        self.bytes_before = _resident_bytes()
         self._inputs: dict[str, F32] = {}
         self._hooks: list[Any] = []
         self._roles = models[0].roles()
+
+    @property
+    def held_bytes(self) -> int:
+        """What is held by design: hidden states, and one block or a slice of the head of each model."""
+        return self.hidden_bytes + max(self.block_bytes, self.head_bytes + self.logit_bytes)
 
     def go(self) -> None:
         """Advance, then score."""
         import torch
 
-        from .runtime import advance
+        from .runtime import advance, finish
 
-        ids = torch.from_numpy(self.windows.ids)
+        ids, scored = torch.from_numpy(self.windows.ids), torch.from_numpy(self.windows.scored)
         hidden = advance(
             self.models, ids, before=self._before, after=self._after, progress=lambda done, of: self.tell("blocks", done, of)
         )
         self.hidden_bytes = sum(h.nbytes for h in hidden)
         with torch.inference_mode():
-            self._apply_heads(hidden)
+            states = finish(self.models, hidden, scored)
+            del hidden
+            self._apply_heads(states)
 
     # ---- around each block
 
@@ -275,8 +293,7 @@ class _Run:
                 x = args[0].detach().reshape(-1, args[0].shape[-1])
                 if seen[name] < _OBSERVED:
                     seen[name] += len(x)
-                    square = (x.float() ** 2).sum(0).cpu().numpy()
-                    self._inputs[name] = self._inputs.get(name, np.float32(0)) + square
+                    self._inputs[name] = self._inputs.get(name, np.float32(0)) + _square(x)
 
             return hook
 
@@ -295,59 +312,70 @@ class _Run:
         for k in range(1, len(self.models)):
             if hidden[k].shape == hidden[0].shape:
                 self.hidden_error[k].append(float((hidden[k][:rows].float() - ref).norm()) / norm)
-            if self.models[k].source is not self.models[0].source:
-                self._compare_weights(k, stem, blocks[0], blocks[k], i)
+            if self.models[k].source is self.models[0].source:
+                continue
+            theirs = dict(blocks[k].named_parameters())
+            for name, w in blocks[0].named_parameters():
+                if (other := theirs.get(name)) is not None and other.shape == w.shape:
+                    difference = _Difference()
+                    difference.add(w, other)
+                    self._note(k, f"{stem}.{name}", i, w.shape, difference, self._inputs.get(name.removesuffix(".weight")))
 
-    def _compare_weights(self, k: int, stem: str, ours: nn.Module, theirs: nn.Module, layer: int | None) -> None:
-        mine = dict(theirs.named_parameters())
-        for name, w in ours.named_parameters():
-            full = f"{stem}.{name}" if stem else name
-            other = mine.get(name)
-            if other is None or w.device.type == "meta" or other.device.type == "meta":
-                continue
-            square = self._inputs.get(name.removesuffix(".weight")) if layer is not None else None
-            rel, weighted = _errors(w, other, square)
-            parts = self.models[k].parts(full)
-            if not parts:
-                continue
-            codec, shape = self.models[k].stored(parts[0])
-            role = self._roles.get(full, name.removesuffix(".weight"))
-            bits = 8 * codec.nbytes(shape) / max(1, int(np.prod(shape)))
-            self.tensors[k].append(TensorError(full, role, layer, codec.name, list(w.shape), bits, rel, weighted))
+    def _note(
+        self, k: int, name: str, layer: int | None, shape: Sequence[int], difference: _Difference, square: F32 | None
+    ) -> None:
+        if not (parts := self.models[k].parts(name)):
+            return
+        codec, stored = self.models[k].stored(parts[0])
+        role = self._roles.get(name, name.removesuffix(".weight").split(f"{self.models[0].prefix}.{layer}.")[-1])
+        bits = 8 * codec.nbytes(stored) / max(1, int(np.prod(stored)))
+        error = TensorError(name, role, layer, codec.name, list(shape), bits, difference.relative(), difference.relative(square))
+        self.tensors[k].append(error if square is not None else replace(error, weighted_error=None))
 
     # ---- the head
 
-    def _apply_heads(self, hidden: Sequence[torch.Tensor]) -> None:
-        import torch
+    def _apply_heads(self, states: list[torch.Tensor]) -> None:
+        """Slices of the vocabulary, decoded once for every model, meet slices of all scored tokens."""
+        from .runtime import rows_at_once
 
-        ids, scored = self.windows.ids, self.windows.scored
-        vocabulary = int(self.models[0].config["vocab_size"])
-        rows = max(1, _LOGITS_AT_ONCE // vocabulary)
-        cached = max(16, _LOGITS_IN_CACHE // vocabulary)
-        device = hidden[0].device
         with ExitStack() as stack:
             heads = [stack.enter_context(m.head()) for m in self.models]
-            for k in range(1, len(self.models)):
-                if self.models[k].source is not self.models[0].source:
-                    self._compare_weights(k, "", self.models[0].module, self.models[k].module, None)
-            places = np.flatnonzero(scored.any(0))  # the same positions in nearly every window
-            step, width = max(1, rows // len(places)), min(rows, len(places))
-            for w in range(0, len(ids), step):
-                for p in range(0, len(places), width):
-                    some = places[p : p + width]
-                    keep = scored[w : w + step, some]
-                    if not keep.any():
-                        continue
-                    targets = torch.from_numpy(ids[w : w + step, some + 1][keep])
-                    at = torch.from_numpy(some).to(device)
-                    mask = torch.from_numpy(keep).to(device)
-                    logits = [
-                        head(h[w : w + step], at)[mask] if not keep.all() else head(h[w : w + step], at).flatten(0, 1)
-                        for head, h in zip(heads, hidden, strict=True)
-                    ]
-                    for r in range(0, len(targets), cached):
-                        self.score.add([z[r : r + cached] for z in logits], targets[r : r + cached])
-                self.tell("tokens", min(w + step, len(ids)), len(ids))
+            self._compare_outer({heads[0].name: _square(states[0][:_OBSERVED])})
+            vocabulary, tokens = heads[0].vocabulary, len(states[0])
+            slices = 1 if any(h.whole for h in heads) else -(-vocabulary // rows_at_once(heads[0].width, len(heads)))
+            step = -(-vocabulary // slices)
+            some = min(tokens, max(16, _LOGITS_AT_ONCE // step))
+            for n, a in enumerate(range(0, vocabulary, step)):
+                for h in heads:
+                    h.take(slice(a, min(a + step, vocabulary)))
+                self.head_bytes = max(self.head_bytes, sum(h.nbytes for h in heads))
+                self.logit_bytes = max(self.logit_bytes, 4 * 4 * some * step)
+                for t in range(0, tokens, some):
+                    at = slice(t, min(t + some, tokens))
+                    try:
+                        self.score.add((h(s[at]) for h, s in zip(heads, states, strict=True)), at, a)
+                    except NonFiniteError as e:
+                        raise NonFiniteError(
+                            f"{e}, though weights are: {heads[e.index[0]].name} makes it overflow", e.index
+                        ) from None
+                    self.tell("tokens", n * tokens + at.stop, slices * tokens)
+
+    def _compare_outer(self, squares: Mapping[str, F32]) -> None:
+        """Embedding, head and final norm against the reference's, some rows at a time."""
+        import torch
+
+        from .runtime import rows_at_once
+
+        ref = self.models[0]
+        for name, shape in ref.outer_parameters().items():
+            for k, m in enumerate(self.models):
+                if m.source is ref.source or name not in m.places or m.stored(name)[1] != shape:
+                    continue
+                difference, step = _Difference(), rows_at_once(shape[-1], 8) if len(shape) > 1 else shape[0]
+                for a in range(0, shape[0], step):
+                    rows = slice(a, min(a + step, shape[0]))
+                    difference.add(*(torch.from_numpy(x.decode(name, rows)) for x in (ref, m)))
+                self._note(k, name, None, shape, difference, squares.get(name))
 
     def bootstrap(self) -> tuple[stats.Bootstrap, str]:
         """Clusters in the order of the scored tokens, and what they are."""
@@ -355,19 +383,31 @@ class _Run:
         return stats.Bootstrap(clusters), what
 
 
-def _errors(w: torch.Tensor, other: torch.Tensor, square: F32 | None) -> tuple[float | None, float | None]:
-    """Relative RMSE, and the same with columns weighted by the mean square of their inputs."""
-    import torch
+class _Difference:
+    """Sums over rows of a tensor's squares and of those of its difference from another, column by column."""
 
-    if w.shape != other.shape:
-        return None, None
-    d, w = (other.float() - w.float()).reshape(-1, w.shape[-1]), w.float().reshape(-1, w.shape[-1])
-    per, whole = (d**2).sum(0).double(), (w**2).sum(0).double()
-    rel = float((per.sum() / whole.sum()).sqrt()) if float(whole.sum()) else None
-    if square is None or not float(whole.sum()):
-        return rel, None
-    q = torch.from_numpy(square).to(per)
-    return rel, float(((per * q).sum() / (whole * q).sum()).sqrt())
+    def __init__(self) -> None:
+        self.difference: Any = 0
+        self.whole: Any = 0
+
+    def add(self, w: torch.Tensor, other: torch.Tensor) -> None:
+        """Rows of the reference, and the same rows of the other."""
+        w, other = (x.float().reshape(-1, x.shape[-1]) for x in (w, other))
+        self.difference += (other - w).square_().sum(0).double()
+        self.whole += w.square().sum(0).double()
+
+    def relative(self, weight: F32 | None = None) -> float | None:
+        """Relative root mean square error; weight: of each column."""
+        import torch
+
+        q = 1 if weight is None else torch.from_numpy(weight).to(self.whole)
+        whole = float((self.whole * q).sum())
+        return float((self.difference * q).sum() / whole) ** 0.5 if whole else None
+
+
+def _square(x: torch.Tensor) -> F32:
+    """Sum of squares of each column."""
+    return np.asarray((x.float() ** 2).sum(0).cpu().numpy(), np.float32)
 
 
 # ---- results
@@ -455,7 +495,9 @@ def _about_text(corpus: Corpus, windows: Windows) -> dict[str, Any]:
     }
 
 
-def _about_run(run: _Run, windows: Windows, device: str, loss: float, seconds: float) -> dict[str, Any]:
+def _about_run(
+    run: _Run, windows: Windows, device: str, loss: float, seconds: float, answers: Mapping[str, Any] | None
+) -> dict[str, Any]:
     from . import __version__
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -469,13 +511,28 @@ def _about_run(run: _Run, windows: Windows, device: str, loss: float, seconds: f
         "peak_rss_bytes": peak,
         "block_bytes": run.block_bytes,
         "hidden_bytes": run.hidden_bytes,
-        "memory": f"peak {peak / 1e9:.2f} GB of the process; at a time one block of each model ({run.block_bytes / 1e6:.1f} MB) "
-        f"and their hidden states ({run.hidden_bytes / 1e6:.1f} MB)",
+        "rss_before_bytes": run.bytes_before,
+        "head_bytes": run.head_bytes,
+        "logit_bytes": run.logit_bytes,
+        "memory": f"peak {peak / 1e9:.2f} GB of the process, {run.bytes_before / 1e9:.2f} GB of it there before the first token; "
+        f"held at a time: hidden states of all {len(run.models)} models ({run.hidden_bytes / 1e6:.1f} MB), and one block of each "
+        f"({run.block_bytes / 1e6:.1f} MB) or a slice of each head ({run.head_bytes / 1e6:.1f} MB) with its logits "
+        f"({run.logit_bytes / 1e6:.1f} MB)"
+        + (f"; to answer, one model ({answers['weight_bytes'] / 1e6:.1f} MB)" if answers else ""),
         "device": device,
         "machine": _machine(),
         "versions": {"quantforge": __version__, "python": platform.python_version(), **{p: version(p) for p in packages}},
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def _resident_bytes() -> int:
+    """Of this process, now; 0 where the system does not say."""
+    try:
+        with open("/proc/self/statm") as f:
+            return int(f.read().split()[1]) * resource.getpagesize()
+    except OSError:
+        return 0
 
 
 def _machine() -> str:

@@ -1,12 +1,13 @@
 """Statistics of a model's predictions against a reference's: perplexity, KL divergence, flips, answer similarity,
 and their intervals by a bootstrap over clusters of tokens.
 
-Logits stream through `Score.add` a slice at a time; what is kept is a few numbers per scored token, never vocabulary × tokens.
+Logits stream through `Score.add`, some tokens and some of the vocabulary at a time; what is kept is a few numbers per
+scored token, never vocabulary × tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
@@ -49,60 +50,76 @@ class Tokens:
 class Score:
     """Collects the predictions of a reference and its candidates on the same positions.
 
-    Model 0 is the reference. Log-softmax and divergence are computed in float32 from full logits,
-    their sums over the vocabulary combined in float64.
+    Model 0 is the reference. Logits may come in any slices of positions and, for each position, of the vocabulary: sums
+    of exponentials run under the highest logit so far. Exponentials and differences of logits are float32, sums over
+    slices of the vocabulary float64.
     """
 
-    def __init__(self, names: Sequence[str]) -> None:
+    def __init__(self, names: Sequence[str], targets: torch.Tensor | Array, device: str = "cpu") -> None:
+        """targets: int[tokens], what follows at each position; device: where logits will be."""
+        import torch
+
         self.names = list(names)
-        self._targets: list[Array] = []
-        self._parts: list[list[tuple[Array, Array, Array]]] = [[] for _ in names]
+        self.targets = np.asarray(to_numpy(targets), np.int64)
+        """The tokens that followed: int[tokens]."""
+        self._wanted = torch.as_tensor(self.targets, device=device)
+        shape = (len(self.names), len(self.targets))
 
-    def add(self, logits: Sequence[torch.Tensor | Array], targets: torch.Tensor | Array) -> None:
-        """Take the logits of every model at some positions.
+        def full(value: float, dtype: torch.dtype) -> torch.Tensor:
+            return torch.full(shape, value, dtype=dtype, device=device)
 
-        logits: [n, vocabulary] each, any float dtype, on one device; targets: int[n], the tokens that follow.
-        Raises NonFiniteError naming the model, ShapeError where vocabularies differ.
+        self._highest, self._top = full(-torch.inf, torch.float32), full(-1, torch.int64)
+        self._sum = full(0, torch.float64)  # of exp(logit - highest)
+        self._hit = full(torch.nan, torch.float32)  # the logit of the token that followed
+        self._gap = full(0, torch.float64)  # sum of exp(reference - its highest) · (reference - model)
+
+    def add(self, logits: Iterable[torch.Tensor | Array], at: slice = slice(None), column: int = 0) -> None:
+        """Take logits of every model.
+
+        logits: of each model in turn, [n, columns], any float dtype; float32 is overwritten. at: which n positions
+        they are at; column: the token that their first column is. Raises NonFiniteError with the index (model, position,
+        token), ShapeError where vocabularies differ.
         """
         import torch
 
-        y_ref = e_ref = None  # of the reference: logits less their maximum, and the exponentials of those
-        log_sum_ref = torch.zeros(())
+        wanted = self._wanted[at] - column
+        y_ref = e_ref = scratch = None  # of the reference: logits less the highest, and the exponentials of those
         for i, (name, logit) in enumerate(zip(self.names, logits, strict=True)):
-            z = torch.as_tensor(logit).float()
-            want = torch.as_tensor(targets, dtype=torch.int64, device=z.device)
+            z = torch.as_tensor(logit, device=wanted.device).float()
             if y_ref is not None and z.shape != y_ref.shape:
                 raise ShapeError(f"{name}: logits {list(z.shape)} but {self.names[0]} has {list(y_ref.shape)}")
-            highest, top = z.max(-1, keepdim=True)
-            y = z - highest
-            e = y.exp()
-            log_sum = e.sum(-1).double().log()
-            if not bool(torch.isfinite(log_sum).all()):
-                bad = int((~torch.isfinite(log_sum)).nonzero()[0])
-                raise NonFiniteError(f"{name}: logits of scored token {self._count() + bad} are not finite", (bad,))
-            nll = log_sum - y.gather(1, want[:, None])[:, 0].double()
-            if y_ref is None or e_ref is None:
-                y_ref, e_ref, log_sum_ref = y, e, log_sum
-                kld = torch.zeros_like(nll)
+            inside = (wanted >= 0) & (wanted < z.shape[-1])
+            hit = z.gather(1, wanted.clamp(0, z.shape[-1] - 1)[:, None])[:, 0]
+            best, top = z.max(-1)
+            before = self._highest[i, at]
+            highest = torch.maximum(before, best)
+            y = z.sub_(highest[:, None])
+            shrink = (before.double() - highest).exp()
+            if y_ref is None or e_ref is None or scratch is None:
+                y_ref, e_ref, scratch, shrink_ref, highest_ref = y, y.exp(), torch.empty_like(y), shrink, highest
+                part = part_ref = e_ref.sum(-1).double()
             else:
-                # KL = Σ p·(y_ref - y) + ln Σe - ln Σe_ref: differences come first, so nothing large cancels
-                mean = (y_ref - y).mul_(e_ref).sum(-1).double() / log_sum_ref.exp()
-                kld = (mean + log_sum - log_sum_ref).clamp_min_(0)
-            self._parts[i].append((nll.cpu().numpy(), top[:, 0].cpu().numpy(), kld.cpu().numpy()))
-        self._targets.append(np.asarray(to_numpy(targets), np.int64))
-
-    def _count(self) -> int:
-        return sum(len(t) for t in self._targets)
-
-    @property
-    def targets(self) -> NDArray[np.int64]:
-        """The tokens that followed: int[tokens]."""
-        return np.concatenate(self._targets)
+                # differences of what lies under the highest come first, in float32: nothing large cancels
+                gap = torch.sub(y_ref, y, out=scratch).mul_(e_ref).sum(-1).double()
+                gap += (highest_ref.double() - highest) * part_ref
+                self._gap[i, at] = self._gap[i, at] * shrink_ref + gap
+                part = y.exp_().sum(-1).double()
+            if not bool(torch.isfinite(part).all()):
+                position = int((~torch.isfinite(part)).nonzero()[0])
+                index = (i, (at.start or 0) + position, column + int(top[position]))
+                raise NonFiniteError(f"{name}: logit {index[2]} of scored token {index[1]} is not finite", index)
+            self._hit[i, at] = torch.where(inside, hit, self._hit[i, at])
+            self._top[i, at] = torch.where(best > before, top + column, self._top[i, at])
+            self._sum[i, at] = self._sum[i, at] * shrink + part
+            self._highest[i, at] = highest
 
     def tokens(self, model: int) -> Tokens:
-        """Everything collected for one model, in the order of the calls."""
-        nll, top, kld = (np.concatenate(column) for column in zip(*self._parts[model], strict=True))
-        return Tokens(nll, top, kld)
+        """Everything collected for one model, position by position."""
+        log_sum = self._highest.double() + self._sum.log()
+        nll = log_sum[model] - self._hit[model]
+        # KL = Σ p·(reference - model) + ln Σe - ln Σe of the reference
+        kld = (self._gap[model] / self._sum[0] + log_sum[model] - log_sum[0]).clamp_min_(0)
+        return Tokens(nll.cpu().numpy(), self._top[model].cpu().numpy(), (kld if model else kld * 0).cpu().numpy())
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import gguf
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from . import archs, checkpoint
@@ -35,6 +36,10 @@ logger = logging.getLogger(__name__)
 
 TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 16384}
 """Tokens that go through a block together: enough for full speed, few enough for small activations."""
+
+
+SLICE_BYTES = 32 << 20
+"""Embeddings and heads are decoded in slices of rows; what the slices of all models take together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +84,9 @@ class Model:
             owner._buffers.update({k: b.to(self.device) for k, b in owner._buffers.items() if b is not None})
         self._inputs: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         self._returns_tuple = False
+        self._output: type = type(None)
+        self.resident_bytes = 0
+        """Of weights that `resident` held at a time."""
 
     # ---- weights
 
@@ -113,35 +121,50 @@ class Model:
                 if isinstance(frequencies := getattr(module, "inv_freq", None), torch.Tensor):
                     module.register_buffer("inv_freq", frequencies / factors.to(frequencies), persistent=False)
 
+    def _place(self, name: str) -> Place:
+        try:
+            return self.places[name]
+        except KeyError:
+            raise FormatError(self.source.path, f"tensor {name} is missing") from None
+
     def stored(self, name: str) -> tuple[Codec, tuple[int, ...]]:
         """Codec and shape of a checkpoint tensor, without reading it."""
-        place = self.places[name]
+        place = self._place(name)
         info = self.source.weights[place.stored]
         return info.codec, info.shape if place.expert is None else info.shape[1:]
 
-    def decode(self, name: str) -> F32:
+    def decode(self, name: str, rows: slice | NDArray[np.int64] | None = None) -> F32:
         """The numbers of a checkpoint tensor as this file has them: f32, in the checkpoint's layout.
 
+        rows: only these; other rows are not decoded, where the codec can do without them.
         Raises NonFiniteError naming the tensor if there is NaN or infinity among them.
         """
-        place = self.places[name]
+        place = self._place(name)
         encoded = self.source.read(place.stored)
+        order = None if place.inverse is None else place.inverse.rows
         if place.expert is not None and encoded.codec.row_local and len(encoded.shape) == 3:
             n = encoded.shape[1]
             encoded = encoded.flat().rows(slice(place.expert * n, (place.expert + 1) * n))
             w = encoded.decode(threads=os.cpu_count() or 1)
+        elif rows is not None and order is None and place.expert is None and encoded.codec.sliceable and len(encoded.shape) == 2:
+            w = encoded.rows(rows).decode(threads=os.cpu_count() or 1)
+            return self._checked(w, place, rows)
         else:
             w = encoded.decode(threads=os.cpu_count() or 1)
             w = w if place.expert is None else w[place.expert]
-        if place.inverse is not None:
-            if place.inverse.rows is not None:
-                w = w.reshape(-1, *w.shape[max(1, w.ndim - 1) :])[place.inverse.rows].reshape(w.shape)
-            if place.inverse.value is not None:
-                w = place.inverse.value(w)
+        if order is not None:
+            w = w.reshape(-1, *w.shape[max(1, w.ndim - 1) :])[order].reshape(w.shape)
+        return self._checked(w if rows is None else w[rows], place, rows)
+
+    def _checked(self, w: F32, place: Place, rows: slice | NDArray[np.int64] | None) -> F32:
+        if place.inverse is not None and place.inverse.value is not None:
+            w = place.inverse.value(w)
         if w.size and not (math.isfinite(w.min()) and math.isfinite(w.max())):
-            bad = np.argwhere(~np.isfinite(w))
-            index = tuple(int(i) for i in bad[0])
-            raise NonFiniteError(f"{self.name}: {place.stored}: weight {list(index)} is {w[index]}; the file is damaged", index)
+            index = tuple(int(i) for i in np.argwhere(~np.isfinite(w))[0])
+            value = w[index]
+            if rows is not None:
+                index = ((rows.start or 0) + index[0] if isinstance(rows, slice) else int(rows[index[0]]), *index[1:])
+            raise NonFiniteError(f"{self.name}: {place.stored}: weight {list(index)} is {value}; the file is damaged", index)
         self.source.release(place.stored)
         return w
 
@@ -162,6 +185,11 @@ class Model:
         except QuantForgeError:  # something that transformers runs and llama.cpp does not
             weights = []
         return {source: w.role for w in weights for source in w.sources}
+
+    def outer_parameters(self) -> dict[str, tuple[int, ...]]:
+        """Checkpoint tensors outside the blocks and their shapes: embeddings, final norm, head."""
+        inside = f"{self.prefix}."
+        return {k: s for k, s in _checkpoint_shapes(self.module) if not k.startswith(inside) and k in self.places}
 
     def outer_names(self) -> set[str]:
         """Names in the file of the embeddings and the head."""
@@ -208,10 +236,8 @@ class Model:
                 name = self.tied.get(f"{stem}.{leaf}", f"{stem}.{leaf}")
                 if name not in done:  # a tied head is decoded once
                     w = self.parameter(name)
-                    if w.shape != tuple(parameter.shape):
-                        raise ShapeError(f"{self.name}: {name}: shape {list(w.shape)}, config says {list(parameter.shape)}")
-                    value = torch.from_numpy(np.ascontiguousarray(w)).to(self.device, self.dtype)
-                    done[name] = nn.Parameter(value, requires_grad=False)
+                    self._check_shape(name, w.shape, tuple(parameter.shape))
+                    done[name] = nn.Parameter(self._tensor(w), requires_grad=False)
                 owner._parameters[leaf] = done[name]
             for leaf, buffer in list(owner._buffers.items()):
                 if buffer is not None and leaf not in owner._non_persistent_buffers_set and f"{stem}.{leaf}" in self.places:
@@ -292,6 +318,13 @@ class Model:
         per = len(found) // count
         return [[e for e in found[i * per : (i + 1) * per] if e is not None] for i in range(count)]
 
+    def _tensor(self, w: F32) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(w)).to(self.device, self.dtype)
+
+    def _check_shape(self, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+        if tuple(found) != tuple(expected):
+            raise ShapeError(f"{self.name}: {name}: shape {list(found)}, config says {list(expected)}")
+
     @staticmethod
     def unload(module: nn.Module) -> None:
         """Give the memory of a module's parameters back."""
@@ -305,7 +338,7 @@ class Model:
                     owner._parameters[key] = replaced
         for owner in module.modules():
             for leaf, parameter in owner._parameters.items():
-                if parameter is not None:
+                if parameter is not None and not parameter.is_meta:
                     owner._parameters[leaf] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
     @contextmanager
@@ -319,29 +352,35 @@ class Model:
             self.unload(layer)
 
     @contextmanager
-    def resident(self) -> Iterator[nn.Module]:
-        """The whole model with its weights, for generation; blocks stay on the meta device if they would not fit
-        into half of the free memory, and are then decoded at every pass."""
-        need = self.source.total_bytes if self.packed else sum(p.numel() for p in self.module.parameters()) * self.dtype.itemsize
-        if need <= _free_memory(self.device) // 2:
-            self.load(self.module, "")
-            handles = []
-        else:
-            logger.info("%s: %.1f GB do not fit into memory; its blocks are decoded for every token", self.name, need / 1e9)
-            self.load(self.module, "", skip=[self.layers])
-            handles = [
-                hook
-                for i, layer in enumerate(self.layers)
-                for hook in (
-                    layer.register_forward_pre_hook(lambda m, _, i=i: self.load(m, f"{self.prefix}.{i}")),
-                    layer.register_forward_hook(lambda m, _, out: self.unload(m)),
-                )
-            ]
+    def resident(self, memory: int | None = None) -> Iterator[nn.Module]:
+        """The whole model with its weights, for generation.
+
+        memory: bytes for them, default half of what is free; blocks that do not fit are decoded at every pass.
+        """
+        limit = _free_memory(self.device) // 2 if memory is None else memory
+        blocks = [sum(p.nbytes for p in layer.parameters()) for layer in self.layers]
+        whole = sum(p.nbytes for p in self.module.parameters())
+        share = self.source.total_bytes / whole if self.packed else 1
+        held, streamed = share * (whole - sum(blocks)), 0.0
+        self.load(self.module, "", skip=[self.layers])
+        # one position of many is strided: torch would copy a bf16 matrix for each row of such an input
+        hooks = [self.module.get_output_embeddings().register_forward_pre_hook(lambda _, x: (x[0].contiguous(), *x[1:]))]
+        for i, (layer, size) in enumerate(zip(self.layers, blocks, strict=True)):
+            if not streamed and held + share * size <= limit:
+                self.load(layer, f"{self.prefix}.{i}")
+                held += share * size
+                continue
+            streamed = max(streamed, share * size)
+            hooks.append(layer.register_forward_pre_hook(lambda m, _, i=i: self.load(m, f"{self.prefix}.{i}")))
+            hooks.append(layer.register_forward_hook(lambda m, _, out: self.unload(m)))
+        self.resident_bytes = int(held + streamed)
+        if streamed:
+            logger.info("%s: blocks that exceed %.2f GB are decoded for every token", self.name, limit / 1e9)
         try:
             yield self.module
         finally:
-            for handle in handles:
-                handle.remove()
+            for hook in hooks:
+                hook.remove()
             self.unload(self.module)
 
     # ---- running
@@ -363,26 +402,56 @@ class Model:
 
         Remembers what else transformers hands to each block (masks, rotary tables).
         """
+        with self._around_blocks() as base:
+            embedding = self.module.get_input_embeddings()
+            vectors = self._embed(embedding, ids)
+            width = self.module.config.hidden_size
+            states = vectors if vectors.shape[-1] == width else vectors.new_empty(*ids.shape, width)
+            for chunk, given, out in zip(*(torch.split(x, batch) for x in (ids, vectors, states)), strict=True):
+                seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+                first: list[torch.Tensor] = []
+
+                def note(i: int, hidden: torch.Tensor, *args: Any, seen: Any = seen, first: Any = first, **kwargs: Any) -> Any:
+                    seen.append((args, kwargs))
+                    if i == 0:
+                        first.append(hidden)
+                    return hidden
+
+                with self._instead(note), _forward(embedding, _const(given)):
+                    base(input_ids=chunk, use_cache=False)
+                self._inputs[len(chunk)] = seen
+                out.copy_(first[0])
+        return states
+
+    @contextmanager
+    def _around_blocks(self) -> Iterator[Any]:
+        """transformers' decoder with the weights that belong neither to blocks nor to embeddings."""
         base = self.module.get_decoder()
         prefix = next(k for k, m in self.module.named_modules() if m is base)
-        self.load(base, prefix, skip=[self.layers])
-        states = torch.empty(*ids.shape, self.module.config.hidden_size, dtype=self.dtype, device=self.device)
-        for chunk, out in zip(torch.split(ids, batch), torch.split(states, batch), strict=True):
-            given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-            first: list[torch.Tensor] = []
+        self.load(base, prefix, skip=[self.layers, self.module.get_input_embeddings()])
+        try:
+            yield base
+        finally:
+            self.unload(base)
 
-            def note(i: int, hidden: torch.Tensor, *args: Any, given: Any = given, first: Any = first, **kwargs: Any) -> Any:
-                given.append((args, kwargs))
-                if i == 0:
-                    first.append(hidden)
-                return hidden
-
-            with self._instead(note):
-                base(input_ids=chunk, use_cache=False)
-            self._inputs[len(chunk)] = given
-            out.copy_(first[0])
-        self.unload(base)
-        return states
+    def _embed(self, embedding: nn.Embedding, ids: torch.Tensor) -> torch.Tensor:
+        """Vectors [windows, ctx, width] of tokens, from the rows of the embedding that occur, some at a time."""
+        name = next(k for k, m in self.module.named_modules() if m is embedding) + ".weight"
+        meta: Any = embedding.weight
+        embedding.padding_idx = None  # it matters to gradients alone, and is no row of a slice
+        self._check_shape(name, self.stored(name)[1], tuple(meta.shape))
+        width = meta.shape[-1]
+        vectors = torch.empty(*ids.shape, width, dtype=self.dtype, device=self.device)
+        try:
+            for used in torch.split(torch.unique(ids), rows_at_once(width)):
+                w = self._tensor(self.decode(name, used.cpu().numpy()))
+                embedding._parameters["weight"] = nn.Parameter(w, requires_grad=False)
+                at = torch.searchsorted(used, ids).clamp_(max=len(used) - 1)
+                here = used[at] == ids
+                vectors[here] = embedding(at[here])
+        finally:
+            embedding.weight = meta
+        return vectors
 
     def run_block(self, i: int, layer: nn.Module, hidden: torch.Tensor, batch: int) -> None:
         """Advance hidden states [windows, ctx, hidden] through one block, in place."""
@@ -399,28 +468,123 @@ class Model:
                 )
             chunk.copy_(out)
 
+    def finish(self, hidden: torch.Tensor, chosen: torch.Tensor, batch: int) -> torch.Tensor:
+        """What the head sees at chosen positions (bool[windows, ctx]) of hidden states behind the last block: [chosen, hidden].
+
+        Overwrites `hidden`. Raises NonFiniteError.
+        """
+        total = int(chosen.sum())
+        found, n = hidden.view(-1, hidden.shape[-1])[:total], 0  # never ahead of what is still to be read
+        with self._around_blocks() as base:
+            for chunk, keep in zip(torch.split(hidden, batch), torch.split(chosen, batch), strict=True):
+
+                def final(i: int, _: torch.Tensor, *args: Any, chunk: torch.Tensor = chunk, **kwargs: Any) -> Any:
+                    return (chunk,) if self._returns_tuple else chunk
+
+                with self._instead(final):
+                    out = base(inputs_embeds=chunk, use_cache=False)
+                self._output = type(out)
+                states = out.last_hidden_state[keep]
+                if not bool(torch.isfinite(states).all()):
+                    raise NonFiniteError(f"{self.name}: not a number after the final norm; activations overflow", ())
+                if not n and states.shape[-1] != found.shape[-1]:
+                    found = states.new_empty(total, states.shape[-1])
+                found[n : n + len(states)] = states
+                n += len(states)
+        self._inputs.clear()
+        return found
+
     @contextmanager
-    def head(self) -> Iterator[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:
-        """A function (hidden [windows, ctx, hidden], positions int[k]) -> logits [windows, k, vocabulary]."""
-        embedding = self.module.get_input_embeddings()
-        self.load(self.module, "", skip=[self.layers] if self.tied else [self.layers, embedding])
-
-        def logits(hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-            def final(i: int, _: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-                return (hidden,) if self._returns_tuple else hidden
-
-            with self._instead(final):
-                out = self.module(inputs_embeds=hidden, use_cache=False, logits_to_keep=positions).logits
-            assert isinstance(out, torch.Tensor)
-            return out
-
+    def head(self) -> Iterator[Head]:
+        """The output layer, empty: `Head.take` decodes rows."""
+        base, linear = self.module.get_decoder(), self.module.get_output_embeddings()
+        if not isinstance(linear, nn.Linear):
+            raise UnsupportedError(f"{self.name}: the output layer of {type(self.module).__name__} is not a linear map")
+        self.load(self.module, "", skip=[base, linear, getattr(self.module, self.module.base_model_prefix, base)])
         try:
-            yield logits
+            yield Head(self, base, linear, self._output)
         finally:
             self.unload(self.module)
 
 
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class Head:
+    """The output layer of a model for some rows of the vocabulary at a time.
+
+    transformers' own code runs around a linear map of these rows alone, so that whatever it does to
+    logits (scaling, soft caps) is done. Where it does something that is not column by column, `whole` is true:
+    all rows are needed at once.
+    """
+
+    def __init__(self, model: Model, base: nn.Module, linear: nn.Linear, output: type) -> None:
+        self._model, self._base, self._linear, self._output = model, base, linear, output
+        own = next(k for k, m in model.module.named_modules() if m is linear) + ".weight"
+        self.name = model.tied.get(own, own)
+        """Of the matrix, in the checkpoint."""
+        model._check_shape(self.name, model.stored(self.name)[1], tuple(linear.weight.shape))
+        self.vocabulary, self.width = linear.weight.shape
+        self._bias = None
+        if getattr(linear, "bias", None) is not None:
+            self._bias = model._tensor(model.decode(own.removesuffix("weight") + "bias"))
+        self._weight = self._part = torch.empty(0)
+        self.whole = not self._by_column()
+
+    def _by_column(self) -> bool:
+        """Does transformers treat every logit by itself? Seen from what it makes of random ones, and of some of them."""
+        logits = torch.randn(1, 1, self.vocabulary, generator=torch.Generator().manual_seed(0)).to(self._model.device)
+        logits, some = logits.to(self._model.dtype) * 10, slice(self.vocabulary // 3, self.vocabulary // 2 + 1)
+        states = torch.zeros(1, self.width, dtype=self._model.dtype, device=self._model.device)
+        try:
+            whole, part = (self._run(states, _const(x)) for x in (logits, logits[..., some].clone()))
+        except (RuntimeError, IndexError, AttributeError):
+            return False
+        return whole.shape == logits.shape[1:] and torch.allclose(whole[..., some], part)
+
+    def take(self, rows: slice) -> None:
+        """Decode these rows, and drop those from before."""
+        self._weight = self._part = torch.empty(0)
+        self._weight = self._model._tensor(self._model.decode(self.name, rows))
+        if self._bias is not None:
+            self._part = self._bias[rows]
+
+    @property
+    def nbytes(self) -> int:
+        """Of the rows that are held."""
+        return int(self._weight.nbytes)
+
+    def __call__(self, states: torch.Tensor) -> torch.Tensor:
+        """Logits [n, rows] of states [n, hidden]."""
+        bias = None if self._bias is None else self._part
+        return self._run(states, lambda x: nn.functional.linear(x, self._weight, bias))
+
+    def _run(self, states: torch.Tensor, linear: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        x = states[None]
+        with _forward(self._base, _const(self._output(last_hidden_state=x))), _forward(self._linear, linear):
+            logits = self._model.module(inputs_embeds=x, use_cache=False).logits
+        assert isinstance(logits, torch.Tensor)
+        return logits[0]
+
+
+@contextmanager
+def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """A module does something else for a while."""
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+def _const(value: Any) -> Callable[..., Any]:
+    return lambda *_, **__: value
+
+
+def rows_at_once(width: int, models: int = 1) -> int:
+    """Rows of embeddings or heads that are decoded together, of all models, in f32."""
+    return max(64, SLICE_BYTES // (4 * width * models))
+
 
 FUSED = {".gate_up_proj": ("gate_proj", "up_proj"), ".down_proj": ("down_proj",)}
 """transformers 5 keeps experts stacked; checkpoints have them one by one: suffix after "experts" -> what is joined."""
@@ -479,27 +643,44 @@ def advance(
 
 
 @torch.inference_mode()
-def generate(model: Model, prompts: Sequence[Sequence[int]], tokens: int, eos: Sequence[int]) -> list[list[int]]:
-    """Greedy answers to prompts (token ids), up to `tokens` each, cut in front of an end-of-sequence token."""
+def finish(models: Sequence[Model], hidden: list[torch.Tensor], chosen: torch.Tensor) -> list[torch.Tensor]:
+    """What heads see at chosen positions (bool[windows, ctx]): [chosen, hidden] each, in the memory of `hidden`."""
+    chosen = chosen.to(hidden[0].device)
+    batch = max(1, TOKENS_AT_ONCE[chosen.device.type] // chosen.shape[1])
+    return [m.finish(h, chosen, batch) for m, h in zip(models, hidden, strict=True)]
+
+
+@torch.inference_mode()
+def generate(
+    model: Model, prompts: Sequence[Sequence[int]], tokens: int, eos: Sequence[int], memory: int | None = None
+) -> list[list[int]]:
+    """Greedy answers to prompts (token ids), up to `tokens` each, cut in front of an end-of-sequence token.
+
+    memory: bytes for weights and the KV cache; default: as `Model.resident`, all prompts at once.
+    """
     width = max(len(p) for p in prompts)
     ids = torch.zeros(len(prompts), width, dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):  # padded on the left: answers start at one column
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
-    with model.resident() as module:
-        out = module.generate(  # type: ignore[operator]
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            max_new_tokens=tokens,
-            min_new_tokens=None,
-            do_sample=False,
-            num_beams=1,
-            eos_token_id=list(eos) or None,
-            pad_token_id=eos[0] if eos else 0,
-            use_cache=True,
-        )
-    answers = out[:, width:].tolist()
+    cache = (width + tokens) * model.shape()["kv_bytes_per_token"] // 2 * model.dtype.itemsize
+    at_once = len(prompts) if memory is None else max(1, memory // 4 // cache)
+    answers: list[list[int]] = []
+    with model.resident(None if memory is None else memory - memory // 4) as module:
+        for some, shown in zip(torch.split(ids, at_once), torch.split(mask, at_once), strict=True):
+            out = module.generate(  # type: ignore[operator]
+                input_ids=some.to(model.device),
+                attention_mask=shown.to(model.device),
+                max_new_tokens=tokens,
+                min_new_tokens=None,
+                do_sample=False,
+                num_beams=1,
+                eos_token_id=list(eos) or None,
+                pad_token_id=eos[0] if eos else 0,
+                use_cache=True,
+            )
+            answers += out[:, width:].tolist()
     ends = set(eos)
     return [a[: next((i for i, t in enumerate(a) if t in ends), len(a))] for a in answers]
 
@@ -507,14 +688,15 @@ def generate(model: Model, prompts: Sequence[Sequence[int]], tokens: int, eos: S
 @torch.inference_mode()
 def embed(model: Model, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> F32:
     """Mean of the final hidden states over the tokens of each answer, read after its prompt: f32[texts, hidden]."""
-    found = []
-    with model.resident() as module:
-        base = module.get_decoder()  # type: ignore[operator]
-        for prompt, answer in texts:
-            ids = torch.tensor([[*prompt, *answer]], device=model.device)
-            states = base(input_ids=ids, use_cache=False).last_hidden_state[0, len(prompt) :]
-            found.append(states.float().mean(0) if len(answer) else states.new_zeros(states.shape[-1]))
-    return np.asarray(torch.stack(found).cpu().numpy(), np.float32)
+    ids = torch.zeros(len(texts), max(1, *(len(p) + len(a) for p, a in texts)), dtype=torch.int64)
+    answered = torch.zeros_like(ids, dtype=torch.bool)
+    for row, (prompt, answer) in enumerate(texts):  # padded on the right: what follows a token does not change it
+        ids[row, : len(prompt) + len(answer)] = torch.tensor([*prompt, *answer])
+        answered[row, len(prompt) : len(prompt) + len(answer)] = True
+    (states,) = finish([model], advance([model], ids), answered)
+    owner = answered.nonzero()[:, 0].to(states.device)
+    sums = states.new_zeros(len(texts), states.shape[-1], dtype=torch.float32).index_add_(0, owner, states.float())
+    return np.asarray((sums / answered.sum(1, keepdim=True).clamp_min(1).to(sums)).cpu().numpy(), np.float32)
 
 
 # ---- building

@@ -49,11 +49,13 @@ def compare(
     tokens: int,
     embedder: str | None,
     limit: int,
+    memory: int,
 ) -> tuple[dict[str, Any], list[dict[str, float]], list[dict[str, dict[str, float]]]]:
     """Answers of every model compared with the reference's.
 
     ceiling: the reference in bf16; the floor are answers to other prompts. tokens: of an answer at most;
-    limit: of prompt and answer. Returns what they have in common, and of every candidate figures and intervals.
+    limit: of prompt and answer; memory: bytes for weights and cache, one model at a time.
+    Returns what they have in common, and of every candidate figures and intervals.
     """
     from .runtime import generate
 
@@ -63,7 +65,7 @@ def compare(
     if longest + tokens > limit:
         raise RecipeError(f"a prompt of {longest} tokens and an answer of {tokens} exceed the model's context of {limit}")
     models = [reference, ceiling, *candidates]
-    answers = [generate(m, asked, tokens, tokenizer.eos) for m in models]
+    answers = [generate(m, asked, tokens, tokenizer.eos, memory) for m in models]
     if embedder is None:
         name = "mean final hidden state of the reference"
         vectors = _by_reference(reference, asked, answers)
@@ -89,6 +91,7 @@ def compare(
         "embedder": name,
         "prompts": len(prompts),
         "tokens": tokens,
+        "weight_bytes": max(m.resident_bytes for m in models),
         "ceiling": top,
         "floor": floor,
         "answers": [

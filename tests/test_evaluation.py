@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ import quantforge as qf
 from quantforge.cli import group
 from quantforge.demo import MODEL
 from quantforge.errors import FormatError, NonFiniteError, OutputError, RecipeError, ShapeError, UnsupportedError
-from quantforge.runtime import Model, advance
+from quantforge.runtime import Model, advance, finish
 from quantforge.scorecard import parse_bytes
 from tests import checkpoints
 from tests.llama_cpp import Llama
@@ -177,21 +180,56 @@ def test_architectures_that_only_transformers_knows(tmp_path: Path, kind: str, c
     ids = torch.randint(2, 300, (9, 96), generator=torch.Generator().manual_seed(0))
     with qf.open(path) as source, torch.inference_mode():
         ours = Model(source, kind)
-        hidden = advance([ours], ids)
+        chosen = torch.arange(96).expand(9, 96) >= 40
+        (states,) = finish([ours], advance([ours], ids), chosen)
         with ours.head() as head:
-            got = head(hidden[0], torch.arange(40, 96))
-        torch.testing.assert_close(got, model(ids).logits[:, 40:], rtol=0, atol=1e-5)
+            assert not head.whole
+            parts = []
+            for a in range(0, 320, 100):
+                head.take(slice(a, min(a + 100, 320)))
+                parts.append(head(states))
+        torch.testing.assert_close(torch.cat(parts, 1), model(ids).logits[chosen], rtol=0, atol=1e-5)
     assert all(p.is_meta for p in ours.module.parameters())
 
 
-def test_layers_stream(tmp_path: Path) -> None:
-    """One block of each model at a time: what is held does not grow with depth."""
-    held = []
-    for layers in (2, 8):
-        source = checkpoints.model(tmp_path / str(layers), "Llama", num_hidden_layers=layers)
-        e = qf.evaluate(source, reference=source, ctx=64, chunks=2, metrics=["ppl"])
-        held.append((e.run["block_bytes"], e.run["hidden_bytes"]))
-    assert held[0] == held[1] and held[0][0] > 0
+PEAK = """
+import resource, sys
+import quantforge as qf
+options = {"text": sys.argv[1], "prompts": ["In Python, a list", "To open a table"], "answer_tokens": 3, "ctx": 128, "chunks": 6}
+qf.evaluate(sys.argv[2], reference=sys.argv[2], **options)  # what libraries load and keep
+with open("/proc/self/statm") as f:
+    before = int(f.read().split()[1]) * resource.getpagesize()
+run = qf.evaluate(sys.argv[3:], reference=sys.argv[3], **options)
+weights = run.similarity["weight_bytes"]
+held = run.run["hidden_bytes"] + max(run.run["block_bytes"], run.run["head_bytes"] + run.run["logit_bytes"])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before, held, weights)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_does_not_grow_with_depth_or_models(tmp_path: Path) -> None:
+    """Peak of a process that evaluates, answers and noise floor included, is what the report says."""
+    (tmp_path / "text").write_text(TEXT.read_text()[:20_000])
+    small = checkpoints.model(tmp_path / "small", "Llama")
+    sizes: dict[str, Any] = {"hidden_size": 384, "intermediate_size": 1024, "vocab_size": 30_000}
+    found = []
+    for layers, models in ((4, 1), (16, 3)):
+        source = checkpoints.model(tmp_path / "sources" / f"{layers}", "Llama", num_hidden_layers=layers, **sizes)
+        copies = [tmp_path / f"{layers}-{i}" for i in range(models)]
+        for c in copies:
+            c.symlink_to(source)
+        # freed memory goes back at once: what is measured is what is in use
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 18)}
+        command = [sys.executable, "-c", PEAK, str(tmp_path / "text"), str(small), *map(str, copies)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        found.append([int(n) for n in done.stdout.split()])
+    (shallow, held, weights), (deep, held_too, weights_too) = found
+    block, ends = 4 * (384 * 384 * 3 + 384 * 1024 * 3), 2 * 4 * 384 * 30_000
+    assert ends < weights == weights_too < ends + 2 * block  # not twelve blocks more
+    assert held < held_too < 120e6 < 3 * ends  # two models more: their blocks, not their heads
+    for peak, said in ((shallow, max(held, weights)), (deep, max(held_too, weights_too))):
+        assert said / 2 < peak < 2 * said + 40e6
+    assert deep < shallow + 10 * block  # of the 48 that three models have more
 
 
 def test_report_and_command_line(tmp_path: Path, ggufs: dict[str, Path]) -> None:

@@ -10,10 +10,13 @@ from quantforge import metrics
 from quantforge.errors import NonFiniteError, ShapeError
 
 
-def score(*logits: np.ndarray, targets: np.ndarray, step: int = 7) -> metrics.Score:
-    s = metrics.Score([f"m{i}" for i in range(len(logits))])
-    for a in range(0, len(targets), step):
-        s.add([z[a : a + step] for z in logits], targets[a : a + step])
+def score(*logits: np.ndarray, targets: np.ndarray, step: int = 7, columns: int = 90) -> metrics.Score:
+    """Some tokens and some of the vocabulary at a time."""
+    s = metrics.Score([f"m{i}" for i in range(len(logits))], targets)
+    for c in range(0, logits[0].shape[1], columns):
+        for a in range(0, len(targets), step):
+            at = slice(a, min(a + step, len(targets)))
+            s.add([z[at, c : c + columns].copy() for z in logits], at, c)
     return s
 
 
@@ -80,8 +83,9 @@ def test_not_a_number_names_the_model() -> None:
     z = np.zeros((3, 5), np.float32)
     bad = z.copy()
     bad[1, 2] = np.nan
-    with pytest.raises(NonFiniteError, match="m1: logits of scored token 1"):
-        score(z, bad, targets=np.zeros(3, int))
+    with pytest.raises(NonFiniteError, match="m1: logit 2 of scored token 1 is not finite") as raised:
+        score(z, bad, targets=np.zeros(3, int), columns=2)
+    assert raised.value.index == (1, 1, 2)
 
 
 def test_vocabularies_must_agree() -> None:
@@ -91,8 +95,8 @@ def test_vocabularies_must_agree() -> None:
 
 def test_half_precision_logits_are_widened() -> None:
     z = torch.randn(20, 300, generator=torch.Generator().manual_seed(0)).bfloat16()
-    s = metrics.Score(["a", "b"])
-    s.add([z, z.float()], torch.zeros(20, dtype=torch.int64))
+    s = metrics.Score(["a", "b"], torch.zeros(20, dtype=torch.int64))
+    s.add([z, z.float()])
     assert s.tokens(1).kld.max() < 1e-6
 
 

@@ -252,7 +252,7 @@ class _Run:
         self.hidden_error: list[list[float]] = [[] for _ in models]
         self.tensors: list[list[TensorError]] = [[] for _ in models]
         self.block_bytes = self.hidden_bytes = self.head_bytes = self.logit_bytes = 0
-        self.bytes_before = _resident_bytes()
+        self.bytes_before = _memory("VmRSS")
         self._inputs: dict[str, F32] = {}
         self._hooks: list[Any] = []
         self._roles = models[0].roles()
@@ -500,7 +500,7 @@ def _about_run(
 ) -> dict[str, Any]:
     from . import __version__
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = _memory("VmHWM")
     passed = windows.ids.size
     packages = ("torch", "transformers", "tokenizers", "numpy")
     return {
@@ -526,13 +526,13 @@ def _about_run(
     }
 
 
-def _resident_bytes() -> int:
-    """Of this process, now; 0 where the system does not say."""
+def _memory(what: str) -> int:
+    """Of this process in bytes: "VmRSS", now, or "VmHWM", its peak; the peak for both where there is no /proc."""
     try:
-        with open("/proc/self/statm") as f:
-            return int(f.read().split()[1]) * resource.getpagesize()
-    except OSError:
-        return 0
+        with open("/proc/self/status") as f:
+            return next(int(line.split()[1]) * 1024 for line in f if line.startswith(what))
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _machine() -> str:

@@ -193,16 +193,16 @@ def test_architectures_that_only_transformers_knows(tmp_path: Path, kind: str, c
 
 
 PEAK = """
-import resource, sys
+import sys
 import quantforge as qf
+from quantforge.evaluation import _memory
 options = {"text": sys.argv[1], "prompts": ["In Python, a list", "To open a table"], "answer_tokens": 3, "ctx": 128, "chunks": 6}
 qf.evaluate(sys.argv[2], reference=sys.argv[2], **options)  # what libraries load and keep
-with open("/proc/self/statm") as f:
-    before = int(f.read().split()[1]) * resource.getpagesize()
+before = _memory("VmRSS")
 run = qf.evaluate(sys.argv[3:], reference=sys.argv[3], **options)
 weights = run.similarity["weight_bytes"]
 held = run.run["hidden_bytes"] + max(run.run["block_bytes"], run.run["head_bytes"] + run.run["logit_bytes"])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before, held, weights)
+print(_memory("VmHWM") - before, held, weights)
 """
 
 

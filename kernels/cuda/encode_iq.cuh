@@ -80,7 +80,7 @@ template <class T> int encode_iq(const qf_array *in, int n_in, qf_array *out, in
     IqDeviceArgs a;
     IqBook<T> book = {};
     int rc = iq_device_args(in, n_in, out, n_out, 256, T::BYTES, &a);
-    if (rc == QF_OK) rc = iq_grid(in[2], T::Shape::LEVELS, &book.grid, &book.entries);
+    if (rc == QF_OK) rc = iq_grid<typename T::Shape>(in[2], &book.grid, &book.entries);
     if (rc != QF_OK || !a.blocks) return rc;
     return QF_LAUNCH(encode_iq_kernel<T>, (unsigned)a.blocks, WARP, stream, a, book);
 }

@@ -30,7 +30,7 @@ quantforge/_cuda.so: setup.py $(KERNELS) $(wildcard kernels/cuda/*) | $(VENV)/.i
 
 # on a machine with a GPU, with its own torch: make gpu-test PY=python3
 gpu-test: quantforge/_cuda.so
-	$(PY) -m pytest -rs -m gpu tests/nn
+	$(PY) -m pytest -rs -m gpu tests/nn tests/test_device.py
 
 demo: setup
 	$(VENV)/bin/quantforge demo

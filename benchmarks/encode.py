@@ -5,6 +5,9 @@ thread, the best of several turns; ggml writes into a buffer made beforehand, qu
 `Codec.encode` and `Codec.decode`, allocation included.
 
     python benchmarks/encode.py [--types Q4_K,Q6_K] [--isa avx2] [--json] [--seconds 0.3]
+
+With --device cuda: billion weights per second of the GPU's kernels on a bf16-rounded matrix that is there already,
+the median of launches timed by events, and whether its bytes equal the CPU's.
 """
 
 from __future__ import annotations
@@ -86,6 +89,72 @@ def measure(name: str, w: np.ndarray, importance: np.ndarray, seconds: float) ->
     return row
 
 
+def measure_cuda(name: str, rows: int, seconds: float) -> dict[str, Any]:
+    """One row of the GPU's table: encode, encode with importance, decode."""
+    import torch
+
+    from quantforge import device
+
+    codec = codecs.get(name)
+    assert isinstance(codec, GgmlCodec)
+    torch.manual_seed(0)
+    w = (torch.randn(rows, IN, device="cuda") * 0.02).bfloat16().float()
+    importance = np.exp(np.random.default_rng(0).standard_normal(IN)).astype(np.float32)
+    few = 32 if name.startswith("IQ") else 256
+    host = w[:few].cpu().numpy()
+
+    def median(run: Callable[[], Any]) -> float:
+        for _ in range(2):
+            run()
+        torch.cuda.synchronize()
+        took: list[float] = []
+        while sum(took) < seconds * 1e3 or len(took) < 5:
+            a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            a.record()
+            run()
+            b.record()
+            b.synchronize()
+            took.append(a.elapsed_time(b))
+        return float(np.median(took)) / 1e3
+
+    row: dict[str, Any] = {"type": name}
+    for key, q in {"encode": None, **({"importance": importance} if codec.takes_importance else {})}.items():
+        took = median(lambda q=q: device.encode(codec, w, q))  # type: ignore[misc]
+        data, bad = device.encode(codec, w, q)
+        assert not bad.item()
+        same = data[:few].cpu().numpy().tobytes() == codec.encode(host, q)["data"].tobytes()
+        row[key] = {"cuda": w.numel() / took / 1e9, "same": same}
+    took = median(lambda: device.decode(codec, data, tuple(w.shape)))
+    decoded = device.decode(codec, data, tuple(w.shape))[:few].cpu().numpy()
+    expected = codec.decode({"data": data[:few].cpu().numpy()}, host.shape)
+    row["decode"] = {"cuda": w.numel() / took / 1e9, "same": decoded.tobytes() == expected.tobytes()}
+    return row
+
+
+def run_cuda(types: str | None, as_json: bool, seconds: float, rows: int) -> None:
+    """The GPU's table."""
+    if reason := native.cuda_missing():
+        sys.exit(reason)
+    import torch
+
+    if not torch.cuda.is_available():
+        sys.exit("no CUDA device")
+    names = types.split(",") if types else [n for n in codecs.names() if native.cuda_has(n, "encode")]
+    about = {"device": torch.cuda.get_device_name(), "shape": [rows, IN], "unit": "billion weights/s"}
+    found = []
+    if not as_json:
+        print(f"{about['unit']}, {about['device']}, {rows} x {IN}; = bytes equal to the CPU's\n")
+        print(f"{'type':8} {'encode':>10} {'importance':>12} {'decode':>10}")
+    for name in names:
+        row = measure_cuda(codecs.get(name).name, rows, seconds)
+        found.append(row)
+        if not as_json:
+            cell = {k: f"{v['cuda']:8.2f} {'=' if v['same'] else '≠'}" for k, v in row.items() if k != "type"}
+            print(f"{name:8} {cell['encode']:>10} {cell.get('importance', '–'):>12} {cell['decode']:>10}", flush=True)
+    if as_json:
+        print(json.dumps({**about, "types": found}, indent=1))
+
+
 def cells(result: dict[str, Any] | None) -> str:
     if result is None:
         return f"{'–':>9} {'–':>9} {'–':>6} {'':>4}"
@@ -100,7 +169,11 @@ def main() -> None:
     parser.add_argument("--isa", choices=native.isas(), help="instruction set of quantforge's kernels; default: the best")
     parser.add_argument("--json", action="store_true", help="one JSON document instead of the table")
     parser.add_argument("--seconds", type=float, default=0.3, help="CPU time per side and operation")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--rows", type=int, default=16384, help=f"of {IN} weights, with --device cuda")
     args = parser.parse_args()
+    if args.device == "cuda":
+        return run_cuda(args.types, args.json, args.seconds, args.rows)
     if not ggml_oracle.available:
         sys.exit(ggml_oracle.reason)
     if args.isa:

@@ -124,6 +124,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--types", default="Q4_K_M,Q4_0")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", help="where quantforge encodes: cpu or cuda")
     parser.add_argument("--layers", type=int, default=22, help="22 layers of 2048 × 5632 make 1.0 B parameters")
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--feed-forward", type=int, default=5632)
@@ -169,7 +170,7 @@ def main() -> None:
         for kind in a.types.split(","):
             out = work / f"quantforge-{kind}.gguf"
             command = [sys.executable, "-m", "quantforge", "convert", str(model), str(out), "--type", kind, "--force"]
-            ours = step(f"quantforge convert {kind}", out, [*command, "--threads", str(a.threads)])
+            ours = step(f"quantforge convert {kind}", out, [*command, "--threads", str(a.threads), "--device", a.device])
             if base:
                 out = work / f"llama-{kind}.gguf"
                 theirs = step(f"llama-quantize {kind}", out, [str(a.llama_quantize), str(f16), str(out), kind, str(a.threads)])

@@ -24,11 +24,13 @@ QF_HD float float_of(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
 QF_HD float mul(float a, float b) { return __fmul_rn(a, b); }
 QF_HD float sub(float a, float b) { return __fsub_rn(a, b); }
 QF_HD float add(float a, float b) { return __fadd_rn(a, b); }
+QF_HD float divide(float a, float b) { return __fdiv_rn(a, b); }
 QF_HD float fma_(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 #else
 QF_HD float mul(float a, float b) { return a * b; }
 QF_HD float sub(float a, float b) { return a - b; }
 QF_HD float add(float a, float b) { return a + b; }
+QF_HD float divide(float a, float b) { return a / b; }
 QF_HD float fma_(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 #endif
 
@@ -129,7 +131,7 @@ struct F16 {
 template <int N>
 QF_HD void load_once(const uint8_t *p, uint32_t *w) {
 #ifdef __CUDA_ARCH__
-    static_assert(N == 2 || N == 4 || N == 8 || N == 16, "one load");
+    static_assert(N == 1 || N == 2 || N == 4 || N == 8 || N == 16, "one load");
     if constexpr (N == 16)
         asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                      : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3]) : "l"(p));
@@ -137,6 +139,8 @@ QF_HD void load_once(const uint8_t *p, uint32_t *w) {
         asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(w[0]), "=r"(w[1]) : "l"(p));
     else if constexpr (N == 4)
         asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(w[0]) : "l"(p));
+    else if constexpr (N == 1)
+        asm volatile("ld.global.nc.L1::no_allocate.u8 %0, [%1];" : "=r"(w[0]) : "l"(p));
     else
         asm volatile("{.reg .u16 h; ld.global.nc.L1::no_allocate.u16 h, [%1]; cvt.u32.u16 %0, h;}" : "=r"(w[0]) : "l"(p));
 #else

@@ -194,6 +194,7 @@ static int open_planes(const qf_array *in, int n_in, int64_t n_out, int64_t k, P
         planes->p[i] = (const uint8_t *)in[i].data;
         if ((uintptr_t)in[i].data % F::PLANES[i].vector()) return QF_ESHAPE;
     }
+    if (!F::fits(in, planes)) return QF_ESHAPE;
     for (int i = 0; i < n_in; i++)
         if (!F::PLANES[i].whole && !has_steps(in[i], F::PLANES[i], planes->tiles * F::steps(*planes, i))) return QF_ESHAPE;
     return QF_OK;
@@ -211,10 +212,10 @@ int linear(const qf_array *in, int n_in, qf_array *out, int n_out, void *stream)
     const int64_t m = in[0].shape[0], k = in[0].shape[1], n = out->shape[1];
     if (m > COLUMNS || out->shape[0] != m || k % 8) return QF_ESHAPE;
     if ((in[0].dtype != QF_F16 && in[0].dtype != QF_BF16) || !is_float(out->dtype)) return QF_EDTYPE;
+    if (!m || !n || !k) return QF_OK;
     Planes planes;
     const int rc = open_planes<F>(in + 1, n_in - 1, n, k, &planes);
     if (rc != QF_OK) return rc;
-    if (!m || !n) return QF_OK;
     const int sms = multiprocessors();
     if (!sms) return QF_EDEVICE;
     const int blocks = (planes.tiles + F::TILES - 1) / F::TILES;
@@ -228,12 +229,12 @@ template <class F>
 int dequantize(const qf_array *in, int n_in, qf_array *out, int n_out, void *stream) {
     if (n_in < 1 || n_out != 1 || out->ndim != 2) return QF_ESHAPE;
     if (!is_float(out->dtype)) return QF_EDTYPE;
+    if (!out->shape[0] || !out->shape[1]) return QF_OK;
     Planes planes;
     const int rc = open_planes<F>(in, n_in, out->shape[0], out->shape[1], &planes);
     if (rc != QF_OK) return rc;
-    if (!planes.n_out || !planes.n_in) return QF_OK;
     const int64_t steps = (int64_t)planes.tiles * planes.chunks;
     return run_dequantize<F>(planes, out->data, out->dtype, steps, stream);
 }
 
-#define QF_FAMILY(NAME, F) {NAME, "linear", linear<F>}, {NAME, "dequantize", dequantize<F>}
+#define QF_FAMILY(NAME, ...) {NAME, "linear", linear<__VA_ARGS__>}, {NAME, "dequantize", dequantize<__VA_ARGS__>}

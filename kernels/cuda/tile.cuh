@@ -5,7 +5,8 @@
 // A family is a struct F with
 //   PLANES       what a row of a chunk has in each plane; WORDS: a lane's words of all of them
 //   CHUNK        columns that a warp takes at a time: 128 or 256
-//   SUB          columns that share a scale: 32 or 16
+//   SUB          columns of a sub-block: 32 or 16
+//   SHARED       sub-blocks that share a scale
 //   MIN          true if a weight is scale·code − min, false if it is scale·code
 //   TILES        tiles that a block takes side by side: they share the activations
 //   SLOTS        chunks that a warp holds: one it computes with, the others are on their way
@@ -19,6 +20,7 @@
 // w: the lane's words of one row of a chunk, plane after plane. The lane's codes are columns
 // SUB·s + SUB/4·t + 0, 1, 2, ...
 #pragma once
+#include "../quantforge.h"
 #include "bits.cuh"
 
 constexpr int TILE = 16, COLUMNS = 8;
@@ -38,9 +40,9 @@ struct Plane {
 struct Planes {
     const uint8_t *p[6];
     int32_t n_out, n_in, tiles;
-    int32_t chunks;        // per row
-    int32_t per_group;     // integers: chunks that share parameters
-    int32_t scale_dtype;   // integers
+    int32_t chunks;      // per row
+    int32_t groups;      // integers: of a row, and 2^32 / the chunks of one
+    uint32_t per_group;
 };
 
 template <class F>
@@ -85,6 +87,8 @@ QF_HD void lane_load(const Planes &planes, const uint8_t *const *at, int64_t row
 
 // What most families inherit: every plane has all chunks.
 struct Chunked {
+    static constexpr int SHARED = 1;
+    static bool fits(const qf_array *, Planes *) { return true; }             // the planes beyond their sizes
     QF_HD int64_t steps(const Planes &planes, int) { return planes.chunks; }  // of a tile in plane i
     QF_HD int step(const Planes &, int, int chunk) { return chunk; }          // of a chunk
     QF_HD float min(const uint32_t *, int) { return 0; }
@@ -151,16 +155,16 @@ QF_WARP void chunk_dot(const uint32_t (*w)[F::TILES][2][F::WORDS], const uint16_
         QF_UNROLL for (int l = 0; l < LANES; l++)
             QF_UNROLL for (int s = 0; s < S; s++)
                 load_x<F::SUB / 4>(x[l], k + part * 128 + s * F::SUB + (lane_id(l) & 3) * (F::SUB / 4), n_in, b[l][s]);
-        QF_UNROLL for (int s = 0; s < S; s++) {
-            const int sub = part * S + s;
+        QF_UNROLL for (int first = 0; first < S; first += F::SHARED) {
+            const int sub = part * S + first;
             uint32_t a[LANES][4], two[LANES][2];
             float sum[LANES][4] = {}, start[LANES][4] = {};
-            // the sub-block's activations times a constant, in every row: −offset, or 1 where a min needs the sum too
+            // their activations times a constant, in every row: −offset, or 1 where a min needs the sum too
             if constexpr (F::MIN || F::template offset<T>() != 0)
-                QF_UNROLL for (int h = 0; h < WORDS / 2; h++) {
+                QF_UNROLL for (int h = 0; h < F::SHARED * WORDS / 2; h++) {
                     QF_UNROLL for (int l = 0; l < LANES; l++) {
                         a[l][0] = a[l][1] = a[l][2] = a[l][3] = T::pair(F::MIN ? 1 : -F::template offset<T>());
-                        two[l][0] = b[l][s][2 * h], two[l][1] = b[l][s][2 * h + 1];
+                        QF_UNROLL for (int i = 0; i < 2; i++) two[l][i] = b[l][first + 2 * h / WORDS][2 * h % WORDS + i];
                     }
                     mma<T>(sum, a, two, sum);
                 }
@@ -168,15 +172,17 @@ QF_WARP void chunk_dot(const uint32_t (*w)[F::TILES][2][F::WORDS], const uint16_
                 QF_UNROLL for (int i = 0; i < 4; i++) start[l][i] = F::MIN ? -F::template offset<T>() * sum[l][i] : sum[l][i];
             QF_UNROLL for (int r = 0; r < F::TILES; r++) {
                 float c[LANES][4];
-                uint32_t codes[LANES][2][WORDS];
-                QF_UNROLL for (int l = 0; l < LANES; l++)
-                    QF_UNROLL for (int h = 0; h < 2; h++) lane_codes<F, T>(w[l][r][h], sub, table, l, codes[l][h]);
-                QF_UNROLL for (int h = 0; h < WORDS / 2; h++) {
-                    QF_UNROLL for (int l = 0; l < LANES; l++) {
-                        QF_UNROLL for (int i = 0; i < 4; i++) a[l][i] = codes[l][i & 1][2 * h + (i >> 1)];
-                        two[l][0] = b[l][s][2 * h], two[l][1] = b[l][s][2 * h + 1];
+                QF_UNROLL for (int s = 0; s < F::SHARED; s++) {
+                    uint32_t codes[LANES][2][WORDS];
+                    QF_UNROLL for (int l = 0; l < LANES; l++)
+                        QF_UNROLL for (int h = 0; h < 2; h++) lane_codes<F, T>(w[l][r][h], sub + s, table, l, codes[l][h]);
+                    QF_UNROLL for (int h = 0; h < WORDS / 2; h++) {
+                        QF_UNROLL for (int l = 0; l < LANES; l++) {
+                            QF_UNROLL for (int i = 0; i < 4; i++) a[l][i] = codes[l][i & 1][2 * h + (i >> 1)];
+                            QF_UNROLL for (int i = 0; i < 2; i++) two[l][i] = b[l][first + s][2 * h + i];
+                        }
+                        mma<T>(c, a, two, s || h ? c : start);
                     }
-                    mma<T>(c, a, two, h ? c : start);
                 }
                 QF_UNROLL for (int l = 0; l < LANES; l++)
                     QF_UNROLL for (int i = 0; i < 4; i++) {
@@ -278,6 +284,8 @@ QF_HD constexpr float bytes_offset() { return T::RAISE == 1024 ? 1024 + 128 : 0;
 
 // Half i of an array of words.
 QF_HD float half_at(const uint32_t *w, int i) { return float_of_half(w[i >> 1] >> 16 * (i & 1) & 0xffffu); }
+
+QF_HD float bf16_at(const uint32_t *w, int i) { return float_of_bf16(w[i >> 1] >> 16 * (i & 1) & 0xffffu); }
 
 // scale · (byte i of w − zero), rounded once, without the slow conversion: 2^15 + the byte is a float with the byte in
 // the middle of its mantissa, and (2^15 + zero) · scale is exact for a scale of 11 bits.

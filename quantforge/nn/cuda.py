@@ -7,7 +7,8 @@ from functools import cache
 
 import torch
 
-from .. import native
+from .. import codecs, native
+from ..codecs.integers import ActOrderCodec
 from . import ops, products
 from . import planes as layouts
 
@@ -27,6 +28,13 @@ def _run(kind: str, op: str, inputs: list[torch.Tensor], out: torch.Tensor) -> N
         native.cuda_call(kind, op, inputs, [out], torch.cuda.current_stream().cuda_stream)
 
 
+@cache
+def _plain(codec: str) -> str:
+    """Of a codec whose last plane says in which order columns are stored (act-order), the one without; else empty."""
+    found = codecs.get(codec)
+    return found.plain.name if isinstance(found, ActOrderCodec) else ""
+
+
 @ops.dequantize.register_kernel("cuda")
 def dequantize(planes: list[torch.Tensor], codec: str, out_features: int, in_features: int, dtype: torch.dtype) -> torch.Tensor:
     """The numbers of a matrix in planes: [out_features, in_features] of `dtype`."""
@@ -36,8 +44,9 @@ def dequantize(planes: list[torch.Tensor], codec: str, out_features: int, in_fea
         weights = layouts.unpack(layouts.restore(planes, codec, shape).to("cpu"))
         return torch.from_numpy(weights.decode(threads=torch.get_num_threads())).to(device, dtype)
     out = torch.empty(shape, dtype=dtype, device=device)
-    _run(kind, "dequantize", planes, out)
-    return out
+    ordered = bool(_plain(codec))
+    _run(kind, "dequantize", planes[:-1] if ordered else planes, out)
+    return torch.empty_like(out).index_copy_(1, planes[-1].long(), out) if ordered else out
 
 
 @ops.linear.register_kernel("cuda")
@@ -47,6 +56,8 @@ def linear(
     """x wᵀ for a matrix in planes. `activations` changes nothing here: 8-bit ones would not be faster."""
     kind = layouts.kind(codec)
     rows = x.reshape(-1, in_features)
+    if plain := _plain(codec):
+        rows, planes, codec = rows.index_select(1, planes[-1]), planes[:-1], plain
     way = products.choose(kind, rows.shape[0], in_features, x.dtype) if native.cuda_has(kind, "linear") else "slabs"
     if not rows.shape[0]:
         y = x.new_empty((0, out_features))
@@ -73,6 +84,8 @@ def _few(x: torch.Tensor, planes: list[torch.Tensor], kind: str, out_features: i
 
 
 def _launch(x: torch.Tensor, planes: list[torch.Tensor], kind: str, out_features: int, dtype: torch.dtype) -> torch.Tensor:
+    if not x.shape[1]:
+        return torch.zeros((x.shape[0], out_features), dtype=dtype, device=x.device)
     x = torch.nn.functional.pad(x, (0, -x.shape[1] % 8)).contiguous()
     if x.data_ptr() % 16:
         x = x.clone()

@@ -17,8 +17,9 @@ from .. import codecs
 from ..arrays import to_numpy
 from ..codecs.base import AffineCodec, Codec, Encoded
 from ..errors import ShapeError
-from . import lookups
+from . import integers, lookups
 from .base import tensor
+from .tiles import TILE as TILE
 from .tiles import gather, pack_fields, pack_rows, spread, unpack_fields, unpack_rows
 
 
@@ -102,6 +103,15 @@ def _lookup(f: lookups.Lookup) -> Family:
     )
 
 
+def _integers(f: integers.Integers) -> Family:
+    return Family(
+        f.kind,
+        integers.CHUNK,
+        lambda _, e: integers.pack(f, e),
+        lambda _, p: integers.unpack(f, p.codec, p.shape, list(p.tensors.values())),
+    )
+
+
 FAMILIES: dict[str, Family] = {
     "Q4_0": _affine("q4_0", 128, (4,), slice(0, 2)),
     "Q4_1": _affine("q4_1", 128, (4,), slice(0, 4)),
@@ -111,7 +121,7 @@ FAMILIES: dict[str, Family] = {
     "Q6_K": _affine("q6_k", 256, (4, 2), slice(192, 208), slice(208, 210), sub=16),
     **{name: _lookup(f) for name, f in lookups.FAMILIES.items()},
 }
-"""By codec name."""
+"""By codec name; integers aside, whose names are many."""
 
 
 @cache
@@ -124,7 +134,9 @@ def kind(codec: str) -> str:
 @cache
 def family(codec: str) -> Family | None:
     """The kernel family of a codec, or None: its planes are the stored parts."""
-    return FAMILIES.get(codecs.get(codec).name)
+    found = codecs.get(codec)
+    whole = integers.family(found)
+    return _integers(whole) if whole else FAMILIES.get(found.name)
 
 
 def pack(e: Encoded) -> Planes:

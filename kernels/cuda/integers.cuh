@@ -8,11 +8,11 @@ enum class Scale { f16, bf16, f32, row };  // row: LLM.int8()'s absmax, f32, of 
 constexpr int scale_bytes(Scale scale) { return scale == Scale::f16 || scale == Scale::bf16 ? 2 : 4; }
 
 template <int BITS, int PER, int SCALE_BYTES, bool ZERO>
-struct IntegerPlanes {
+struct IntegerPlanes : Chunked {
     static constexpr Plane PLANES[] = {{4 * BITS, false}, {PER * SCALE_BYTES, true}};
 };
 template <int BITS, int PER, int SCALE_BYTES>
-struct IntegerPlanes<BITS, PER, SCALE_BYTES, true> {
+struct IntegerPlanes<BITS, PER, SCALE_BYTES, true> : Chunked {
     static constexpr Plane PLANES[] = {{4 * BITS, false}, {PER * SCALE_BYTES, true}, {PER, true}};
 };
 

@@ -7,7 +7,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 KERNELS := $(wildcard kernels/*.h kernels/cpu/*)
 
-.PHONY: setup build cuda gpu-test demo test test-clients lint bench clean
+.PHONY: setup build cuda gpu gpu-test demo test test-clients lint bench clean
 .NOTPARALLEL:
 
 setup: $(VENV)/.installed build
@@ -27,6 +27,11 @@ quantforge/_cpu.so: setup.py $(KERNELS) | $(VENV)/.installed
 cuda: quantforge/_cuda.so
 quantforge/_cuda.so: setup.py $(KERNELS) $(wildcard kernels/cuda/*) | $(VENV)/.installed
 	QUANTFORGE_CUDA=only $(PY) setup.py -q build_ext --inplace
+
+# half an hour on a machine with a GPU, with its own torch: build, tests, compute-sanitizer, benchmark; logs in out/gpu
+gpu:
+	PY=$(GPU_PY) benchmarks/gpu_session.sh out/gpu
+GPU_PY ?= python3
 
 # on a machine with a GPU, with its own torch: make gpu-test PY=python3
 gpu-test: quantforge/_cuda.so

@@ -120,6 +120,16 @@ def _device(device: torch.device) -> tuple[int, int]:
     return found.multi_processor_count, int(getattr(found, "shared_memory_per_block_optin", SHARED)) - 7 * 1024
 
 
+def forget() -> None:
+    """Take back the counters of captured products: their graphs are gone."""
+    _reserves.clear()
+
+
+def default(device: torch.device, kind: str, m: int, n: int, k: int) -> Config:
+    """`choose` for a device."""
+    return choose(kind, m, n, k, *_device(device))
+
+
 def constants(f: Family, c: Config) -> dict[str, int | str]:
     """The kernel's constants."""
     low, high = (*f.widths, 0)[:2]
@@ -139,8 +149,7 @@ def gemm(
     family, (m, k) = FAMILIES[kind], x.shape
     if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
         x = x.contiguous() if not x.is_contiguous() else x.clone()
-    multiprocessors, shared = _device(x.device)
-    c = config or choose(kind, m, out_features, k, multiprocessors, shared)
+    c = config or default(x.device, kind, m, out_features, k)
     y = torch.empty((m, out_features), dtype=x.dtype, device=x.device)
     grid = (triton.cdiv(out_features, c.rows), triton.cdiv(m, c.tokens), c.split)
     if not m or not out_features:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from .archs.base import IDENTITY, ScaleGroup, Transform, Weight
 from .arrays import F32, Parts
 from .calibration import FEW_TOKENS, Progress, observing, stored_names
 from .codecs import Codec, Encoded
+from .codecs.fp4 import NVFP4
 from .codecs.integers import ActOrderCodec
 from .codecs.plain import PlainCodec
 from .corpus import Ints
@@ -43,6 +45,8 @@ class Task:
     """In the output."""
     codec: Codec
     transform: Transform
+    mates: tuple[str, ...] = ()
+    """Tensors of the output, this one among them, that share one scale."""
     row: int = 0
     """Where its rows begin in the output's tensor: experts are stacked."""
 
@@ -132,11 +136,12 @@ def quantize_blocks(
     *,
     device: str = "cpu",
     progress: Progress | None = None,
+    mates: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
 ) -> None:
     """Quantize every tensor of the blocks.
 
     tensors: name in the output, codec and weight of every tensor of the model; those outside of the blocks are only read.
-    ids: calibration windows int[windows, ctx]. write: called with each tensor of the blocks.
+    ids: calibration windows int[windows, ctx]. write: called with each tensor of the blocks. mates: as in `PlannedTensor`.
     Raises CalibrationError, NonFiniteError, ShapeError, UnsupportedError.
     """
     if len(ids) < 2:
@@ -144,7 +149,7 @@ def quantize_blocks(
             "one window of calibration tokens is not enough: one chooses, another judges; give more --calibration-chunks"
         )
     model, becoming = Model(source, source.path.name, device=device), _Becoming(source, source.path.name, device=device)
-    becoming.tasks = tasks = _tasks(model, tensors)
+    becoming.tasks = tasks = _tasks(model, tensors, mates)
     windows = torch.from_numpy(ids).to(model.device)
     batch = max(1, min(TOKENS_AT_ONCE[model.device.type] // windows.shape[1], len(windows)))
     full, hidden = model.enter(windows, batch), becoming.enter(windows, batch)
@@ -154,7 +159,7 @@ def quantize_blocks(
             progress("blocks", i + 1, len(model.layers))
 
 
-def _tasks(model: Model, tensors: Sequence[tuple[str, Codec, Weight]]) -> dict[str, Task]:
+def _tasks(model: Model, tensors: Sequence[tuple[str, Codec, Weight]], mates: Mapping[str, tuple[str, ...]]) -> dict[str, Task]:
     """Checkpoint name -> what it becomes."""
     found = {}
     by_source = {
@@ -166,14 +171,14 @@ def _tasks(model: Model, tensors: Sequence[tuple[str, Codec, Weight]]) -> dict[s
             continue
         output, codec, weight, k = task
         if output != weight.name:  # a checkpoint's tensor: the model's own numbers
-            found[name] = Task(output, codec, IDENTITY)
+            found[name] = Task(output, codec, IDENTITY, mates.get(output, ()))
             continue
         transform = weight.transform if place.inverse is None else place.inverse.inverse
         at = k if place.expert is None else place.expert
         stacked = len(weight.shape) > 2 and (len(weight.sources) > 1 or place.expert is not None)
         if stacked and not codec.row_local:
             raise UnsupportedError(f"{output}: {codec.name} cannot hold experts that are quantized one by one; use method rtn")
-        found[name] = Task(output, codec, transform, at * weight.shape[-2] if stacked else 0)
+        found[name] = Task(output, codec, transform, (), at * weight.shape[-2] if stacked else 0)
     return found
 
 
@@ -383,9 +388,17 @@ class _Block:
             found.setdefault(codec.name if together else name, []).append(name)
         return list(found.values())
 
+    def _codec(self, name: str) -> Codec:
+        """The codec of a matrix, with the scale that it shares with others."""
+        task = self.tasks[name]
+        if not isinstance(task.codec, NVFP4) or not task.mates:
+            return task.codec
+        joined = [n for n, t in self.tasks.items() if t.name in task.mates]
+        return task.codec.sharing(max(float(self.matrix(self.before, n).abs().max()) for n in joined))
+
     def _choose(self, names: list[str], stats: Stats, judge: Stats) -> list[Outcome]:
         """Quantize matrices of one codec; of each, keep what errs less on the held-out windows."""
-        codec, ws, orders = self.tasks[names[0]].codec, [], []
+        codec, ws, orders = self._codec(names[0]), [], []
         for name in names:
             transform = self.tasks[name].transform
             if transform.value is not None:

@@ -22,8 +22,9 @@ from . import device, formats, native
 from .archs.base import IDENTITY, Weight
 from .arrays import F32, Parts
 from .backends import Library
-from .codecs import Encoded, repack, repacks
+from .codecs import Codec, Encoded, repack, repacks
 from .codecs.base import GgmlCodec
+from .codecs.fp4 import NVFP4
 from .codecs.plain import PlainCodec
 from .errors import NativeError, NonFiniteError, OutputError
 from .formats import Sink, Source
@@ -228,6 +229,7 @@ class _Work:
         self.methods: dict[str, tuple[str, float | None, float | None]] = {}
         """Tensor -> method kept, its output error, rtn's; of stacked experts, the means."""
         self._lock = threading.Lock()
+        self._largest: dict[tuple[str, ...], float] = {}
         self._done: set[str] = set()
         self._tiles = self._cut()
         self._left: dict[int, int] = {}
@@ -316,7 +318,8 @@ class _Work:
                 self.progress(s)
 
         tensors = [(t.name, t.via or t.codec, t.weight) for t in self.job.tensors]
-        quantize_blocks(source, tensors, ids, how.method, write, device=how.device)
+        mates = {t.name: t.mates for t in self.job.tensors}
+        quantize_blocks(source, tensors, ids, how.method, write, device=how.device, mates=mates)
         for name, outcomes in found.items():
             kinds = sorted({o.method for o in outcomes})
             mine = [o.output_error for o in outcomes if o.output_error is not None]
@@ -376,6 +379,17 @@ class _Work:
         w = _decoded(_stored_rows(self.original, t.weight, a, b))
         return w if t.weight.transform.value is None else t.weight.transform.value(w)
 
+    def _codec(self, t: PlannedTensor) -> Codec:
+        """The codec, with the scale that it shares with others."""
+        if not isinstance(t.codec, NVFP4) or not t.mates:
+            return t.codec
+        if t.mates not in self._largest:
+            source = self.job.source
+            weights = [other.weight for other in self.job.tensors if other.name in t.mates]
+            largest = (float(np.abs(_decoded(_stored_rows(source, w, 0, count(w.shape[:-1])))).max()) for w in weights)
+            self._largest[t.mates] = max(largest)
+        return t.codec.sharing(self._largest[t.mates])
+
     def _importance(self, t: PlannedTensor, a: int, b: int) -> F32 | None:
         """Importance of a tile: f32[in], or f32[experts, in] for a whole stacked tensor."""
         q = self.job.importance.get(t.weight.name)
@@ -410,7 +424,7 @@ class _Work:
         try:
             if t.via is not None:
                 return repack(Encoded(t.via, w.shape, t.via.encode(w, q)), t.codec).parts, w
-            return t.codec.encode(w, q), w
+            return self._codec(t).encode(w, q), w
         except NonFiniteError as e:
             if not e.index:
                 raise NonFiniteError(f"{t.weight.name}: {e}", ()) from None

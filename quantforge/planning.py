@@ -51,6 +51,8 @@ class PlannedTensor:
     note: str | None = None
     via: Codec | None = None
     """The codec that is quantized to, where `codec` then takes over its integers."""
+    mates: tuple[str, ...] = ()
+    """Tensors, this one among them, that share one scale."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -266,6 +268,10 @@ def plan(
                     + (f" ({same.name} takes it over as it is)" if same else "")
                 )
         tensors += [PlannedTensor(n, made, codec, have, note, via) for n, made in outputs[w.name]]
+    if layout is not None:
+        modules = {t.name.removesuffix(".weight"): t.codec for t in tensors}
+        mates = {f"{m}.weight": tuple(f"{n}.weight" for n in group) for group in layout.sharing(modules) for m in group}
+        tensors = [replace(t, mates=mates.get(t.name, ())) for t in tensors]
     for t in tensors:
         try:
             t.codec.layout(t.shape)

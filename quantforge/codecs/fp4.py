@@ -23,8 +23,16 @@ class NVFP4(GgmlCodec):
     row_local = False  # the scale comes from the whole matrix
     ggml_bytes = False
 
-    def __init__(self) -> None:
+    def __init__(self, largest: float | None = None) -> None:
         super().__init__("NVFP4", takes_importance=True)
+        self.largest = largest
+
+    def sharing(self, largest: float) -> NVFP4:
+        """This codec with a `scale` that serves several matrices, of which `largest` is the largest magnitude.
+
+        Fused layers (vLLM's q/k/v, gate and up) have one for all.
+        """
+        return NVFP4(largest)
 
     def layout(self, shape: tuple[int, ...]) -> dict[str, TensorInfo]:
         """`data`: u8[..., row_bytes]; `scale`: f32[1], for stacked experts f32[experts]."""
@@ -38,7 +46,7 @@ class NVFP4(GgmlCodec):
         per: list[Array] = [] if importance is None else list(check_importance(importance, w.shape, self))
         scale = parts["scale"]
         for i, (rows, data) in enumerate(zip(_matrices(w, len(scale)), _matrices(parts["data"], len(scale)), strict=True)):
-            amax = max(float(rows.max(initial=0)), -float(rows.min(initial=0)))
+            amax = max(float(rows.max(initial=0)), -float(rows.min(initial=0)), self.largest or 0.0)
             if not np.isfinite(amax):
                 raise_non_finite(w, self.name)
             # the largest weight is the largest level under the largest block scale

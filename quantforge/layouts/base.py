@@ -86,6 +86,10 @@ class Layout(ABC):
         Raises UnsupportedError for a mixture that the library does not know.
         """
 
+    def sharing(self, modules: Mapping[str, Codec]) -> list[list[str]]:
+        """Groups of modules that have to have one scale for all, because kernels join them."""
+        return []
+
     def ordered(self, codec: Codec) -> Codec:
         """`codec` where columns belong to groups in any order; as it is where files cannot say so."""
         return codec

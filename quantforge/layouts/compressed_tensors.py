@@ -39,6 +39,7 @@ SCHEMES = {
 EXPERTS = r"re:.*\.experts\..*"
 """The target by which transformers knows the type of experts, which it keeps stacked."""
 _ACTIVATIONS = ("input_scale", "input_zero_point", "input_global_scale", "output_scale", "q_scale", "k_scale", "v_scale")
+_JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 _I32, _U8, _F32 = np.dtype(np.int32), np.dtype(np.uint8), np.dtype(np.float32)
 
 
@@ -246,6 +247,16 @@ class CompressedTensors(Layout):
             "config_groups": groups,
             "kv_cache_scheme": None,
         }
+
+    def sharing(self, modules: Mapping[str, Codec]) -> list[list[str]]:
+        """NVFP4's global scale is one for what vLLM joins."""
+        groups: dict[tuple[str, int], list[str]] = {}
+        for module in (m for m, c in modules.items() if c.name == "NVFP4"):
+            stem, _, leaf = module.rpartition(".")
+            for i, leaves in enumerate(_JOINED):
+                if leaf in leaves:
+                    groups.setdefault((stem, i), []).append(module)
+        return [g for g in groups.values() if len(g) > 1]
 
     def warnings(self, modules: Mapping[str, Codec]) -> list[str]:
         """What clients cannot load."""

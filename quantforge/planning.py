@@ -253,10 +253,12 @@ def plan(
             holder = _ggml_holder(codec, w.shape)
             if holder is None:
                 raise UnsupportedError(
-                    f"{w.name}: GGUF cannot hold {codec.name}; give a directory as output to write safetensors"
+                    f"{w.name}: GGUF cannot hold {codec.name}; "
+                    + ("of integers it holds symmetric ones and asymmetric ones of at most 5 bits; " if codec.integers else "")
+                    + "give a directory as output to write safetensors"
                 )
             via, codec = (None if codec is have else codec), holder
-            note = f"{(via or have).name} as {codec.name}"
+            note = f"{(via or have).name} as {codec.name}, {_exactness(via or have, codec)}"
         if via is None and codec is not have and not isinstance(have, PlainCodec):
             if all(made.transform.value is None for _, made in outputs[w.name]) and repacks(have, codec, w.shape):
                 note = _repack_note(have, codec)
@@ -324,7 +326,7 @@ def _plan_library(
     if target is not None and wanted == (None, None, None) and not isinstance(target, recipes.Recipe):
         with suppress(UnsupportedError):  # what stands on even steps the library can make as well
             grid = codecs.get(str(target)).integers
-            if grid is not None:
+            if grid is not None and not grid.whole:
                 bits, group_size, symmetric = grid.hi.bit_length(), grid.group or -1, grid.zero is not None
     usual = "awq" if symmetric is False and "awq" in written_in and bits in (None, 4) else written_in[0]
     layout = format if format in written_in else usual
@@ -524,11 +526,16 @@ def _holder(codec: Codec, shape: tuple[int, ...], format: str) -> Codec | None:
 
 
 def _repack_note(have: Codec, codec: Codec) -> str:
+    return f"the integers of {have.name}, {_exactness(have, codec)}"
+
+
+def _exactness(have: Codec, codec: Codec) -> str:
+    """What is not equal after `repack`."""
     a, b = have.integers, codec.integers
     assert a is not None and b is not None
     inexact = [f"scales rounded to {b.step}"] if b.step not in (a.step, "f32") else []
     inexact += ["mins rounded to f16"] if b.real else []
-    return f"the integers of {have.name}, " + (" and ".join(inexact) or "lossless")
+    return " and ".join(inexact) or "lossless"
 
 
 def _model(

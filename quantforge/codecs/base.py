@@ -44,6 +44,8 @@ class IntegerGrid:
     """True where what is stored is not `zero` but step · zero, as a real number."""
     step: str = "f16"
     """What steps are stored as: "f16", "bf16" or "f32"."""
+    whole: bool = False
+    """One step (and zero) for the whole tensor: others can take its integers over, it cannot take theirs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +235,7 @@ class Encoded:
 def repacks(source: Codec, target: Codec, shape: tuple[int, ...]) -> bool:
     """True if `repack` can take a tensor of `shape` from one codec to the other."""
     a, b = source.integers, target.integers
-    if a is None or b is None or a.real or not shape:
+    if a is None or b is None or a.real or b.whole or not shape:
         return False
     n = shape[-1]
     if (a.group or n) % (b.group or n):

@@ -2,7 +2,7 @@
 per channel or per group of columns; LLM.int8().
 
 A family of codecs, described by their names: int4-g128-sym, int3-g64-asym, int8-channel-sym,
-int8-tensor-sym; scales are f16, or -bf16, -f32; -act is a group per column in any order, as
+int8-tensor-sym (or absmax8-tensor, zeropoint3-g64); scales are f16, or -bf16, -f32; -act is a group per column in any order, as
 GPTQ's act-order leaves it. Codes are stored as one little-endian stream of bits a row.
 """
 
@@ -101,9 +101,9 @@ class IntegerCodec(GridCodec):
         self.shared = frozenset() if self.row_local else frozenset({"scale", "zero"})
         self.top = (1 << bits) - 1
         self.middle = 1 << (bits - 1)
-        if self.row_local:
-            zero = self.middle if symmetric else None
-            self.integers = IntegerGrid(self.top, zero, self.group, step=scale)
+        self.integers = IntegerGrid(
+            self.top, self.middle if symmetric else None, self.group, step=scale, whole=not self.row_local
+        )
         self._largest = _LARGEST[scale]
         # Half a level beyond the last one costs the largest weight no more than rounding costs others,
         # and is what GPTQ's and compressed-tensors' ranges are; 8 bits have Q8_0's and LLM.int8()'s range.
@@ -301,6 +301,8 @@ class IntegerCodec(GridCodec):
         """Codes, steps and zeros of a matrix."""
         codes, scale, *zeros = check_parts(parts, shape, self)
         zero = zeros[0] if zeros else np.full(scale.shape, self.middle, np.uint8)
+        if not self.row_local:
+            scale, zero = (np.broadcast_to(p, (*shape[:-1], 1)) for p in (scale, zero))
         return Integers(unpack_bits(codes, self.bits, shape[-1]), scale.astype(np.float32), zero)
 
     def from_integers(self, codes: Integers) -> Parts:
@@ -397,6 +399,8 @@ class RowInt8(Codec):
 
 
 def _of_name(name: str) -> Codec | None:
+    if naive := re.fullmatch(r"(absmax|zeropoint)-?(?:int)?([2-8])-([^-]+)", name):  # other words for the same
+        name = f"int{naive[2]}-{naive[3]}-{'sym' if naive[1] == 'absmax' else 'asym'}"
     match = _NAME.fullmatch(name)
     if match is None or (match[6] and not match[3]):
         return None

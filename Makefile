@@ -1,13 +1,15 @@
 # make demo   set up .venv, convert the shipped model, let llama.cpp speak with it
 # make test   set up .venv, lint, type-check, run the tests
 # make cuda   build the CUDA kernels (without make: QUANTFORGE_CUDA=1 pip install .)
-# make test-clients   load our GPTQ and AWQ checkpoints in GPTQModel and transformers, in .venv-clients
+# make test-clients    load our GPTQ and AWQ checkpoints in GPTQModel and transformers, in .venv-clients
+# make test-backends   quantize with GPTQModel, auto-round, llm-compressor and AutoAWQ (convert --backend)
+# make test-legacy     load our GPTQ checkpoints in AutoGPTQ 0.7.1, in .venv-legacy
 PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
 KERNELS := $(wildcard kernels/*.h kernels/cpu/*)
 
-.PHONY: setup build cuda gpu gpu-test demo test test-clients lint bench clean
+.PHONY: setup build cuda gpu gpu-test demo test test-clients test-backends test-legacy lint bench clean
 .NOTPARALLEL:
 
 setup: $(VENV)/.installed build
@@ -48,18 +50,46 @@ lint: setup
 test: lint
 	$(PY) -m pytest -n auto
 
-# GPTQModel and others whose checkpoints we write need versions of their own (1.7 GB)
+# Other libraries need versions that exclude each other: three environments, each 1 to 2 GB
 CLIENTS := .venv-clients
+OTHERS  := .venv-backends
+LEGACY  := .venv-legacy
+INSTALL  = $(@D)/bin/python -m pip install -q -c
+
 $(CLIENTS)/.installed: constraints-clients.txt
-	$(PYTHON) -m venv $(CLIENTS)
-	$(CLIENTS)/bin/python -m pip install -q --upgrade pip setuptools wheel
-	$(CLIENTS)/bin/python -m pip install -q -c constraints-clients.txt torch
-	$(CLIENTS)/bin/python -m pip install -q -c constraints-clients.txt --no-build-isolation gptqmodel optimum bitsandbytes compressed-tensors transformers
-	$(CLIENTS)/bin/python -m pip install -q -c constraints-clients.txt pytest gguf ml_dtypes click rich plotly
+	$(PYTHON) -m venv $(@D)
+	$(INSTALL) $< --upgrade pip setuptools wheel
+	$(INSTALL) $< torch
+	$(INSTALL) $< --no-build-isolation gptqmodel auto-round optimum bitsandbytes compressed-tensors transformers
+	$(INSTALL) $< pytest gguf ml_dtypes click rich plotly
+	touch $@
+
+$(OTHERS)/.installed: constraints-backends.txt
+	$(PYTHON) -m venv $(@D)
+	$(INSTALL) $< --upgrade pip setuptools wheel
+	$(INSTALL) $< torch
+	$(INSTALL) $< llmcompressor
+	touch $@
+
+# their own lists of requirements ask for CUDA builds
+$(LEGACY)/.installed: constraints-legacy.txt
+	$(PYTHON) -m venv $(@D)
+	$(INSTALL) $< --upgrade pip setuptools wheel
+	$(INSTALL) $< torch
+	$(INSTALL) $< transformers datasets peft accelerate numpy gekko rouge sentencepiece zstandard
+	BUILD_CUDA_EXT=0 $(INSTALL) $< --no-deps --no-build-isolation --no-binary auto-gptq,autoawq auto-gptq autoawq
 	touch $@
 
 test-clients: build $(CLIENTS)/.installed
 	GPTQMODEL_CPU_WORKERS=2 $(CLIENTS)/bin/python -m pytest -rs tests/clients/test_checkpoints.py
+
+test-backends: setup $(CLIENTS)/.installed $(OTHERS)/.installed $(LEGACY)/.installed
+	QUANTFORGE_PYTHON_GPTQMODEL=$(CLIENTS)/bin/python QUANTFORGE_PYTHON_AUTO_ROUND=$(CLIENTS)/bin/python \
+	QUANTFORGE_PYTHON_LLM_COMPRESSOR=$(OTHERS)/bin/python QUANTFORGE_PYTHON_AUTOAWQ=$(LEGACY)/bin/python \
+	QUANTFORGE_PYTHON_AUTO_GPTQ=$(LEGACY)/bin/python $(PY) -m pytest -rs -s tests/clients/test_backends.py
+
+test-legacy: setup $(LEGACY)/.installed
+	QUANTFORGE_PYTHON_AUTO_GPTQ=$(LEGACY)/bin/python $(PY) -m pytest -rs -s tests/clients/test_legacy.py
 
 bench: setup
 	$(PY) benchmarks/encode.py

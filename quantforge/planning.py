@@ -315,7 +315,8 @@ def _plan_library(
     source = model if isinstance(model, Source) else formats.open_path(model)
     if not (source.path / "config.json").is_file() or source.format == "gguf":
         raise UnsupportedError(
-            f"{source.path}: --backend needs a checkpoint directory with config.json, as transformers loads it"
+            f"{source.path}: --backend needs a checkpoint directory as transformers loads it; "
+            "`quantforge convert MODEL DIR --type BF16` makes one"
         )
     if any(not isinstance(s.codec, PlainCodec) for s in source.weights.values()):
         raise UnsupportedError(f"{source.path}: quantized already; --backend quantizes the original model")

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_LOOK = 0.5
+"""Seconds between looks at what a library says."""
 _PATIENCE = 10
 """Seconds that a library has to end when it is told to."""
 
@@ -177,54 +179,61 @@ class Library:
         job |= {"model": str(copy), "out": str(out), "result": str(result)}
         (work / "job.json").write_text(json.dumps(job))
         log.info("%s in %s: %d windows of %d tokens", self.name, self.python, *ids.shape)
-        with (work / "log").open("w+b") as output:
-            code = self._process(work, output.fileno(), threads)
-            output.seek(0)
-            said = output.read().decode("utf-8", "replace")
-        for line in _lines(said):
-            log.info("%s: %s", self.backend, line)
+        said = work / "log"
+        code = self._process(work, said, threads)
         told: dict[str, Any] = json.loads(result.read_text()) if result.exists() else {"versions": {}, "stage": "run"}
         if told["stage"] != "done":
-            raise BackendError(self._what_happened(code, told, said))
+            raise BackendError(self._what_happened(code, told, said.read_text("utf-8", "replace")))
         version = told["versions"].get(self.known.package, "")
         for file in copy.iterdir():  # the model's own tokenizer, whatever the library made of it
             if file.is_symlink() and not file.name.endswith((".safetensors", ".index.json", ".bin", ".gguf")):
                 shutil.copyfile(file, out / file.name)
         return Made(out, version, told["seconds"])
 
-    def _process(self, work: Path, output: int, threads: int) -> int:
-        """Run the worker in a session of its own, and end all of it if we are interrupted. Returns the exit status."""
+    def _process(self, work: Path, said: Path, threads: int) -> int:
+        """Run the worker in a session of its own, and end all of it if we are interrupted. Returns the exit status.
+
+        said: the file for its output, which goes to the log as it comes.
+        """
         foreign = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV") if self.python != sys.executable else ()
         environment = {k: v for k, v in os.environ.items() if k not in foreign}
         environment |= dict.fromkeys(("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"), "1")
         environment |= {"TOKENIZERS_PARALLELISM": "false", "GPTQMODEL_CPU_WORKERS": str(threads)}
         environment.setdefault("OMP_NUM_THREADS", str(threads))
         command = [self.python, str(Path(__file__).with_name("worker.py")), str(work / "job.json")]
-        try:
-            # its stdin stays open as long as we are there: the worker ends when that closes
-            child = subprocess.Popen(
-                command,
-                cwd=work,
-                env=environment,
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-            )
-        except OSError as e:
-            raise BackendError(f"--backend-python {self.python}: cannot be run: {e.strerror or e}") from None
-        try:
-            return child.wait()
-        except BaseException:
-            for how in (signal.SIGTERM, signal.SIGKILL):
-                with suppress(ProcessLookupError):
-                    os.killpg(child.pid, how)
-                with suppress(subprocess.TimeoutExpired):
+        with said.open("wb") as output, said.open(encoding="utf-8", errors="replace") as seen:
+            try:
+                # its stdin stays open as long as we are there: the worker ends when that closes
+                child = subprocess.Popen(
+                    command,
+                    cwd=work,
+                    env=environment,
+                    stdin=subprocess.PIPE,
+                    stdout=output,
+                    stderr=output,
+                    start_new_session=True,
+                )
+            except OSError as e:
+                raise BackendError(f"--backend-python {self.python}: cannot be run: {e.strerror or e}") from None
+            try:
+                code = None
+                while code is None:
+                    with suppress(subprocess.TimeoutExpired):
+                        code = child.wait(_LOOK)
+                    for line in _lines(seen.read()):
+                        log.info("%s: %s", self.backend, line)
+                return code
+            except BaseException:
+                with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                    os.killpg(child.pid, signal.SIGTERM)
                     child.wait(_PATIENCE)
-            raise
-        finally:
-            assert child.stdin is not None
-            child.stdin.close()
+                raise
+            finally:
+                with suppress(ProcessLookupError):  # what it started may outlive it
+                    os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
+                assert child.stdin is not None
+                child.stdin.close()
 
     def _what_happened(self, code: int, told: Mapping[str, Any], said: str) -> str:
         package, versions = self.known.package, told["versions"]

@@ -232,11 +232,20 @@ def test_refused_before_anything_runs(options: dict, error: type, message: str, 
     assert os.listdir(tmp_path) == []
 
 
+def test_what_it_says_is_logged(fake: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "quantforge"):
+        convert(fake.parent / "out" / "m")
+    assert {"gptqmodel: progress 1", "gptqmodel: progress 2"} <= {r.getMessage() for r in caplog.records}
+
+
 def test_refused_outputs(fake: Path, made: Path, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="GGUF cannot hold fp8"):
         qf.convert(MODEL, tmp_path / "m.gguf", "FP8_DYNAMIC", backend="llm-compressor")
     with pytest.raises(RecipeError, match="--act-order scatters groups"):
         convert(tmp_path / "m.gguf", bits=4, group_size=32, act_order=True)
+    qf.convert(MODEL, tmp_path / "f16.gguf", "F16")
+    with pytest.raises(UnsupportedError, match="--type BF16"):
+        qf.convert(tmp_path / "f16.gguf", tmp_path / "m", backend="gptqmodel")
     with pytest.raises(UnsupportedError, match="quantized already"):
         qf.convert(made, tmp_path / "m", backend="gptqmodel")
     (tmp_path / "full").mkdir()

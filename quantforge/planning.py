@@ -549,7 +549,7 @@ def _model(
         if target == "gguf":
             metadata = {k: v for k, v in source.config.items() if not k.startswith("split.")}
             return weights, {w.name: [(w.name, w)] for w in weights}, metadata, {}
-        return _from_gguf(source, weights)
+        return _from_gguf(source, weights, pre_tokenizer)
 
     directory = source.path if source.path.is_dir() else source.path.parent
     if target != "gguf":
@@ -578,7 +578,9 @@ def _model(
     return weights, {w.name: [(w.name, w)] for w in weights}, metadata, {}
 
 
-def _from_gguf(source: Source, weights: list[Weight]) -> tuple[list[Weight], Outputs, dict[str, Any], dict[str, bytes]]:
+def _from_gguf(
+    source: Source, weights: list[Weight], pre_tokenizer: str | None
+) -> tuple[list[Weight], Outputs, dict[str, Any], dict[str, bytes]]:
     """A GGUF file as a checkpoint."""
     shapes = {w.name: w.shape for w in weights}
     factors = source.read(checkpoint.ROPE_FREQS).decode().reshape(-1) if checkpoint.ROPE_FREQS in shapes else None
@@ -586,7 +588,8 @@ def _from_gguf(source: Source, weights: list[Weight]) -> tuple[list[Weight], Out
     outputs: dict[str, list[tuple[str, Weight]]] = {}
     for name, made in checkpoint.find_arch(source.config, source.path).checkpoint(config, shapes).items():
         outputs.setdefault(made.name, []).append((name, made))
-    return [w for w in weights if w.name in outputs], outputs, config, checkpoint.files(source.config, config, source.path)
+    metadata = {**source.config, **({gguf.Keys.Tokenizer.PRE: pre_tokenizer} if pre_tokenizer else {})}
+    return [w for w in weights if w.name in outputs], outputs, config, checkpoint.files(metadata, config, source.path)
 
 
 def _json(path: Path) -> Mapping[str, Any] | None:

@@ -867,7 +867,10 @@ def _byte_level_json(found: Mapping[str, Any], vocab: dict[str, int], path: str 
     kind = next((k for k in _KINDS if k.name == _ALIASES.get(pre, pre)), None)
     if kind is None:
         known = ", ".join(dict.fromkeys(k.name for k in _KINDS))
-        raise UnsupportedError(f"{path}: pre-tokenizer {pre!r} is not known here; use the original checkpoint. Known: {known}")
+        raise UnsupportedError(
+            f"{path}: pre-tokenizer {pre!r} is not known here; use the original checkpoint, "
+            f"or --pre-tokenizer with the one that splits alike: {known}"
+        )
     steps: list[dict[str, Any]] = [
         {"type": "Split", "pattern": {"Regex": s}, "behavior": "Isolated", "invert": False} for s in kind.splits
     ]

@@ -364,3 +364,6 @@ def test_refused_in_one_line(changes: dict[str, Any], message: str, tmp_path: Pa
     with pytest.raises(qf.QuantForgeError, match=message) as e:
         qf.convert(tmp_path / "x.gguf", tmp_path / "out")
     assert "\n" not in str(e.value) and not (tmp_path / "out").exists()
+    if "kimi-k2" in message:
+        qf.convert(tmp_path / "x.gguf", tmp_path / "out", pre_tokenizer="gpt-2")
+        assert (tmp_path / "out/tokenizer.json").is_file()

@@ -231,6 +231,36 @@ def test_mixed_types_in_gptqmodel(format: str, options: dict, types: list[str], 
     assert worst <= TOLERANCE
 
 
+@pytest.mark.parametrize(
+    ("kind", "format", "options"),
+    [
+        ("Q4_0", "gptq", {"bits": 4, "group_size": 32}),
+        ("Q4_0", "awq", {"group_size": 32}),
+        ("Q8_0", "compressed-tensors", {"bits": 8, "group_size": 32}),
+        ("BF16", "compressed-tensors", {"recipe": "W8A8"}),
+        ("BF16", "bitsandbytes", {"recipe": "nf4-dq"}),
+        ("Q4_K_M", "bitsandbytes", {"recipe": "int8", "allow_requantize": True}),
+    ],
+    ids=str,
+)
+def test_gguf_as_a_checkpoint_in_transformers(kind: str, format: str, options: dict, tmp_path: Path, qwen: Path) -> None:
+    """With no hand edits: config, tokenizer and generation settings are the GGUF file's."""
+    needs(format)
+    import transformers
+
+    original = MODEL if kind == "Q4_K_M" else qwen  # its rows are multiples of 256
+    qf.convert(original, tmp_path / "m.gguf", kind)
+    qf.convert(tmp_path / "m.gguf", tmp_path / "m", format=format, **options)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m", device_map="cpu")
+    if format == "compressed-tensors":
+        speak(model)
+    n, worst = compare(tmp_path / "m", model, 1.0 if format == "awq" else 2.0**-8)
+    assert n == 7 * (6 if original == MODEL else 2)
+    assert worst <= TOLERANCE
+    ours, theirs = (transformers.AutoTokenizer.from_pretrained(d) for d in (tmp_path / "m", original))
+    assert ours(checkpoints.NASTY)["input_ids"] == theirs(checkpoints.NASTY)["input_ids"]
+
+
 GPTQMODEL = [
     *(("gptq", o) for o in (GPTQ[1], GPTQ[2], {"bits": 4, "group_size": -1}, {"bits": 4, "group_size": 128, "symmetric": False})),
     *(("awq", o) for o in AWQ),

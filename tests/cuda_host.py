@@ -21,8 +21,8 @@ SOURCES = ROOT / "kernels" / "cuda"
 CXX = next((c for c in (os.environ.get("CXX"), "c++", "g++", "clang++") if c and shutil.which(c)), None)
 
 
-def build(name: str, command: list[str]) -> Path:
-    """build/<name>: what `command` writes to its last argument, made again when a kernel source changes."""
+def build(name: str, command: list[str], log: bool = False) -> Path:
+    """build/tests/…-<name>: what `command` -o writes (log: what it says), made again when a kernel source changes."""
     digest = hashlib.sha256(" ".join(command).encode())
     for path in sorted([*SOURCES.iterdir(), *(ROOT / "kernels").glob("*.h"), *(ROOT / "kernels" / "cpu").iterdir()]):
         if path.is_file():
@@ -31,7 +31,10 @@ def build(name: str, command: list[str]) -> Path:
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         fresh = target.with_name(f"{target.name}.{os.getpid()}")
-        subprocess.run([*command, str(fresh)], check=True, cwd=ROOT)
+        done = subprocess.run([*command, "-o", str(fresh)], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        if log:
+            fresh.write_text(done.stdout + done.stderr)
         os.replace(fresh, target)
         for old in target.parent.glob(f"*-{name}"):
             if old != target:
@@ -44,7 +47,7 @@ def kernels() -> dict[tuple[str, str], ctypes._FuncPointer]:
     """(kind, op) -> function."""
     assert CXX, "no C++ compiler"
     flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
-    path = build("host.so", [CXX, *flags, "kernels/cuda/host.cpp", "-o"])
+    path = build("host.so", [CXX, *flags, "kernels/cuda/host.cpp"])
     return native._kernels(native._open(path).qf_open(None).contents)
 
 

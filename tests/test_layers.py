@@ -29,7 +29,7 @@ LAYERS = [
 ]
 FREE = {"errors"}
 STACKED = {
-    "nn": ["tiles", "integers", "lookups", "planes", "ops", "products", "cuda", "linear"]
+    "nn": ["tiles", "integers", "lookups", "planes", "ops", "products", "stored", "cuda", "linear"]
 }  # packages whose modules have an order of their own, the lowest first
 HEAVY = {"torch", "transformers"}
 MAY_BE_HEAVY = {"methods", "runtime", "calibration", "blockwise", "nn"}

@@ -9,7 +9,7 @@ import torch
 
 from .. import codecs, native
 from ..codecs.integers import ActOrderCodec
-from . import ops, products
+from . import ops, products, stored
 from . import planes as layouts
 
 _log = logging.getLogger(__name__)
@@ -40,6 +40,9 @@ def dequantize(planes: list[torch.Tensor], codec: str, out_features: int, in_fea
     """The numbers of a matrix in planes: [out_features, in_features] of `dtype`."""
     kind, device, shape = layouts.kind(codec), planes[0].device, (out_features, in_features)
     if not native.cuda_has(kind, "dequantize"):
+        w = stored.decode(codec, planes, shape) if layouts.family(codec) is None else None
+        if w is not None:
+            return w.to(dtype)
         _warn_once(native.cuda_missing() or f"no kernel for {codec}")
         weights = layouts.unpack(layouts.restore(planes, codec, shape).to("cpu"))
         return torch.from_numpy(weights.decode(threads=torch.get_num_threads())).to(device, dtype)

@@ -1,0 +1,111 @@
+"""Numbers of codecs without planes, on a GPU: from the stored parts, without a copy to the CPU.
+
+ggml types by the decode kernels of kernels/cuda, the rest by torch's own: fp8, integers of any width, plain numbers, NVFP4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+
+from .. import codecs, native
+from ..codecs.base import Codec, GgmlCodec
+from ..codecs.fp4 import NVFP4
+from ..codecs.fp8 import Fp8Codec
+from ..codecs.integers import ActOrderCodec, IntegerCodec
+from ..codecs.iquants import KSIGNS, IQCodec
+from ..codecs.plain import PlainCodec
+
+_TORCH = {
+    "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "U8": torch.uint8,
+}  # fmt: skip
+LEVELS = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)  # E2M1's, doubled
+
+
+def _bytes(t: torch.Tensor) -> torch.Tensor:
+    return t.contiguous().reshape(-1).view(torch.uint8)
+
+
+@cache
+def _tables(codec: IQCodec) -> list[torch.Tensor]:
+    """The codebook and the signs, on the CPU: they travel with the launch."""
+    return [torch.from_numpy(codec.entries.copy()), torch.from_numpy(KSIGNS.copy())]
+
+
+def _ggml(codec: Codec, parts: list[torch.Tensor], shape: tuple[int, int]) -> torch.Tensor | None:
+    if not parts[0].is_cuda or not native.cuda_has(codec.name, "decode"):
+        return None
+    out = torch.empty(shape, dtype=torch.float32, device=parts[0].device)
+    data = _bytes(parts[0]).reshape(shape[0], -1)
+    tables = _tables(codec) if isinstance(codec, IQCodec) else []
+    with torch.cuda.device(out.device):
+        native.cuda_call(codec.name, "decode", [data, *tables], [out], torch.cuda.current_stream().cuda_stream)
+    return out
+
+
+def _nvfp4(codec: Codec, parts: list[torch.Tensor], shape: tuple[int, int]) -> torch.Tensor | None:
+    data = _bytes(parts[0]).reshape(-1, 36)
+    scales = data[:, :4] & 127
+    # 127 is E4M3's NaN
+    d = scales.where(scales < 127, torch.zeros_like(scales)).view(torch.float8_e4m3fn).float() * 0.5
+    packed = data[:, 4:].reshape(-1, 4, 8)
+    codes = torch.cat([packed & 15, packed >> 4], -1).int()
+    levels = torch.zeros(codes.shape, device=data.device)
+    for i, level in enumerate(LEVELS):  # a table's copy to the device would wait for it
+        levels = torch.where(codes & 7 == i, level, levels)
+    levels = torch.where(codes > 7, -levels, levels)
+    return (levels * d.unsqueeze(-1) * parts[1].float().reshape(1, 1, 1)).reshape(shape)
+
+
+def _fp8(codec: Codec, parts: list[torch.Tensor], shape: tuple[int, int]) -> torch.Tensor | None:
+    assert isinstance(codec, Fp8Codec)
+    codes = _bytes(parts[0]).view(torch.float8_e4m3fn).float().reshape(shape)
+    scale = parts[1].float()
+    if codec.tile:
+        scale = scale.repeat_interleave(codec.tile, 0).repeat_interleave(codec.tile, 1)[: shape[0], : shape[1]]
+    return codes * scale
+
+
+def _plain(codec: Codec, parts: list[torch.Tensor], shape: tuple[int, int]) -> torch.Tensor | None:
+    dtype = _TORCH.get(codec.name)
+    return None if dtype is None else _bytes(parts[0]).view(dtype).float().reshape(shape)
+
+
+def _integers(codec: Codec, parts: list[torch.Tensor], shape: tuple[int, int]) -> torch.Tensor | None:
+    plain = codec.plain if isinstance(codec, ActOrderCodec) else codec
+    assert isinstance(plain, IntegerCodec)
+    (out, n), bits = shape, plain.bits
+    packed = _bytes(parts[0]).reshape(out, -1)
+    if bits != 8:
+        # a code lies in one byte or in two neighbours
+        at = torch.arange(n, device=packed.device) * bits
+        wide = torch.nn.functional.pad(packed, (0, 1)).int()
+        packed = ((wide[:, at // 8] | wide[:, at // 8 + 1] << 8) >> (at % 8).int()) & ((1 << bits) - 1)
+    scale, *zero = [p.reshape(-1, p.shape[-1]).float() for p in parts[1 : 2 + (not plain.symmetric)]]
+    if isinstance(codec, ActOrderCodec):
+        group = parts[-1].long()
+    else:
+        group = torch.arange(n, device=packed.device) // (plain.group or max(1, n))
+    offset = zero[0][:, group] if zero else float(plain.middle)
+    return (packed.float() - offset) * scale[:, group]
+
+
+_WAYS: dict[type[Codec], Callable[[Codec, list[torch.Tensor], tuple[int, int]], torch.Tensor | None]] = {
+    NVFP4: _nvfp4,
+    Fp8Codec: _fp8,
+    PlainCodec: _plain,
+    IntegerCodec: _integers,
+    ActOrderCodec: _integers,
+    GgmlCodec: _ggml,
+}
+
+
+def decode(codec: str, parts: list[torch.Tensor], shape: tuple[int, int]) -> torch.Tensor | None:
+    """f32[shape] on the parts' device, bit-equal to the codec's decode; None where only the codec itself can do it."""
+    found = codecs.get(codec)
+    way = next((way for kind, way in _WAYS.items() if isinstance(found, kind)), None)
+    return way(found, parts, shape) if way else None

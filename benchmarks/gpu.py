@@ -39,8 +39,23 @@ from quantforge.nn.base import tensor
 
 SHAPES = [(4096, 4096), (8192, 8192), (4096, 14336), (14336, 4096), (28672, 8192)]  # rows, columns
 MS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096]
-CODECS = ["Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0", "Q4_1", "IQ4_XS", "IQ4_NL", "MXFP4", "nf4", "IQ3_XXS", "IQ2_XXS"]
-QUICK = ["Q8_0", "Q6_K", "Q4_K", "Q4_0", "IQ4_XS", "nf4", "IQ2_XXS"]
+CODECS = [
+    "Q8_0",
+    "Q6_K",
+    "Q5_K",
+    "Q4_K",
+    "Q4_0",
+    "Q4_1",
+    "IQ4_XS",
+    "IQ4_NL",
+    "MXFP4",
+    "nf4",
+    "int4-g128-sym",
+    "int4-g128-asym",
+    "IQ3_XXS",
+    "IQ2_XXS",
+]
+QUICK = ["Q8_0", "Q6_K", "Q4_K", "Q4_0", "IQ4_XS", "nf4", "int4-g128-sym", "IQ2_XXS"]
 BLOCK = 256  # rows that are quantized; a matrix is many copies of them
 COLD = 512 << 20
 
@@ -551,7 +566,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--device", default="cuda")
     p.add_argument("--smoke", action="store_true", help="tiny shapes")
-    p.add_argument("--quick", action="store_true", help="seven codecs, all M on 8192×8192 and three on the others")
+    p.add_argument("--quick", action="store_true", help="eight codecs, all M on 8192×8192 and three on the others")
     p.add_argument("--ways", action="store_true", help="every way of each product, for products.UP_TO")
     p.add_argument("--tune", action="store_true", help="every configuration of the Triton kernels, and sizes of slabs")
     p.add_argument("--parts", default="products,encode,model")

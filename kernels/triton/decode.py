@@ -34,6 +34,10 @@ class Family:
     sub: int = 32
     """Columns under one scale."""
     zero: int = 0
+    per: int = 0
+    """Groups of parameters in a chunk where groups are what `scales` counts (1: of one chunk or more); else 0."""
+    tokens: int = 256
+    """The most activations of a program: registers end there."""
     table: str = ""
     """What codes stand for where they are no numbers: a case of `levels`."""
 
@@ -44,16 +48,25 @@ FAMILIES = {
     "q5_0": Family(128, (4, 1), "half", zero=16),
     "q5_1": Family(128, (4, 1), "half_min"),
     "q8_0": Family(128, (8,), "half", zero=128),
-    "q4_k": Family(256, (4,), "k45"),
-    "q5_k": Family(256, (4, 1), "k45"),
-    "q6_k": Family(256, (4, 2), "k6", sub=16, zero=32),
+    "q4_k": Family(256, (4,), "k45", tokens=128),
+    "q5_k": Family(256, (4, 1), "k45", tokens=128),
+    "q6_k": Family(256, (4, 2), "k6", sub=16, zero=32, tokens=64),
     "iq4_nl": Family(128, (4,), "half", zero=128, table="iq4"),
-    "iq4_xs": Family(256, (4,), "iq4_xs", zero=128, table="iq4"),
+    "iq4_xs": Family(256, (4,), "iq4_xs", zero=128, tokens=128, table="iq4"),
     "mxfp4": Family(128, (4,), "e8m0", zero=128, table="mxfp4"),
     "nf4": Family(128, (4,), "float64", table="floats"),
     "nf4-dq": Family(128, (4,), "nested", table="floats"),
-    "iq3_xxs": Family(256, (2, 1), "eighths4", zero=128, table="iq3"),
-    "iq2_xxs": Family(256, (1, 1), "eighths2", zero=128, table="iq2"),
+    "iq3_xxs": Family(256, (2, 1), "eighths4", zero=128, tokens=64, table="iq3"),
+    "iq2_xxs": Family(256, (1, 1), "eighths2", zero=128, tokens=64, table="iq2"),
+    **{
+        f"int{bits}-p{per}-{scale}{z}": Family(128, (bits,), f"{scale}{z}", zero=1 << (bits - 1), per=per)
+        for bits in (4, 8)
+        for per in (1, 2, 4)
+        for scale in ("f16", "bf16", "f32")
+        for z in ("", "-z")
+        if scale != "f32" or per == 1
+    },
+    "int8-p1-row": Family(128, (8,), "row", zero=128, per=1),
 }
 """By kind of planes."""
 
@@ -303,10 +316,28 @@ def scales(
 
 
 @triton.jit
+def grouped(p0, p1, at, s, KIND: tl.constexpr, ZERO: tl.constexpr, PER: tl.constexpr):
+    """`scales` of integers in groups, PER to a chunk; at: i32[BN], a row's first group there."""
+    at = at[:, None] * PER + (s * PER // 4)[None, :]
+    if KIND == "f16" or KIND == "f16-z":
+        d = tl.load(p0.to(tl.pointer_type(tl.float16)) + at).to(tl.float32)
+    elif KIND == "bf16" or KIND == "bf16-z":
+        d = (tl.load(p0.to(tl.pointer_type(tl.uint16)) + at).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        d = tl.load(p0.to(tl.pointer_type(tl.float32)) + at)
+        if KIND == "row":  # an absmax
+            d = d * (1.0 / 127)
+    if KIND == "f16-z" or KIND == "bf16-z" or KIND == "f32-z":
+        return d, d * -tl.load(p1.to(tl.pointer_type(tl.uint8)) + at).to(tl.float32)
+    else:
+        return d, d * -ZERO
+
+
+@triton.jit
 def decode(
-    p0, p1, p2, p3, table, floats, tile, chunk, N, K, magic,
+    p0, p1, p2, p3, table, floats, tile, chunk, N, K, groups, magic,
     CHUNK: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, SCALES: tl.constexpr, SUB: tl.constexpr,
-    ZERO: tl.constexpr, TABLE: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr,
+    ZERO: tl.constexpr, PER: tl.constexpr, TABLE: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """A chunk of the BN rows from tile `tile` on: DTYPE[BN, CHUNK]."""
     S: tl.constexpr = CHUNK // SUB
@@ -316,7 +347,12 @@ def decode(
     step, row = tl.minimum(tile + n // 16, tiles - 1) * chunks + chunk, n % 16
     n += tile * 16
     w = words(p0, tile, tiles, chunk, chunks, CHUNK * W0 // 128, BN)
-    if W1:
+    if PER:
+        # groups of one chunk or more: `groups` of a row
+        group = chunk // ((chunks + groups - 1) // groups)
+        at = (tl.minimum(tile + tl.arange(0, BN) // 16, tiles - 1) * groups + group) * 16 + row
+        scale, offset = grouped(p1, p2, at, tl.arange(0, S), SCALES, ZERO, PER)
+    elif W1:
         high = quads(words(p1, tile, tiles, chunk, chunks, CHUNK * W1 // 128, BN), W1)
         scale, offset = scales(p2, p3, p3, step, row, n, chunk, N, K, magic, SCALES, ZERO, S, BN)
     else:

@@ -10,9 +10,9 @@ from .decode import INTERPRETED, decode, fixed_points, rounded
 
 @triton.jit(do_not_specialize=["M", "magic"])
 def gemm_kernel(
-    x, p0, p1, p2, p3, table, y, partial, arrived, M, N, K, x_stride, magic,
+    x, p0, p1, p2, p3, table, y, partial, arrived, M, N, K, groups, x_stride, magic,
     CHUNK: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, SCALES: tl.constexpr, SUB: tl.constexpr,
-    ZERO: tl.constexpr, TABLE: tl.constexpr,
+    ZERO: tl.constexpr, PER: tl.constexpr, TABLE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """A program computes BN rows of w by BM rows of x over every SPLIT-th chunk of columns.
@@ -31,7 +31,28 @@ def gemm_kernel(
     floats = fixed_points(table, TABLE)
     for c in range(part, chunks, SPLIT):
         w = decode(
-            p0, p1, p2, p3, table, floats, at_n * (BN // 16), c, N, K, magic, CHUNK, W0, W1, SCALES, SUB, ZERO, TABLE, BN, DTYPE
+            p0,
+            p1,
+            p2,
+            p3,
+            table,
+            floats,
+            at_n * (BN // 16),
+            c,
+            N,
+            K,
+            groups,
+            magic,
+            CHUNK,
+            W0,
+            W1,
+            SCALES,
+            SUB,
+            ZERO,
+            PER,
+            TABLE,
+            BN,
+            DTYPE,
         )
         xs = tl.load(x_at + c * CHUNK, mask=inside & (k[:, None] < K - c * CHUNK), other=0.0)
         if INTERPRETED:  # noqa: SIM108

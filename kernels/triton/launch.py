@@ -48,8 +48,8 @@ def candidates(kind: str, m: int, n: int, k: int, shared: int = SHARED) -> tuple
 
 
 def _candidates(f: Family, m: int, chunks: int, shared: int) -> Iterator[Config]:
-    tokens = min(max(16, 1 << (m - 1).bit_length()), 256 * 128 // f.chunk)
-    for rows, warps in ((64, 4), (128, 8)):
+    tokens = min(max(16, 1 << (m - 1).bit_length()), f.tokens)
+    for rows, warps in ((64, 4), (128, 8)) if tokens < 256 else ((128, 8),):
         stages = next((s for s in (4, 3, 2) if _fits(f, tokens, rows, s, shared)), 1)
         for split in (1, 2, 4, 8):
             if split == 1 or chunks >= 4 * split:
@@ -134,7 +134,7 @@ def constants(f: Family, c: Config) -> dict[str, int | str]:
     """The kernel's constants."""
     low, high = (*f.widths, 0)[:2]
     return {
-        "CHUNK": f.chunk, "W0": low, "W1": high, "SCALES": f.scales, "SUB": f.sub, "ZERO": f.zero, "TABLE": f.table,
+        "CHUNK": f.chunk, "W0": low, "W1": high, "SCALES": f.scales, "SUB": f.sub, "ZERO": f.zero, "PER": f.per, "TABLE": f.table,
         "BM": c.tokens, "BN": c.rows, "SPLIT": c.split,
     }  # fmt: skip
 
@@ -167,7 +167,7 @@ def gemm(
         partial = arrived = words[0]
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         gemm_kernel[grid](
-            x, *words, table, y, partial, arrived, m, out_features, k, x.stride(0), MAGIC,
+            x, *words, table, y, partial, arrived, m, out_features, k, planes[1].shape[1], x.stride(0), MAGIC,
             **constants(family, c), num_warps=c.warps, num_stages=c.stages,
         )  # fmt: skip
     return y

@@ -19,7 +19,8 @@ from quantforge.nn import planes, products
 triton = pytest.importorskip("triton", reason="Triton is not installed (it is for Linux on x86-64)")
 kernels = pytest.importorskip("quantforge.nn.triton_kernels")
 ROOT = Path(__file__).parents[2]
-CODECS = [name for name in planes.FAMILIES if planes.kind(name) in kernels.FAMILIES]
+INTEGERS = ["int4-g128-sym", "int4-g128-asym-bf16", "int8-g64-asym", "int8-g32-sym", "int4-channel-asym-f32", "int8-row"]
+CODECS = [name for name in (*planes.FAMILIES, *INTEGERS) if planes.kind(name) in kernels.FAMILIES]
 BOUND = {"0": 2.6e-3, "1": 6e-4}  # of interpreted.CASES: weights and the result are rounded to bf16 or f16
 
 
@@ -39,8 +40,11 @@ def test_the_product_is_right(codec, case, errors):
     assert errors[f"{codec}-{case}"] <= BOUND[case]
 
 
-@pytest.mark.parametrize("kind", sorted({planes.kind(c) for c in CODECS}))
-def test_compiles_for_hopper_without_spills(kind, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "m"),
+    [*((k, 16) for k in sorted({planes.kind(c) for c in (*planes.FAMILIES, *INTEGERS[:2])})), ("q4_0", 256), ("q6_k", 256)],
+)
+def test_compiles_for_hopper_without_spills(kind, m, tmp_path):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -48,7 +52,7 @@ def test_compiles_for_hopper_without_spills(kind, tmp_path):
 
     if triton.knobs.runtime.interpret:
         pytest.skip("TRITON_INTERPRET is set")
-    config = kernels.choose(kind, 16, 4096, 4096)
+    config = kernels.choose(kind, m, 4096, 4096)
     constants = kernels.constants(kernels.FAMILIES[kind], config)
     types = {
         "x": "*bf16",
@@ -62,7 +66,9 @@ def test_compiles_for_hopper_without_spills(kind, tmp_path):
     }
     names = gemm_kernel.arg_names
     signature = {n: "constexpr" if n in constants else types.get(n, "*i32") for n in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in constants and n not in ("M", "magic")}
+    aligned = {
+        (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in constants and n not in ("M", "groups", "magic")
+    }
     compiled = triton.compile(
         ASTSource(gemm_kernel, signature, constexprs=constants, attrs=aligned),
         target=GPUTarget("cuda", 90, 32), options={"num_warps": config.warps, "num_stages": config.stages},
@@ -74,7 +80,7 @@ def test_compiles_for_hopper_without_spills(kind, tmp_path):
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     used = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
     registers, stack, local = (int(re.search(rf"{what}:(\d+)", used)[1]) for what in ("REG", "STACK", "LOCAL"))
-    assert stack == local == 0 and registers < 255
+    assert stack == local == 0 and registers <= 255
 
 
 def test_candidates_fit_the_chip_and_are_few():

@@ -62,6 +62,7 @@ def test_compiles_for_hopper_without_spills(kind, m, tmp_path):
         "N": "i32",
         "K": "i32",
         "x_stride": "i32",
+        "groups": "i32",
         "magic": "i32",
     }
     names = gemm_kernel.arg_names

@@ -198,7 +198,7 @@ class Library:
         foreign = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV") if self.python != sys.executable else ()
         environment = {k: v for k, v in os.environ.items() if k not in foreign}
         environment |= dict.fromkeys(("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"), "1")
-        environment |= {"TOKENIZERS_PARALLELISM": "false", "GPTQMODEL_CPU_WORKERS": str(threads)}
+        environment |= {"TOKENIZERS_PARALLELISM": "false", "GPTQMODEL_CPU_WORKERS": str(max(2, threads))}
         environment.setdefault("OMP_NUM_THREADS", str(threads))
         command = [self.python, str(Path(__file__).with_name("worker.py")), str(work / "job.json")]
         with said.open("wb") as output, said.open(encoding="utf-8", errors="replace") as seen:

@@ -144,8 +144,9 @@ def run(
         raise OutputError(out, "exists already; --force overwrites it")
     threads = threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else threads or os.cpu_count() or 1
     began, cpu = time.perf_counter(), time.process_time()
+    total_bytes = job.total_bytes
     if job.finish is not None:
-        work = _through_library(job, out, threads, measure, progress)
+        work, total_bytes = _through_library(job, out, threads, measure, progress)
     else:
         work = _Work(job, measure, progress, _encoder(job, threads))
         work.run(out, threads)
@@ -156,7 +157,7 @@ def run(
     return Report(
         path=str(out),
         recipe=job.recipe,
-        total_bytes=job.total_bytes,
+        total_bytes=total_bytes,
         bpw=job.bpw,
         seconds=time.perf_counter() - began,
         cpu_seconds=time.process_time() - cpu,
@@ -447,7 +448,9 @@ def _windows(source: Source, how: Calibration) -> Ints:
     return read_windows(how.text, tokenizer, ctx, how.chunks, spread=True)
 
 
-def _through_library(job: Plan, out: Path, threads: int, measure: bool, progress: Callable[[Progress], None] | None) -> _Work:
+def _through_library(
+    job: Plan, out: Path, threads: int, measure: bool, progress: Callable[[Progress], None] | None
+) -> tuple[_Work, int]:
     """Let a library of `backends` quantize, and make the output from the checkpoint that it leaves."""
     how, finish = job.calibrated, job.finish
     assert how is not None and finish is not None and isinstance(how.method, Library)
@@ -461,13 +464,17 @@ def _through_library(job: Plan, out: Path, threads: int, measure: bool, progress
             marks = {k: v for k, v in job.header.metadata.items() if k.startswith("quantforge.")} | {"quantforge.method": name}
             rest = replace(rest, recipe=job.recipe, header=replace(rest.header, metadata={**rest.header.metadata, **marks}))
             # awq moves scales between layers: its weights are not near the original's
+            size = rest.total_bytes
+            if job.adopt:  # the types and bytes of the files as they are
+                rest = replace(rest, tensors=[replace(t, codec=t.source_codec, note=None) for t in rest.tensors])
+                size = sum(f.stat().st_size for f in made.path.glob("*.safetensors"))
             work = _Work(rest, measure and how.method.method != "awq", progress, None, job.source)
             work.methods = {t.name: (name, None, None) for t in rest.tensors if not isinstance(t.source_codec, PlainCodec)}
             if job.adopt:
                 work.adopt(out, marks)
             else:
                 work.run(out, threads)
-            return work
+            return work, size
         finally:
             rest.source.close()
 

@@ -223,9 +223,7 @@ class AsStored(Recipe):
     ) -> dict[str, Choice]:
         """See `Recipe.assign`."""
         floats = (*FLOATS, "F64")
-        return {
-            w.name: Choice(kept(w, have, self.base.name) if (have := stored[w.name]).name in floats else have) for w in weights
-        }
+        return {w.name: Choice(kept(w, have, self.name) if (have := stored[w.name]).name in floats else have) for w in weights}
 
 
 AS_STORED = AsStored("as stored", codecs.get("F32"))

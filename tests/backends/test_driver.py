@@ -102,6 +102,8 @@ def test_checkpoint_as_the_library_wrote_it(fake: Path, made: Path) -> None:
     assert config["quantforge.method"].startswith("gptq (gptqmodel")
     assert config["quantization_config"] == json.loads((made / "config.json").read_text())["quantization_config"]
     assert os.listdir(out) == ["m"]
+    assert report.total_bytes == (out / "m" / "model.safetensors").stat().st_size
+    assert {t.type for t in report.tensors} == {"BF16", "int4-g32-sym"}
     quantized = [t for t in report.tensors if t.type == "int4-g32-sym"]
     assert len(quantized) == 42
     assert all(t.method.startswith("gptq (gptqmodel") and 0.05 < (t.rel_rmse or 0) < 0.15 for t in quantized)
@@ -126,6 +128,7 @@ def test_gguf_takes_the_integers_over(options: dict, fake: Path, made: Path, tmp
     with qf.open(made) as theirs, qf.open(tmp_path / "out" / "m.gguf") as ours:
         a, b = theirs.read("model.layers.1.mlp.down_proj.weight"), ours.read("blk.1.ffn_down.weight")
         assert b.codec.name == "Q4_0"
+        assert "recipe" in options or ours.weights["token_embd.weight"].codec.name == "BF16"
         assert np.array_equal(a.decode(), b.decode())
         assert ours.config["quantforge.method"].startswith("gptq (gptqmodel")
     found = {t.name: t for t in report.tensors}["blk.1.ffn_down.weight"]

@@ -31,9 +31,9 @@ QF_INLINE vf abs(vf a) { return {fabsf(a.v)}; }
 QF_INLINE vf min(vf a, vf b) { return {a.v < b.v ? a.v : b.v}; }
 QF_INLINE vf max(vf a, vf b) { return {a.v > b.v ? a.v : b.v}; }
 
-QF_INLINE vi operator+(vi a, vi b) { return {a.v + b.v}; }
-QF_INLINE vi operator-(vi a, vi b) { return {a.v - b.v}; }
-QF_INLINE vi operator*(vi a, vi b) { return {a.v * b.v}; }
+QF_INLINE vi operator+(vi a, vi b) { return {(int32_t)((uint32_t)a.v + (uint32_t)b.v)}; }  // wraps
+QF_INLINE vi operator-(vi a, vi b) { return {(int32_t)((uint32_t)a.v - (uint32_t)b.v)}; }
+QF_INLINE vi operator*(vi a, vi b) { return {(int32_t)((uint32_t)a.v * (uint32_t)b.v)}; }
 QF_INLINE vi operator&(vi a, vi b) { return {a.v & b.v}; }
 QF_INLINE vi operator|(vi a, vi b) { return {a.v | b.v}; }
 QF_INLINE vi operator^(vi a, vi b) { return {a.v ^ b.v}; }

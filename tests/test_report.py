@@ -216,6 +216,10 @@ def test_html_in_a_browser(tmp_path: Path, browser: Any, width: int, layers: int
     assert page.locator("#plot-tail .scatter .js-line").count() == 9
     assert page.locator("#plot-heat .heatmaplayer image").count() == 1
     assert page.evaluate("document.documentElement.scrollWidth") <= width  # nothing sticks out
+    assert page.evaluate("document.getElementById('plot-heat').parentElement.scrollWidth") <= width
+    sizes = """[...document.querySelectorAll('p, td, th, small, li, dd, label, svg text')].filter(e => e.textContent.trim())
+        .map(e => parseFloat(getComputedStyle(e).fontSize))"""
+    assert min(page.evaluate(sizes)) >= 10  # px: readable on a phone
 
     def names() -> list[str]:
         found: list[str] = page.locator("#table tbody td:first-child").all_text_contents()

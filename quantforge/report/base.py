@@ -159,7 +159,7 @@ def figure(x: float | None, sign: bool = False) -> str:
     """Three significant digits, or a dash."""
     if x is None or not math.isfinite(x):
         return "–"
-    text = f"{x:{'+' if sign else ''}.3g}"
+    text = f"{x:{'+' if sign else ''}#.3g}".rstrip(".") if x else "0"
     return text if "e" not in text else f"{x:{'+' if sign else ''}.1e}"
 
 

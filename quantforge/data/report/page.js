@@ -4,7 +4,7 @@ const byName = Object.fromEntries(data.models.map(m => [m.name, m]));
 const ranked = data.ranked.map(n => byName[n]);
 const $ = id => document.getElementById(id);
 const make = (tag, text, cls) => { const e = document.createElement(tag); if (text !== undefined) e.textContent = text; if (cls) e.className = cls; return e; };
-const fig = (x, d = 3) => x === null || x === undefined ? "–" : x === 0 ? "0" : Math.abs(x) < 1e-4 ? x.toExponential(1) : Number(x.toPrecision(d)).toString();
+const fig = (x, d = 3) => x === null || x === undefined ? "–" : x === 0 ? "0" : Math.abs(x) < 1e-4 ? x.toExponential(1) : Math.abs(x) >= 10 ** d ? x.toFixed(0) : x.toPrecision(d);
 const fixed = (x, d) => x === null || x === undefined ? "–" : x.toFixed(d);
 const size = b => b >= 1e9 ? (b / 1e9).toFixed(2) + " GB" : (b / 1e6).toFixed(2) + " MB";
 const css = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -179,7 +179,7 @@ function flipsChart() {
     hovertemplate: `%{y}<br>${name}: %{x:.2f}%<extra></extra>`,
   })), layout({ barmode: "stack", height: 120 + 30 * ms.length, legend: { orientation: "h", y: 1.02, yanchor: "bottom", traceorder: "normal" }, margin: { l: 90, r: 16, t: 36, b: 44 }, bargap: .35, xaxis: axis({ title: { text: "% of scored tokens" } }), yaxis: axis({ type: "category" }) }));
 }
-const WHAT = { weighted_error: ["output error", "Error weighted by the mean square of each input on the text: the relative error of the layer's output."],
+const WHAT = { weighted_error: ["output error", "Relative error of each layer's output: the error of its weights, weighted by the mean square of each input. Inputs are the reference's on this evaluation text (its first 16,384 tokens): this shows the loss that was measured, not what guided quantization."],
   rel_rmse: ["weight error", "Relative root-mean-square error of the weights."], bpw: ["bits per weight", "Stored bits per weight."] };
 function heatChart() {
   const m = byName[$("heat-model").value], what = $("heat-what").value;
@@ -194,13 +194,13 @@ function heatChart() {
   const z = grid.map(row => row.map(x => x && x[what] !== null && x[what] !== undefined ? x[what] : null));
   const few = names.length * columns.length <= 160 && !narrow();
   $("heat-note").textContent = WHAT[what][1];
-  const width = narrow() ? Math.max(340, 70 + 44 * columns.length) : undefined;
+  const width = narrow() ? Math.max($("plot-heat").parentElement.clientWidth, 72 + 30 * columns.length) : undefined;
   draw("plot-heat", [{
     type: "heatmap", x: columns, y: names, z, xgap: 2, ygap: 2, hoverongaps: false, colorscale: [[0, css("--low")], [1, css("--high")]],
     text: grid.map(row => row.map(x => x ? (few ? `${x.type}<br>${fig(x[what], 2)}` : "") : "")), texttemplate: "%{text}", textfont: { size: 10 },
     customdata: grid.map(row => row.map(x => x ? `<b>${html(x.name)}</b><br>${x.type}, ${fixed(x.bpw, 2)} bpw, ${x.shape.join("×")}<br>weight error ${fig(x.rel_rmse)}<br>output error ${fig(x.weighted_error)}` : "")),
-    hovertemplate: "%{customdata}<extra></extra>", colorbar: { thickness: 12, outlinewidth: 0 },
-  }], layout({ width, autosize: !narrow(), height: Math.min(1400, 110 + names.length * (few ? 44 : 24)), margin: { l: 64, r: 8, t: 8, b: 80 }, xaxis: axis({ type: "category", tickangle: -40, showgrid: false }), yaxis: axis({ type: "category", autorange: "reversed", showgrid: false }) }));
+    hovertemplate: "%{customdata}<extra></extra>", colorbar: { outlinewidth: 0, ...(narrow() ? { orientation: "h", thickness: 10, x: 0, xanchor: "left", y: 1.01, yanchor: "bottom", len: .9 } : { thickness: 12 }) },
+  }], layout({ width, autosize: !narrow(), height: Math.min(1400, (narrow() ? 150 : 110) + names.length * (few ? 44 : 24)), margin: { l: 64, r: 8, t: narrow() ? 40 : 8, b: 80 }, xaxis: axis({ type: "category", tickangle: -40, showgrid: false }), yaxis: axis({ type: "category", autorange: "reversed", showgrid: false }) }));
 }
 function growthChart() {
   const ms = ranked.filter(m => m.hidden_error.length);
@@ -229,8 +229,8 @@ if (sim) {
     { name: "model", value: r => r.name }, { name: "cosine", value: r => r.cosine, show: r => fixed(r.cosine, 4) },
     { name: "between floor and ceiling", value: r => r.scaled ?? null, show: r => r.scaled === null || r.scaled === undefined ? "–" : fixed(100 * r.scaled, 1) + " %" },
     { name: "equal tokens", value: r => r.equal_tokens, show: r => fixed(100 * r.equal_tokens, 1) + " %" },
-    { name: "first divergent token (median)", value: r => r.first_divergence, show: r => fixed(r.first_divergence, 0) },
-    { name: "unchanged answers", value: r => r.unchanged, show: r => `${fixed(r.unchanged, 0)} of ${sim.prompts}` }], list, 1);
+    { name: "first divergent token", value: r => r.first_divergence, show: r => fixed(r.first_divergence, 0), title: "median over prompts; the answer's length where nothing differs" },
+    { name: "unchanged", value: r => r.unchanged, show: r => `${fixed(r.unchanged, 0)} of ${sim.prompts}` }], list, 1);
   options($("answers-model"), ranked.filter(m => m.similarity).map(m => [m.name, m.name]));
   $("answers-model").selectedIndex = $("answers-model").options.length - 1;
   options($("answers-prompt"), sim.answers.map((a, i) => [i, a.prompt.length > 60 ? a.prompt.slice(0, 60) + "…" : a.prompt]));

@@ -26,6 +26,7 @@ import numpy as np
 
 from . import metrics as stats
 from . import overlap, similarity
+from . import tasks as harness
 from .arrays import F32
 from .corpus import BUILTIN, Corpus, Windows, cut
 from .errors import NonFiniteError, RecipeError, ShapeError, nearest
@@ -98,10 +99,12 @@ def evaluate(
     questions = similarity.read_prompts(prompts) if "similarity" in wanted else []
     if answer_tokens < 1:
         raise RecipeError(f"--answer-tokens {answer_tokens}: at least one is needed")
+    manager = harness.manager(tasks, task_path) if tasks else None
     tell = progress or (lambda what, done, of: None)
     began = time.perf_counter()
     with ExitStack() as stack:
         party = _Party(stack, named, reference, device, floor=noise_floor and wanted > {"ppl"})
+        asked = similarity.ask(questions, party.tokenizer, answer_tokens, _max_context(party.reference), embedder)
         corpus = Corpus.read(text, party.tokenizer)
         party.check_text(corpus)
         windows = cut(corpus, party.tokenizer, _context(ctx, party.reference), stride, chunks)
@@ -112,26 +115,17 @@ def evaluate(
         answers = None
         if questions:
             tell("answers", 0, 1)
-            limit, memory = _max_context(party.reference), max(_LEAST, run.held_bytes)
+            memory = max(_LEAST, run.held_bytes)
+            parties = (party.reference, party.ceiling, *party.candidates)
             answers, figures, intervals = similarity.compare(
-                party.reference,
-                party.ceiling,
-                party.candidates,
-                party.tokenizer,
-                questions,
-                answer_tokens,
-                embedder,
-                limit,
-                memory,
+                parties, party.tokenizer, questions, asked, answer_tokens, embedder, memory
             )
             for r, f, i in zip(results[1:], figures, intervals, strict=False):
                 r.similarity = f
                 r.intervals |= i
         found = None
         if tasks:
-            from . import tasks as harness
-
-            found, numbers = harness.run([party.reference, *party.candidates], party.tokenizer, tasks, task_path, task_limit)
+            found, numbers = harness.run([party.reference, *party.candidates], party.tokenizer, tasks, manager, task_limit)
             for r, t in zip(results, numbers, strict=False):
                 r.tasks = t
         seconds = time.perf_counter() - began

@@ -40,35 +40,43 @@ def read_prompts(prompts: str | os.PathLike[str] | Sequence[str] | None) -> list
     return found
 
 
+def ask(prompts: Sequence[str], tokenizer: Tokenizer, tokens: int, limit: int, embedder: str | None) -> Answers:
+    """Token ids of prompts, with BOS where the tokenizer adds it.
+
+    tokens: of an answer; limit: of prompt and answer. Raises RecipeError where that is exceeded, UnsupportedError for an
+    embedder that cannot be had: both before anything long begins.
+    """
+    start = [tokenizer.bos] if tokenizer.adds_bos and tokenizer.bos is not None else []
+    asked = [[*start, *tokenizer.encode(p)[0]] for p in prompts]
+    longest = max((len(a) for a in asked), default=0)
+    if asked and longest + tokens > limit:
+        raise RecipeError(f"a prompt of {longest} tokens and an answer of {tokens} exceed the model's context of {limit}")
+    if asked and embedder is not None:
+        _sentence_transformer(embedder)
+    return asked
+
+
 def compare(
-    reference: Model,
-    ceiling: Model,
-    candidates: Sequence[Model],
+    models: Sequence[Model],
     tokenizer: Tokenizer,
     prompts: Sequence[str],
+    asked: Answers,
     tokens: int,
     embedder: str | None,
-    limit: int,
     memory: int,
 ) -> tuple[dict[str, Any], list[dict[str, float]], list[dict[str, dict[str, float]]]]:
     """Answers of every model compared with the reference's.
 
-    ceiling: the reference in bf16; the floor are answers to other prompts. tokens: of an answer at most;
-    limit: of prompt and answer; memory: bytes for weights and cache, one model at a time.
+    models: the reference, the same in bf16 (the ceiling), candidates; the floor are answers to other prompts.
+    asked: from `ask`; tokens: of an answer at most; memory: bytes for weights and cache, one model at a time.
     Returns what they have in common, and of every candidate figures and intervals.
     """
     from .runtime import generate
 
-    start = [tokenizer.bos] if tokenizer.adds_bos and tokenizer.bos is not None else []
-    asked = [[*start, *tokenizer.encode(p)[0]] for p in prompts]
-    longest = max(len(a) for a in asked)
-    if longest + tokens > limit:
-        raise RecipeError(f"a prompt of {longest} tokens and an answer of {tokens} exceed the model's context of {limit}")
-    models = [reference, ceiling, *candidates]
     answers = [generate(m, asked, tokens, tokenizer.eos, memory) for m in models]
     if embedder is None:
         name = "mean final hidden state of the reference"
-        vectors = _by_reference(reference, asked, answers)
+        vectors = _by_reference(models[0], asked, answers)
     else:
         name = embedder
         vectors = _by_sentence_transformer(embedder, [[tokenizer.decode(a) for a in some] for some in answers])
@@ -95,7 +103,7 @@ def compare(
         "ceiling": top,
         "floor": floor,
         "answers": [
-            {"prompt": p, "reference": pieces[0][i], "models": {m.name: pieces[2 + k][i] for k, m in enumerate(candidates)}}
+            {"prompt": p, "reference": pieces[0][i], "models": {m.name: pieces[2 + k][i] for k, m in enumerate(models[2:])}}
             for i, p in enumerate(prompts)
         ],
     }
@@ -121,15 +129,19 @@ def _by_reference(reference: Model, asked: Answers, answers: list[Answers]) -> l
     return [vectors[i * len(asked) : (i + 1) * len(asked)] for i in range(len(answers))]
 
 
-def _by_sentence_transformer(name: str, texts: list[list[str]]) -> list[F32]:
+def _sentence_transformer(name: str) -> Any:
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError:
         raise UnsupportedError(f"--embedder {name} needs sentence-transformers: pip install 'quantforge[similarity]'") from None
     try:
-        model = SentenceTransformer(name, device="cpu")
+        return SentenceTransformer(name, device="cpu")
     except Exception as e:  # whatever the library and its downloads raise
         raise UnsupportedError(f"--embedder {name}: sentence-transformers cannot load it: {str(e).splitlines()[0]}") from None
+
+
+def _by_sentence_transformer(name: str, texts: list[list[str]]) -> list[F32]:
+    model = _sentence_transformer(name)
     flat = [t for some in texts for t in some]
     vectors = np.asarray(model.encode(flat, show_progress_bar=False), np.float32)
     n = len(texts[0])

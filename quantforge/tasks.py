@@ -21,27 +21,35 @@ _RIGHT = ("acc_norm", "acc", "exact_match")
 """Metrics of single examples that are 1 where the answer is right."""
 
 
-def run(
-    models: Sequence[Model], tokenizer: Tokenizer, tasks: Sequence[str], path: PathLike | None, limit: int | None
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Run tasks on every model; the first is the reference that flips are counted against.
+def manager(tasks: Sequence[str], path: PathLike | None) -> Any:
+    """lm_eval's task manager, which has these tasks; path: a directory with task files of one's own.
 
-    path: a directory with task files of one's own; limit: examples of each task. Returns what the models have in common
-    and, of each, task -> metric, value, stderr, all metrics, flips. Raises RecipeError for unknown tasks,
-    UnsupportedError without lm_eval.
+    Raises UnsupportedError without lm_eval, RecipeError for unknown tasks.
     """
     try:
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError:
         raise UnsupportedError("--tasks needs lm-evaluation-harness: pip install 'quantforge[tasks]'") from None
     if path is not None and not Path(path).is_dir():
         raise RecipeError(f"--task-path {os.fspath(path)}: no such directory")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = TaskManager(include_path=None if path is None else os.fspath(path))
-    if unknown := [t for t in tasks if t not in manager.all_tasks]:
+    found = TaskManager(include_path=None if path is None else os.fspath(path))
+    if unknown := [t for t in tasks if t not in found.all_tasks]:
         raise RecipeError(f"lm_eval knows no task {', '.join(unknown)}; --task-path adds a directory with your own")
+    return found
+
+
+def run(
+    models: Sequence[Model], tokenizer: Tokenizer, tasks: Sequence[str], manager: Any, limit: int | None
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Run tasks on every model; the first is the reference that flips are counted against.
+
+    manager: from `manager`; limit: examples of each task. Returns what the models have in common
+    and, of each, task -> metric, value, stderr, all metrics, flips. Raises RecipeError for data that cannot be had.
+    """
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
     engine = tokenizer.transformers()
     found: list[dict[str, Any]] = []
     reference: Mapping[str, Any] = {}

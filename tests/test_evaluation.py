@@ -170,6 +170,9 @@ def test_gguf_runs_as_its_checkpoint(tmp_path: Path, kind: str, changes: dict[st
         ("Qwen3Moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}),
         ("Phi3", {}),
         ("GPTNeoX", {}),
+        ("Granite", {"logits_scaling": 8.0, "embedding_multiplier": 3.0}),
+        ("Cohere", {"logit_scale": 0.25, "tie_word_embeddings": True}),
+        ("Phi", {}),  # a head with a bias
     ],
 )
 def test_architectures_that_only_transformers_knows(tmp_path: Path, kind: str, changes: dict[str, Any]) -> None:
@@ -310,6 +313,34 @@ def test_activations_that_overflow(tmp_path: Path) -> None:
     path = damaged(tmp_path, "model.layers.2.mlp.up_proj.weight", 3e38, (slice(None), slice(None)))
     with pytest.raises(NonFiniteError, match=r"damaged: not a number after model\.layers\.2\.mlp\.up_proj"):
         qf.evaluate(path, reference=MODEL, chunks=1)
+
+
+def test_final_states_that_overflow(tmp_path: Path) -> None:
+    path = damaged(tmp_path, "model.norm.weight", 3e38, (slice(None),))
+    with pytest.raises(NonFiniteError, match=r"damaged: not a number after the final norm"):
+        qf.evaluate(path, reference=MODEL, chunks=1)
+
+
+def test_logits_that_are_not_treated_one_by_one(tmp_path: Path) -> None:
+    """Where a model's code looks at the whole vocabulary, the head is not cut: the figures stay right."""
+    source = checkpoints.model(tmp_path / "m", "Llama", vocab_size=300)
+    with qf.open(source) as opened, torch.inference_mode():
+        ours = Model(opened, "m")
+        plain = ours.module.forward
+
+        def centred(*args: Any, **kwargs: Any) -> Any:
+            out = plain(*args, **kwargs)
+            out.logits = out.logits - out.logits.mean(-1, keepdim=True)
+            return out
+
+        (states,) = finish([ours], advance([ours], torch.arange(5, 69).reshape(1, 64)), torch.ones(1, 64, dtype=torch.bool))
+        with ours.head() as head:
+            assert not head.whole
+        ours.module.forward = centred
+        with ours.head() as head:
+            assert head.whole
+            head.take(slice(0, 300))
+            assert float(head(states).mean(-1).abs().max()) < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -179,8 +179,7 @@ def matmul(codec: str, op: str, x: Array, parts: Sequence[Array], out: F32, thre
     stored in, and tables. Results do not depend on `threads`.
     """
     m, rows = out.shape
-    n_in = x.shape[1]
-    n = max(1, min(threads, rows, m * rows * n_in // _WORTH_A_THREAD))
+    n = max(1, min(threads, rows, m * rows * x.shape[1] // _WORTH_A_THREAD))
     spans = np.array([rows * i // n for i in range(n + 1)], np.int64)
 
     def part(i: int) -> None:
@@ -190,6 +189,14 @@ def matmul(codec: str, op: str, x: Array, parts: Sequence[Array], out: F32, thre
     part(0)
     for done in others:
         done.result()
+
+
+def round_activations(x: F32, threads: int = 1) -> Array:
+    """x: f32[m, in] as 8-bit integers under a scale for each 16, in the order that the op matmul_int8 wants: u8[m, bytes]."""
+    out = np.empty((len(x), -(-x.shape[1] // 256) * 384), np.uint8)
+    if x.size:
+        call_rows("", "round_activations", [x], [], [out], threads if x.size > _WORTH_A_THREAD else 1)
+    return out
 
 
 # ---- the CUDA library

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import BF16, F32, Array
+from .arrays import BF16, F32, Array, empty
 from .errors import NativeError
 
 ABI = 1
@@ -193,7 +193,7 @@ def matmul(codec: str, op: str, x: Array, parts: Sequence[Array], out: F32, thre
 
 def round_activations(x: F32, threads: int = 1) -> Array:
     """x: f32[m, in] as 8-bit integers under a scale for each 16, in the order that the op matmul_int8 wants: u8[m, bytes]."""
-    out = np.empty((len(x), -(-x.shape[1] // 256) * 384), np.uint8)
+    out = empty((len(x), -(-x.shape[1] // 256) * 384), np.uint8)
     if x.size:
         call_rows("", "round_activations", [x], [], [out], threads if x.size > _WORTH_A_THREAD else 1)
     return out

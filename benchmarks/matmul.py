@@ -14,6 +14,7 @@ import argparse
 import ctypes
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def layer(ggml: Ggml | None, name: str, m: int, out: int, n: int) -> dict[str, t
     dense = torch.from_numpy(e.decode())
     runs: dict[str, Callable[[], Any]] = {}
     for activations in ("int8", "float"):
-        runs[activations] = lambda q=QuantLinear(e, activations=activations): q(x)
+        runs[activations] = partial(QuantLinear(e, activations=activations), x)
     runs["torch f32"] = lambda: torch.nn.functional.linear(x, dense)
     half, rounded = dense.bfloat16(), x.bfloat16()
     runs["torch bf16"] = lambda: torch.nn.functional.linear(rounded, half)
@@ -138,7 +139,9 @@ def generation(path: Path, tokens: int, prompt: int) -> None:
             made = tokens if n == 1 else 1
             model.generate(ids[:, :n], max_new_tokens=made, min_new_tokens=made, do_sample=False, pad_token_id=0)
             speeds.append((n if n > 1 else made) / (time.perf_counter() - began))
-        print(f"{path.name}  {activations:<12} prompt {speeds[0]:8.1f} t/s   generation {speeds[1]:7.2f} t/s   ({threads} threads)")
+        print(
+            f"{path.name}  {activations:<12} prompt {speeds[0]:8.1f} t/s   generation {speeds[1]:7.2f} t/s   ({threads} threads)"
+        )
         del model
     params = xllamacpp.CommonParams()
     params.model.path = str(path)
@@ -151,7 +154,8 @@ def generation(path: Path, tokens: int, prompt: int) -> None:
             {"prompt": ids[0, :n].tolist(), "n_predict": tokens, "temperature": 0.0, "ignore_eos": True, "cache_prompt": False}
         )
         t = answer["timings"]
-        print(f"{path.name}  llama.cpp     prompt {t['prompt_per_second']:8.1f} t/s   generation {t['predicted_per_second']:7.2f} t/s")
+        speeds = [t["prompt_per_second"], t["predicted_per_second"]]
+        print(f"{path.name}  llama.cpp     prompt {speeds[0]:8.1f} t/s   generation {speeds[1]:7.2f} t/s")
 
 
 def main() -> None:
@@ -176,8 +180,11 @@ def main() -> None:
         ggml = None
     out, n = options.shape
     for m in options.tokens:
-        print(f"\n{m} tokens, {out} x {n}, one thread, ms of CPU time; GB/s of stored bytes and ratio to the faster ggml for int8")
-        print(f"{'type':<8} {'int8':>8} {'float':>8} {'f32':>8} {'bf16':>8} {'ggml':>8} {'repacked':>8} {'GB/s':>7} {'ggml/int8':>9} {'error':>8}")
+        print(
+            f"\n{m} tokens, {out} x {n}, one thread, ms of CPU time; GB/s of stored bytes and ratio to the faster ggml for int8"
+        )
+        heads = ("int8", "float", "f32", "bf16", "ggml", "repacked", "GB/s", "ggml/int8", "error")
+        print(f"{'type':<8} " + " ".join(f"{h:>9}" for h in heads))
         for name in options.type:
             found = layer(ggml, name, m, out, n)
             ms = {k: f"{1e3 * t:.2f}" for k, (t, _) in found.items()}
@@ -185,8 +192,10 @@ def main() -> None:
             mine, want = found["int8"][1], found["torch f32"][1]
             error = np.linalg.norm(mine - want) / np.linalg.norm(want)
             rate = codecs.get(name).nbytes((out, n)) / found["int8"][0] / 1e9
-            columns = " ".join(f"{ms.get(k, '-'):>8}" for k in ("int8", "float", "torch f32", "torch bf16", "ggml", "ggml repacked"))
-            print(f"{name:<8} {columns} {rate:>7.1f} {peer / found['int8'][0]:>9.2f} {error:>8.1e}", flush=True)
+            columns = " ".join(
+                f"{ms.get(k, '-'):>9}" for k in ("int8", "float", "torch f32", "torch bf16", "ggml", "ggml repacked")
+            )
+            print(f"{name:<8} {columns} {rate:>9.1f} {peer / found['int8'][0]:>9.2f} {error:>9.1e}", flush=True)
 
 
 if __name__ == "__main__":

@@ -437,6 +437,23 @@ def calibrate(model: str, out: str, as_json: bool, **options: Any) -> None:
 
 
 @group.command()
+@click.argument("model", type=click.Path())
+@click.option("--prompt", metavar="TEXT", required=True, help="What the answer continues.")
+@click.option("--max-tokens", metavar="N", type=click.IntRange(1), default=64, show_default=True, help="Tokens of the answer.")
+@click.option("--device", metavar="D", default="cpu", show_default=True, help="cpu or cuda.")
+@click.option(
+    "--activations", type=click.Choice(["int8", "float"]), default="int8", show_default=True, help="Precision on the CPU."
+)
+def generate(model: str, **options: Any) -> None:
+    """Continue a text with MODEL as it is stored, greedily."""
+    from .loading import answer
+
+    for piece in answer(model, **options):
+        click.echo(piece, nl=False)
+    click.echo()
+
+
+@group.command()
 @click.argument("path", type=click.Path())
 @click.option("--json", "as_json", is_flag=True, help="Everything as JSON.")
 @click.option("--tensors", is_flag=True, help="List the tensors.")

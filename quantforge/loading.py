@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,39 @@ def load(path: str | Path, *, device: str = "cpu", dtype: str | torch.dtype | No
         module.tokenizer = _tokenizer(path, source)
         _generation(module, path)
     return module
+
+
+def answer(
+    path: str | Path, prompt: str, max_tokens: int = 64, *, device: str = "cpu", activations: str = "int8"
+) -> Iterator[str]:
+    """What a model greedily says after a prompt, in pieces as they come.
+
+    Raises what `load` raises, and RecipeError for a model without a tokenizer.
+    """
+    import torch
+
+    model = load(path, device=device, activations=activations)
+    if model.tokenizer is None:
+        raise RecipeError(f"{path}: no tokenizer, so that a text cannot be read; see `quantforge -v generate`")
+    with open_path(Path(path)) as source:
+        tokenizer = Tokenizer(path, source.config, gguf_metadata=source.format == "gguf")
+    ids, _ = tokenizer.encode(prompt)
+    ids = [tokenizer.bos, *ids] if tokenizer.adds_bos and tokenizer.bos is not None else ids
+    if not ids:
+        raise RecipeError("--prompt: an empty text, and this model has no token for the beginning of one")
+    cache: Any = None
+    step, made, said = torch.tensor([ids], device=device), list[int](), ""
+    with torch.inference_mode():
+        while len(made) < max_tokens:
+            out = model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache, step = out.past_key_values, out.logits[:, -1:].argmax(-1)
+            if int(step) in tokenizer.eos:
+                break
+            made.append(int(step))
+            text = tokenizer.decode(made)
+            if not text.endswith("\ufffd"):  # part of a character: the rest is in the next token
+                yield text[len(said) :]
+                said = text
 
 
 def _tokenizer(path: Path, source: Source) -> Any:

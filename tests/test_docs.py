@@ -1,4 +1,4 @@
-"""The Python blocks of docs/adding.md run, section by section."""
+"""The Python blocks of docs/adding.md and docs/running.md run, section by section."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ import pytest
 
 import quantforge
 
-ADDING = Path(__file__).parents[1] / "docs/adding.md"
+DOCS = Path(__file__).parents[1] / "docs"
 
 
 def sections() -> dict[str, list[str]]:
     """Heading -> the Python blocks below it."""
-    parts = re.split(r"^## (.+)$", ADDING.read_text(), flags=re.M)[1:]
+    running = (DOCS / "running.md").read_text().replace("# Running", "## Running", 1)
+    parts = re.split(r"^## (.+)$", (DOCS / "adding.md").read_text() + "\n" + running, flags=re.M)[1:]
     blocks = {
         title: re.findall(r"^```python\n(.*?)^```$", body, flags=re.M | re.S)
         for title, body in zip(parts[::2], parts[1::2], strict=True)

@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 import quantforge as qf
+from quantforge.cli import group
 from quantforge.demo import MODEL
 from quantforge.errors import FormatError, RecipeError
 from quantforge.nn import QuantEmbedding, QuantExperts, QuantLinear
 from quantforge.runtime import Model, advance, finish
+from quantforge.tokenizer import Tokenizer
 from tests import checkpoints
 
 IDS = torch.tensor([[0, 5, 900, 77, 1234, 42, 8, 300, 2500, 11], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]])
@@ -163,6 +166,29 @@ def test_blocks_of_stored_tensors_in_the_evaluators_passes(tmp_path: Path) -> No
         # and nothing stays behind
         assert not any(isinstance(m, QuantLinear) for m in models[1].layers.modules())
         assert all(p.is_meta for p in models[1].layers.parameters())
+
+
+def test_activations_of_8_bits(tmp_path: Path) -> None:
+    qf.convert(MODEL, tmp_path / "m.gguf", "Q4_K_M")
+    with torch.no_grad():
+        want, ours = (qf.load(tmp_path / "m.gguf", activations=a)(IDS).logits for a in ("float", "int8"))
+    assert 1e-4 < float((ours - want).norm() / want.norm()) < 0.03
+
+
+def test_command_line(tmp_path: Path) -> None:
+    qf.convert(MODEL, tmp_path / "m.gguf", "Q8_0")
+    options = ["generate", str(tmp_path / "m.gguf"), "--prompt", "To open a file", "--max-tokens", "12"]
+    done = CliRunner().invoke(group, [*options, "--activations", "float"])
+    assert done.exit_code == 0
+    model = decoded(tmp_path / "m.gguf")
+    with qf.open(tmp_path / "m.gguf") as source:
+        tokenizer = Tokenizer(tmp_path / "m.gguf", source.config, gguf_metadata=True)
+    ids = torch.tensor([[*([tokenizer.bos] if tokenizer.adds_bos else []), *tokenizer.encode("To open a file")[0]]])
+    made = model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+    assert done.output.rstrip("\n") == tokenizer.decode(made.tolist()).rstrip("\n")
+    assert CliRunner().invoke(group, options).exit_code == 0
+    empty = CliRunner().invoke(group, ["generate", str(tmp_path / "none"), "--prompt", "x"])
+    assert isinstance(empty.exception, FormatError)
 
 
 def test_errors(tmp_path: Path) -> None:

@@ -57,6 +57,46 @@ def test_linear_is_the_product(name: str, isa: str, monkeypatch: pytest.MonkeyPa
         assert error(layer(x), x, e) < TOLERANCE, (out, n, m)
 
 
+INT8 = [n for n in codecs.names() if native.has(n, "matmul_int8")]
+
+
+@pytest.mark.parametrize("isa", native.isas())
+@pytest.mark.parametrize("name", INT8)
+def test_activations_of_8_bits(name: str, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the exact product of the rounded activations, and within the bar of the true one."""
+    monkeypatch.setenv("QUANTFORGE_ISA", isa)
+    block = least(name)
+    for out, n, m in (
+        (96, block, 3),
+        (37, 3 * block, 5),
+        (33, block * (5000 // block + 1), 1),
+        (9, block * (1300 // block + 1), 9),
+    ):
+        e = encoded(name, out, n, seed=m)
+        x = activations(m, n)
+        layer = QuantLinear.from_encoded(e, activations="int8")
+        y = layer(x)
+        groups = x.reshape(m, -1, 16)
+        step = groups.abs().amax(-1, keepdim=True) / 127
+        rounded = ((groups / step).round() * step).reshape(m, n)
+        assert error(y, rounded, e) < 3e-5, (out, n, m)  # ties of the rounding may fall to the other side
+        want = x.double() @ torch.from_numpy(e.decode().astype(np.float64)).T
+        size = x.double().norm() * np.linalg.norm(e.decode().astype(np.float64)) / n**0.5
+        assert float((y - want).norm()) < 1.2e-2 * float(min(size, want.norm() * 1.3))
+        assert torch.equal(layer(x[m // 2]), y[m // 2])
+    bad = x.clone()
+    bad[0, 3], bad[-1, 0] = float("nan"), float("inf")
+    assert layer(bad)[[0, -1]].isnan().all()
+    assert torch.equal(layer(torch.zeros(2, n)), torch.zeros(2, out))
+
+
+def test_which_types_have_products_of_bytes() -> None:
+    assert set(INT8) == {
+        "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "IQ2_XXS", "IQ2_XS",
+        "IQ2_S", "IQ3_XXS", "IQ3_S", "MXFP4", "TQ2_0",
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("name", ["Q4_K", "Q8_0", "IQ2_XXS", "BF16", "nf4", "int4-g128-sym"])
 def test_every_shape_of_x(name: str) -> None:
     n = 2 * least(name) if least(name) > 1 else 70
@@ -83,8 +123,9 @@ def test_threads_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(native, "_WORTH_A_THREAD", 1)
     e = encoded(name, 41, 4 * least(name) if least(name) > 1 else 512)
     x = activations(3, e.shape[1]).numpy()
-    found = [e.codec.matmul(x, e.parts, e.shape, threads=t) for t in (1, 2, 7)]
-    assert all(np.array_equal(found[0], f) for f in found)
+    for kind in ("float", "int8"):
+        found = [e.codec.matmul(x, e.parts, e.shape, threads=t, activations=kind) for t in (1, 2, 7)]
+        assert all(np.array_equal(found[0], f) for f in found)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -156,6 +197,8 @@ def test_errors() -> None:
     e = encoded("Q8_0", 8, 64)
     with pytest.raises(ShapeError, match=r"not a matrix"):
         QuantLinear.from_encoded(codecs.quantize(np.ones((2, 8, 64), np.float32), "Q8_0"))
+    with pytest.raises(ValueError, match="activations 'int4'"):
+        QuantLinear.from_encoded(e, activations="int4")
     with pytest.raises(ShapeError, match=r"bias of \[7\]"):
         QuantLinear.from_encoded(e, torch.ones(7))
     with pytest.raises(ShapeError, match=r"cannot be decoded alone"):

@@ -184,7 +184,8 @@ def test_command_line(tmp_path: Path) -> None:
     with qf.open(tmp_path / "m.gguf") as source:
         tokenizer = Tokenizer(tmp_path / "m.gguf", source.config, gguf_metadata=True)
     ids = torch.tensor([[*([tokenizer.bos] if tokenizer.adds_bos else []), *tokenizer.encode("To open a file")[0]]])
-    made = model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+    mask = torch.ones_like(ids)  # this model's BOS is 0, which would be taken for padding
+    made = model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
     assert done.output.rstrip("\n") == tokenizer.decode(made.tolist()).rstrip("\n")
     assert CliRunner().invoke(group, options).exit_code == 0
     empty = CliRunner().invoke(group, ["generate", str(tmp_path / "none"), "--prompt", "x"])

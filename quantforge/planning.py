@@ -171,6 +171,7 @@ def plan(
     act_order: bool | None = None,
     static_groups: bool | None = None,
     damping: float | None = None,
+    clip: bool | None = None,
     device: str = "cpu",
     **layout_options: Any,
 ) -> Plan:
@@ -185,13 +186,15 @@ def plan(
     method: "rtn", "gptq", "awq", "awq+gptq" or an object of `quantforge.methods`, for the matrices of the model's
     blocks. calibration: the text it sees, a file or "builtin"; calibration_chunks: windows of it, default 128;
     calibration_ctx: tokens of each, default min(512, the model's). act_order, static_groups, damping: as in
-    `methods.GPTQ`. backend: the library of `backends` that quantizes instead, method: one that it has; backend_python: the
-    interpreter that has it. device: where tensors are encoded and methods run, cpu or cuda. layout_options: of that layout,
+    `methods.GPTQ`; clip: as in `methods.AWQ`. backend: the library of `backends` that quantizes instead, method: one that
+    it has; backend_python: the interpreter that has it. device: where tensors are encoded and methods run, cpu or cuda. layout_options: of that layout,
     such as version="gptq_v2". Raises FormatError, UnsupportedError, RecipeError, ShapeError, CalibrationError, BackendError.
     """
     if backend is not None:
         if not isinstance(method, str | None):
             raise RecipeError(f"--backend {backend}: give the method by its name")
+        if clip is not None:
+            raise RecipeError("--clip belongs to the built-in AWQ: leave it out, or --backend")
         library = backends.get(backend, method, backend_python, device)
         library = replace(library, act_order=act_order, static_groups=static_groups, damping=damping)
         calibrate = {"calibration": calibration, "calibration_chunks": calibration_chunks, "calibration_ctx": calibration_ctx}
@@ -217,7 +220,7 @@ def plan(
     imatrix = read_importance(importance) if isinstance(importance, str | Path) else importance
     table = _check_importance(imatrix, weights)
     warnings: list[str] = []
-    options = {"act_order": act_order, "static_groups": static_groups, "damping": damping}
+    options = {"act_order": act_order, "static_groups": static_groups, "damping": damping, "clip": clip}
     how = _calibration(method, options, calibration, calibration_chunks, calibration_ctx, device)
     seen = {w.name for w in weights if w.layer is not None} if how else set()
     if layout is not None or bits is not None:

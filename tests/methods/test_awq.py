@@ -16,7 +16,8 @@ import quantforge as qf
 from quantforge import archs, codecs
 from quantforge.codecs import Codec
 from quantforge.demo import MODEL
-from quantforge.methods import AWQ
+from quantforge.methods import AWQ, Stats
+from quantforge.methods.awq import clipped
 from tests import checkpoints
 
 
@@ -52,6 +53,36 @@ def test_scales_that_held_out_windows_reject_are_not_used() -> None:
     assert (s == 1).all()
 
 
+@pytest.mark.parametrize("name", ["int3-g32-asym", "Q4_0", "int4-channel-sym"])
+def test_clipping_equals_brute_force(name: str) -> None:
+    """Of every group of every row alone, the part of its largest weight that leaves the least output error."""
+    codec, n, out = codecs.get(name), 64, 6
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(300, n, generator=g) @ (torch.eye(n) + 0.5 * torch.randn(n, n, generator=g) / n**0.5)
+    w = torch.randn(out, n, generator=g)
+    s = Stats(2 * x.T @ x / len(x), len(x))
+    size = codec.block_size if codec.block_size > 1 else n
+    expected = w.clone()
+    for row in range(out):
+        for first in range(0, n, size):
+            span = slice(first, first + size)
+            group, errors = w[row : row + 1, span], {}
+            for part in [1 - i / 20 for i in range(11)]:
+                cut = group.clamp(-group.abs().max() * part, group.abs().max() * part)
+                parts = codec.encode(cut.numpy(), s.importance[span].numpy())
+                d = torch.from_numpy(codec.decode(parts, (1, size))).double() - group.double()
+                errors[part] = (float((x[:, span].double() @ d.T).square().sum()), cut)
+            expected[row, span] = min(errors.values(), key=lambda t: t[0])[1]
+    got = clipped(w, codec, s)
+    assert (got == expected).float().mean() > 0.95, "a tie, to float32, may fall either way"
+    assert (got != w).any()
+    errors = {}
+    for clip in (False, True):
+        q = torch.from_numpy(codec.decode(AWQ(clip=clip).quantize(w, codec, s), (out, n)))
+        errors[clip] = sum(float(((q - w)[:, i : i + size] @ x[:, i : i + size].T).square().sum()) for i in range(0, n, size))
+    assert errors[True] < errors[False]
+
+
 @dataclass(frozen=True)
 class Forced(AWQ):
     """Scales whatever the search would say."""
@@ -85,8 +116,9 @@ def test_folding_preserves_the_function(tmp_path: Path) -> None:
     assert kld["forced"] < 4 * kld["plain"]
 
 
-def test_better_than_rounding(tmp_path: Path) -> None:
-    report = qf.convert(MODEL, tmp_path / "awq.gguf", "Q4_0", method=AWQ(steps=5), calibration_chunks=8)
+@pytest.mark.parametrize("clip", [False, True])
+def test_better_than_rounding(clip: bool, tmp_path: Path) -> None:
+    report = qf.convert(MODEL, tmp_path / "awq.gguf", "Q4_0", method=AWQ(steps=4), clip=clip, calibration_chunks=8)
     assert {t.method for t in report.tensors if t.type == "Q4_0" and t.name.startswith("blk.")} == {"awq"}
     qf.convert(MODEL, tmp_path / "none.gguf", "Q4_0")
     found = qf.evaluate(

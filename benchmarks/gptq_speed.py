@@ -77,7 +77,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as directory:
             arguments = {"model": given.model, "out": f"{directory}/out", "chunks": given.chunks, "ctx": given.ctx}
             arguments |= {"threads": given.threads, "ids": ids.tolist() if name == "gptqmodel" else []}
-            settings = {"OMP_NUM_THREADS": str(given.threads), "GPTQMODEL_CPU_WORKERS": str(given.threads)}
+            settings = {"OMP_NUM_THREADS": str(given.threads), "GPTQMODEL_CPU_WORKERS": str(max(2, given.threads))}
             # token ids are longer than a command line may be
             script = Path(directory) / "run.py"
             script.write_text(f"import sys\nsys.argv[1:] = [{json.dumps(arguments)!r}]\n{textwrap.dedent(code)}")

@@ -228,6 +228,7 @@ def _print_plan(plan: Plan) -> None:
     "--sym/--asym", "symmetric", default=None, help="Without or with a zero point; default: what the format usually has."
 )
 @click.option("--checkpoint-format", metavar="V", help="GPTQ layout: gptq (v1) or gptq_v2; default: v1 where symmetric, else v2.")
+@click.option("--int8-threshold", metavar="X", type=float, help="bitsandbytes int8: activations kept in floats; default 6.0.")
 @click.option("--max-shard-size", metavar="SIZE", callback=_bytes, help="Largest weight file, as 5GB or 500MB; default 5GB.")
 @click.option("--imatrix", metavar="FILE", type=click.Path(dir_okay=False), help="Importance matrix (llama.cpp's GGUF or .dat).")
 @click.option(
@@ -265,6 +266,7 @@ def convert(
     group_size: int | None,
     symmetric: bool | None,
     checkpoint_format: str | None,
+    int8_threshold: float | None,
     max_shard_size: int | None,
     imatrix: str | None,
     threads: int | None,
@@ -289,6 +291,8 @@ def convert(
     options |= {"bits": bits, "group_size": group_size, "symmetric": symmetric, "max_shard_size": max_shard_size}
     if checkpoint_format is not None:
         options["version"] = checkpoint_format
+    if int8_threshold is not None:
+        options["threshold"] = int8_threshold
     if dry_run:
         plan = make_plan(model, out, recipe, imatrix, **options)
         if as_json:

@@ -387,6 +387,21 @@ class RowInt8(Codec):
         codes, absmax = check_parts(parts, shape, self)
         return np.asarray(codes.astype(np.float32) * (absmax / np.float32(127)), np.float32)
 
+    def mixed_product(self, x: F32, parts: Parts, shape: tuple[int, ...], threshold: float = 6.0) -> F32:
+        """LLM.int8()'s product x·wᵀ: f32[tokens, out] of x: f32[tokens, in].
+
+        Columns of x with a magnitude of `threshold` or more (0: none) are multiplied in floats with the decoded weights; the
+        others are rounded to int8 by the largest magnitude of each token, and the products of integers are exact.
+        """
+        codes, absmax = check_parts(parts, shape, self)
+        outliers = (np.abs(x) >= threshold).any(0) if threshold > 0 else np.zeros(x.shape[1], bool)
+        rest = np.where(outliers, np.float32(0), x)
+        largest = np.abs(rest).max(-1, initial=0, keepdims=True)
+        q = np.rint(rest * (np.float32(127) / np.where(largest > 0, largest, 1))).astype(np.float64)  # exact: below 2**53
+        y = (q @ codes.T.astype(np.float64)) * (largest.astype(np.float64) * absmax.T / (127 * 127))
+        y += x[:, outliers].astype(np.float64) @ self.decode(parts, shape)[:, outliers].T
+        return np.asarray(y, np.float32)
+
     def to_integers(self, parts: Parts, shape: tuple[int, ...]) -> Integers:
         """Codes from −128 on, and steps."""
         codes, absmax = check_parts(parts, shape, self)

@@ -40,10 +40,16 @@ def _unpack_int8(arrays: Parts) -> Parts:
 
 @dataclass(frozen=True, slots=True)
 class BitsAndBytes(Layout):
-    """bitsandbytes; dtype: torch's name of the type that weights had, and are computed in."""
+    """bitsandbytes; dtype: torch's name of the type that weights had, and are computed in; threshold: magnitude of
+    activations from which on LLM.int8() computes their columns in floats (0: never)."""
 
     name: ClassVar[str] = "bitsandbytes"
     dtype: str = "bfloat16"
+    threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.threshold is not None and not 0 <= self.threshold < float("inf"):
+            raise UnsupportedError(f"LLM.int8() threshold {self.threshold:g}: a magnitude is needed, usual is 6; 0 for none")
 
     def find(self, config: Mapping[str, Any], arrays: Arrays, load: Load) -> Found:
         """See `Layout.find`."""
@@ -69,6 +75,8 @@ class BitsAndBytes(Layout):
                     "nf4, nf4-dq, fp4, fp4-dq or int8"
                 )
             kind = "int8" if bits == 8 else "nf4"
+        if self.threshold is not None and kind.lower() not in ("int8", "int8-row"):
+            raise UnsupportedError(f"{kind} has no LLM.int8() threshold; it goes with --bits 8 or --type int8")
         codec = codecs.get("int8-row" if kind.lower() == "int8" else kind)
         return replace(self, dtype=_DTYPES.get(scale, "bfloat16")), codec
 
@@ -135,7 +143,10 @@ class BitsAndBytes(Layout):
         found: dict[str, Any] = {"quant_method": "bitsandbytes", "load_in_4bit": four, "load_in_8bit": not four}
         found["llm_int8_skip_modules"] = ["lm_head", *inside] if inside else None
         if not isinstance(codec, LookupCodec):
-            return found | {"llm_int8_threshold": 6.0, "llm_int8_has_fp16_weight": False}
+            return found | {
+                "llm_int8_threshold": 6.0 if self.threshold is None else self.threshold,
+                "llm_int8_has_fp16_weight": False,
+            }
         return found | {
             "bnb_4bit_quant_type": codec.name[:3],
             "bnb_4bit_use_double_quant": codec.double,

@@ -282,6 +282,35 @@ def test_gptqmodel_computes_with_our_weights(format: str, options: dict, tmp_pat
     assert worst <= TOLERANCE
 
 
+@pytest.mark.parametrize("threshold", [0.0, 3.0, 6.0])
+def test_llm_int8_product(threshold: float) -> None:
+    """Our statement of LLM.int8()'s product is what bitsandbytes computes, outlier columns and all."""
+    needs("bitsandbytes")
+    import bitsandbytes as bnb
+    import torch
+
+    from quantforge import codecs
+
+    rng = np.random.default_rng(0)
+    x = rng.normal(0, 1, (20, 256)).astype(np.float32)
+    x[:, [3, 77, 200]] *= 20
+    w = rng.normal(0, 0.05, (64, 256)).astype(np.float16).astype(np.float32)
+    x = x.astype(np.float16).astype(np.float32)
+    layer = bnb.nn.Linear8bitLt(256, 64, bias=False, has_fp16_weights=False, threshold=threshold)
+    layer.weight = bnb.nn.Int8Params(torch.from_numpy(w).half(), requires_grad=False, has_fp16_weights=False).to("cpu")
+    with torch.no_grad():  # in training it multiplies by decoded weights
+        theirs = layer.eval()(torch.from_numpy(x).half()).float().numpy()
+    codec = codecs.get("int8-row")
+    parts = codec.encode(w)
+    ours = codec.mixed_product(x, parts, w.shape, threshold)
+    scale = np.abs(theirs).max()
+    assert np.abs(ours - theirs).max() < 6e-3 * scale, "f16 results of values up to its size, and ties of a code here and there"
+    # without outliers apart, the product is far off: the test would tell
+    plain = x @ codec.decode(parts, w.shape).T
+    errors = {t: np.abs(codec.mixed_product(x, parts, w.shape, t) - plain).max() for t in (0.0, 6.0)}
+    assert errors[0.0] > 3 * errors[6.0]
+
+
 # ---- mixtures of experts
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -33,6 +33,8 @@ from .runtime import FUSED, TOKENS_AT_ONCE, Model
 
 HELD_OUT = 8
 """One window of so many only judges: the better of the method and rtn on it is kept."""
+EXPERT_TOKENS = 4 * FEW_TOKENS
+"""An expert that saw fewer is lent the mean of all experts for what is missing."""
 _STRIPE = 1024
 """Columns of a Hessian that are summed together."""
 
@@ -64,6 +66,8 @@ class Outcome:
     output_error: float | None = None
     """Relative squared error of the outputs on held-out windows; see `methods.output_error`."""
     rtn_error: float | None = None
+    tokens: int | None = None
+    """Calibration tokens that reached it; of an expert, those routed to it."""
 
 
 class _Enough(Exception):
@@ -94,6 +98,8 @@ class _Moments:
     def __init__(self) -> None:
         self.sums: list[list[Any]] = [[0, 0, 0], [0, 0, 0]]
         self.tokens = [0, 0]
+        self.seen = 0
+        """All tokens that were really there."""
 
     def add(self, x: torch.Tensor, full: torch.Tensor | None, judge: bool) -> None:
         stray = None if full is None else full - x
@@ -109,6 +115,7 @@ class _Moments:
                 for j in range(0, n, _STRIPE):  # symmetric: the lower triangle is enough
                     self.sums[judge][i][j:, j : j + _STRIPE].addmm_(a[:, j:].T, b[:, j : j + _STRIPE])
         self.tokens[judge] += len(x)
+        self.seen += len(x)
 
     def stats(self, judge: bool) -> Stats | None:
         """The means; the sums are used up."""
@@ -275,7 +282,7 @@ class _Block:
     def _lend(self, found: list[_Moments]) -> None:
         """Give experts that saw too few tokens the mean of all experts for what is missing."""
         for judge in (0, 1):
-            need = FEW_TOKENS if judge else 4 * FEW_TOKENS
+            need = FEW_TOKENS if judge else EXPERT_TOKENS
             total = sum(m.tokens[judge] for m in found)
             mean = sum(m.sums[judge][0] for m in found) * (1 / max(1, total))
             for m in found:
@@ -372,7 +379,7 @@ class _Block:
         outcomes = []
         for names in self._alike(group):
             try:
-                outcomes += self._choose(names, stats, judge)
+                outcomes += [replace(o, tokens=moments.seen) for o in self._choose(names, stats, judge)]
             except NonFiniteError as e:
                 raise NonFiniteError(f"{names[0]}: {e}", ()) from None
             except CalibrationError as e:

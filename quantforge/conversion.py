@@ -61,6 +61,8 @@ class TensorReport:
     """Relative squared error of its outputs on held-out calibration windows."""
     rtn_output_error: float | None = None
     """The same for rtn."""
+    tokens: Sequence[int] | None = None
+    """Calibration tokens that reached it; of stacked experts, one by one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +153,8 @@ def run(
         work = _Work(job, measure, progress, _encoder(job, threads))
         work.run(out, threads)
     job = work.job
-    for warning in job.warnings:
+    warnings = [*job.warnings, *work.warnings]
+    for warning in warnings:
         log.warning("%s", warning)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return Report(
@@ -164,7 +167,7 @@ def run(
         peak_rss_bytes=peak,
         threads=threads,
         tensors=[work.report(i) for i in range(len(job.tensors))],
-        warnings=job.warnings,
+        warnings=warnings,
     )
 
 
@@ -227,6 +230,8 @@ class _Work:
         self.original = original
         """What errors are measured against; None: the source."""
         self.errors = [_Errors() for _ in job.tensors]
+        self.tokens: dict[str, list[int]] = {}
+        self.warnings: list[str] = []
         self.methods: dict[str, tuple[str, float | None, float | None]] = {}
         """Tensor -> method kept, its output error, rtn's; of stacked experts, the means."""
         self._lock = threading.Lock()
@@ -289,11 +294,13 @@ class _Work:
         plain, weighted = self.errors[i].ratios(self.measure)
         kept, mine, rtn = self.methods.get(t.name, ("rtn", None, None))
         shape = tuple(t.shape)
-        return TensorReport(t.name, t.codec.name, t.source_codec.name, shape, t.nbytes, t.note, plain, weighted, kept, mine, rtn)
+        seen = self.tokens.get(t.name)
+        stored = t.source_codec.name
+        return TensorReport(t.name, t.codec.name, stored, shape, t.nbytes, t.note, plain, weighted, kept, mine, rtn, seen)
 
     def calibrated(self, how: Calibration, sink: Sink) -> None:
         """Do the tensors of the model's blocks, one block after the other; the rest stays for the tiles."""
-        from .blockwise import Outcome, quantize_blocks
+        from .blockwise import EXPERT_TOKENS, Outcome, quantize_blocks
 
         source, at = self.job.source, {t.name: i for i, t in enumerate(self.job.tensors)}
         ids = _windows(source, how)
@@ -325,7 +332,17 @@ class _Work:
             kinds = sorted({o.method for o in outcomes})
             mine = [o.output_error for o in outcomes if o.output_error is not None]
             rtn = [o.rtn_error for o in outcomes if o.rtn_error is not None]
+            self.tokens[name] = [o.tokens for o in sorted(outcomes, key=lambda o: o.task.row) if o.tokens is not None]
             self.methods[name] = (", ".join(kinds), sum(mine) / len(mine) if mine else None, sum(rtn) / len(rtn) if rtn else None)
+
+        few = {n: seen for n, seen in self.tokens.items() if "exp" in n and min(seen, default=EXPERT_TOKENS) < EXPERT_TOKENS}
+        if few:
+            least = min(few, key=lambda n: min(few[n]))
+            self.warnings.append(
+                f"{sum(sum(n < EXPERT_TOKENS for n in seen) for seen in few.values())} experts' matrices saw fewer than "
+                f"{EXPERT_TOKENS} calibration tokens ({least}: {min(few[least])}); the mean of all experts stands in for the "
+                "missing ones: calibrate with more text (--calibration-chunks)"
+            )
 
     def stop(self) -> None:
         with self._lock:

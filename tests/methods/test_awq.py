@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -159,3 +160,31 @@ def test_experts(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert t.output_error <= t.rtn_output_error
         assert "gptq" in t.method
         assert (t.rel_rmse or 1) < 0.2, "an expert in another's place would be far off"
+
+
+@pytest.mark.parametrize("kind", ["Mixtral", "Qwen3Moe"])
+@pytest.mark.parametrize("method", ["gptq", "awq+gptq"])
+def test_experts_of_checkpoints(kind: str, method: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """transformers keeps experts stacked; the file has them one by one, each by its own tokens, which are counted."""
+    sizes: dict[str, Any] = {"num_experts_per_tok": 2, "num_hidden_layers": 1}
+    sizes |= {"num_local_experts": 8} if kind == "Mixtral" else {"num_experts": 8, "moe_intermediate_size": 64, "head_dim": 32}
+    model = checkpoints.model(tmp_path / "moe", kind, max_position_embeddings=64, **sizes)
+    report = qf.convert(
+        model, tmp_path / "m", format="gptq", bits=4, group_size=32, method=method, calibration_chunks=6, measure=True
+    )
+    experts = [t for t in report.tensors if ".experts." in t.name]
+    assert len(experts) == 24
+    for t in experts:
+        assert t.tokens is not None
+        assert t.output_error is not None
+        assert t.rtn_output_error is not None
+        assert t.output_error <= t.rtn_output_error
+        assert (t.rel_rmse or 1) < 0.25, "an expert in another's place would be far off"
+    first = [t for t in experts if re.search(r"(w1|gate_proj)", t.name)]
+    assert sum(t.tokens[0] for t in first if t.tokens) == 6 * 64 * 2, "each token goes to two experts"
+    assert len({t.tokens[0] for t in first if t.tokens}) > 1
+    assert sum("gptq" in t.method for t in experts) > 12
+    assert any("experts' matrices saw fewer than 128 calibration tokens" in w for w in report.warnings)
+    assert "stands in for the missing ones" in caplog.text
+    found = qf.evaluate(tmp_path / "m", reference=model, chunks=2, metrics=["ppl", "kld"], noise_floor=False)
+    assert (found.models[0].kld_mean or 9) < 0.5

@@ -63,7 +63,7 @@ def read_windows(text: PathLike, tokenizer: Tokenizer, ctx: int, chunks: int | N
     if len(corpus.tokens) < 2 * ctx:
         raise CalibrationError(
             f"{path}: {len(corpus.tokens)} tokens are too few to calibrate with windows of {ctx}: "
-            f"at least {2 * ctx} are needed; give more text or a smaller --ctx"
+            f"at least {2 * ctx} are needed; give more text or smaller windows"
         )
     try:
         ids = cut(corpus, tokenizer, ctx, chunks=None if spread else chunks).ids

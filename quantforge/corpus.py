@@ -119,7 +119,7 @@ def cut(corpus: Corpus, tokenizer: Tokenizer, ctx: int, stride: int | None = Non
         tokens, document = np.concatenate([[bos], tokens]), np.concatenate([document[:1], document])
     if len(tokens) < ctx:
         raise RecipeError(
-            f"{corpus.name}: {len(tokens)} tokens are less than one window of {ctx}; give more text or a smaller --ctx"
+            f"{corpus.name}: {len(tokens)} tokens are less than one window of {ctx}; give more text or smaller windows"
         )
     if stride is None:
         n = min(len(tokens) // ctx, chunks or len(tokens))

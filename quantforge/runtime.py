@@ -26,7 +26,7 @@ from torch import nn
 from . import archs, checkpoint
 from .arrays import F32
 from .codecs import Codec, Encoded
-from .errors import FormatError, NonFiniteError, QuantForgeError, ShapeError, UnsupportedError
+from .errors import FormatError, NonFiniteError, QuantForgeError, RecipeError, ShapeError, UnsupportedError
 from .nn import QuantEmbedding, QuantExperts, QuantLinear
 
 if TYPE_CHECKING:
@@ -68,6 +68,8 @@ class Model:
         packed: bool = False,
         activations: str = "float",
     ) -> None:
+        if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
+            raise RecipeError(f"--device {device}: " + ("no CUDA device here" if device.startswith("cuda") else "cpu or cuda"))
         self.source, self.name, self.dtype = source, name, dtype
         self.packed, self.activations = packed, activations
         self.device = torch.device(device)

@@ -159,7 +159,10 @@ class _Loop:
 
 def aim(w: torch.Tensor, shift: torch.Tensor, upper: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """The weights that give the unquantized model's outputs for the inputs at hand: w′ = w(1 + S H⁻¹), H⁻¹ = UᵀU in `order`."""
-    moved = (w @ shift)[:, order].to(upper.dtype) @ upper.T @ upper
+    if len(w) > len(upper):  # n³ costs less than out · n²
+        moved = w.to(upper.dtype) @ (shift[:, order].to(upper.dtype) @ upper.T @ upper)
+    else:
+        moved = (w @ shift)[:, order].to(upper.dtype) @ upper.T @ upper
     w = w.clone()
     w[:, order] += moved.float()
     return w

@@ -26,6 +26,21 @@ def test_logits_are_those_of_our_decode(kind: str, tmp_path: Path) -> None:
     assert np.corrcoef(ours.ravel(), theirs.ravel())[0, 1] > 0.999
 
 
+@pytest.mark.parametrize("kind", ["IQ2_XXS", "IQ3_XXS", "IQ4_XS", "Q2_K", "Q3_K_M"])
+def test_gptq_on_grids(kind: str, tmp_path: Path) -> None:
+    """Codes chosen by error feedback: llama.cpp loads the file and computes with what we decode."""
+    quantized, decoded = tmp_path / "q.gguf", tmp_path / "f32.gguf"
+    report = qf.convert(MODEL, quantized, kind, IMATRIX, method="gptq", calibration_chunks=6)
+    chosen = [t.method for t in report.tensors if t.output_error is not None]
+    assert len(chosen) == 42
+    assert chosen.count("gptq") > 10
+    qf.convert(quantized, decoded, "F32", allow_requantize=True)
+    tokens = list(np.random.default_rng(0).integers(2, 4096, 60))
+    ours, theirs = (np.asarray(llama_cpp.Llama(p).logits(tokens)) for p in (decoded, quantized))
+    assert np.abs(ours - theirs).max() < 0.06 * np.ptp(ours)
+    assert np.corrcoef(ours.ravel(), theirs.ravel())[0, 1] > 0.999
+
+
 @pytest.mark.parametrize("kind", ["IQ2_XXS", "IQ3_S", "IQ4_XS"])
 def test_completes_text(kind: str, tmp_path: Path) -> None:
     qf.convert(MODEL, tmp_path / "m.gguf", kind, IMATRIX)

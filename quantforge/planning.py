@@ -187,7 +187,8 @@ def plan(
     blocks. calibration: the text it sees, a file or "builtin"; calibration_chunks: windows of it, default 128;
     calibration_ctx: tokens of each, default min(512, the model's). act_order, static_groups, damping: as in
     `methods.GPTQ`; clip: as in `methods.AWQ`. backend: the library of `backends` that quantizes instead, method: one that
-    it has; backend_python: the interpreter that has it. device: where tensors are encoded and methods run, cpu or cuda. layout_options: of that layout,
+    it has; backend_python: the interpreter that has it. device: where tensors are encoded and methods run, cpu or cuda.
+    layout_options: of that layout,
     such as version="gptq_v2". Raises FormatError, UnsupportedError, RecipeError, ShapeError, CalibrationError, BackendError.
     """
     if backend is not None:

@@ -37,7 +37,7 @@ for step in "${@:-build test sanitize bench model}"; do
         test)
             workers=$("$PY" -c 'import xdist; print("-n 8")' 2>/dev/null)
             # shellcheck disable=SC2086
-            run test "$PY" -m pytest $workers -rs -m gpu tests
+            run test "$PY" -m pytest $workers -rs -m gpu --continue-on-collection-errors tests/nn tests/test_device.py tests/codecs/test_grid.py
             ;;
         sanitize)
             command -v compute-sanitizer >/dev/null || { echo "sanitize: no compute-sanitizer" | tee -a "$OUT/summary"; continue; }

@@ -8,7 +8,7 @@ import triton.language as tl
 from .decode import INTERPRETED, decode, fixed_points, rounded
 
 
-@triton.jit(do_not_specialize=["M", "magic"])
+@triton.jit(do_not_specialize=["M", "groups", "magic"])
 def gemm_kernel(
     x, p0, p1, p2, p3, table, y, partial, arrived, M, N, K, groups, x_stride, magic,
     CHUNK: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, SCALES: tl.constexpr, SUB: tl.constexpr,

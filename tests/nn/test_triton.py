@@ -161,3 +161,34 @@ def test_on_a_gpu(codec):
                 torch.cuda.synchronize()
                 assert torch.equal(captured, again)
         assert ops.linear(x[:0], tensors, codec, rows, n).shape == (0, rows)
+
+
+@pytest.mark.parametrize(("m", "expected"), [(8, "matvec"), (20, "fused"), (300, "slabs")])
+def test_the_operator_takes_the_chosen_way(m, expected, monkeypatch):
+    """On a GPU; here its kernels are stand-ins that compute on the CPU."""
+    from quantforge.nn import cuda
+
+    rows, n, taken = 40, 256, []
+    e = codecs.quantize(np.random.default_rng(0).standard_normal((rows, n)).astype(np.float32), "Q4_K")
+    w = torch.from_numpy(e.decode())
+
+    def stand_in(name):
+        def product(x, *_):
+            taken.append((name, x.shape[0]))
+            return (x.float() @ w.T).to(x.dtype)
+
+        return product
+
+    monkeypatch.setattr(cuda.native, "cuda_has", lambda *_: True)
+    monkeypatch.setattr(cuda, "_launch", stand_in("matvec"))
+    monkeypatch.setattr(products, "fused", stand_in("fused"))
+    monkeypatch.setattr(products, "slabs", stand_in("slabs"))
+    x = torch.randn(2, m // 2, n).bfloat16()
+    tensors = list(planes.pack(e).tensors.values())
+    y = cuda.linear(x, tensors, "Q4_K", rows, n)
+    assert y.shape == (2, m // 2, rows) and y.dtype == x.dtype
+    assert taken == [(expected, m)]
+    taken.clear()
+    with products.way("matvec"):
+        cuda.linear(x, tensors, "Q4_K", rows, n)
+    assert {name for name, _ in taken} == {"matvec"} and sum(some for _, some in taken) == m and max(taken)[1] <= 8

@@ -21,7 +21,7 @@ template <int BITS, int PER, Scale SCALE, bool ZERO>
 struct Integers : IntegerPlanes<BITS, PER, scale_bytes(SCALE), ZERO> {
     static constexpr int AT = BITS, ZERO_AT = AT + (PER * scale_bytes(SCALE) + 3) / 4;  // words
     static constexpr int WORDS = ZERO_AT + ZERO, CHUNK = 128, SUB = 32, SHARED = 4 / PER, MIDDLE = BITS == 4 ? 8 : 128;
-    static constexpr int TILES = BITS == 4 ? 2 : 1, SLOTS = BITS == 4 ? 2 : 3, WARPS = 16;
+    static constexpr int TILES = BITS == 4 && !(ZERO && PER == 4) ? 2 : 1, SLOTS = BITS == 4 ? 2 : 3, WARPS = 16;
     static constexpr bool MIN = ZERO;
 
     static bool fits(const qf_array *in, Planes *planes) {

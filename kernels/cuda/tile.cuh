@@ -169,7 +169,7 @@ QF_WARP void chunk_dot(const uint32_t (*w)[F::TILES][2][F::WORDS], const uint16_
                     mma<T>(sum, a, two, sum);
                 }
             QF_UNROLL for (int l = 0; l < LANES; l++)
-                QF_UNROLL for (int i = 0; i < 4; i++) start[l][i] = F::MIN ? -F::template offset<T>() * sum[l][i] : sum[l][i];
+                QF_UNROLL for (int i = 0; i < 4; i++) start[l][i] = F::MIN ? 0 : sum[l][i];
             QF_UNROLL for (int r = 0; r < F::TILES; r++) {
                 float c[LANES][4];
                 QF_UNROLL for (int s = 0; s < F::SHARED; s++) {
@@ -187,8 +187,10 @@ QF_WARP void chunk_dot(const uint32_t (*w)[F::TILES][2][F::WORDS], const uint16_
                 QF_UNROLL for (int l = 0; l < LANES; l++)
                     QF_UNROLL for (int i = 0; i < 4; i++) {
                         const uint32_t *row = w[l][r][i >> 1];
-                        acc[l][r][i] = fma_(F::scale(row, sub), c[l][i], acc[l][r][i]);
-                        if constexpr (F::MIN) acc[l][r][i] = fma_(-F::min(row, sub), sum[l][i], acc[l][r][i]);
+                        const float scale = F::scale(row, sub);
+                        acc[l][r][i] = fma_(scale, c[l][i], acc[l][r][i]);
+                        if constexpr (F::MIN)
+                            acc[l][r][i] = fma_(-fma_(scale, F::template offset<T>(), F::min(row, sub)), sum[l][i], acc[l][r][i]);
                     }
             }
         }

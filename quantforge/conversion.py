@@ -413,6 +413,8 @@ class _Work:
         q = self.job.importance.get(t.weight.name)
         if q is None or q.ndim == 1:
             return q
+        if t.weight.expert is not None:
+            return np.asarray(q[t.weight.expert])
         per_expert = count(t.weight.shape[:-1]) // len(q)
         whole = b - a > per_expert
         return q if whole else np.asarray(q[a // per_expert])

@@ -27,9 +27,10 @@ def manager(tasks: Sequence[str], path: PathLike | None) -> Any:
     Raises UnsupportedError without lm_eval, RecipeError for unknown tasks.
     """
     try:
+        from lm_eval.models.huggingface import HFLM  # noqa: F401 - has requirements of its own
         from lm_eval.tasks import TaskManager
-    except ImportError:
-        raise UnsupportedError("--tasks needs lm-evaluation-harness: pip install 'quantforge[tasks]'") from None
+    except ImportError as e:
+        raise UnsupportedError(f"--tasks needs lm-evaluation-harness: pip install 'quantforge[tasks]' ({e})") from None
     if path is not None and not Path(path).is_dir():
         raise RecipeError(f"--task-path {os.fspath(path)}: no such directory")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)

@@ -49,6 +49,8 @@ _LOGITS_AT_ONCE = 1 << 19
 """Logits of one model that exist together: 2 MB, which stay in a core's cache."""
 _LEAST = 64 << 20
 """Bytes that answering may always take; else no more than the text took, so that memory does not depend on depth."""
+_PACKED_ON = {"cuda"}
+"""Devices on which the models that are compared compute from what is stored; elsewhere a block is decoded once for all tokens."""
 _OBSERVED = 16384
 """Tokens from which input statistics and the error of hidden states are taken."""
 
@@ -187,7 +189,8 @@ class _Party:
         self.floor = floor
         self.candidates = []
         for name, p in named.items():
-            candidate = Model(stack.enter_context(open_path(Path(p))), name, device=device)
+            packed = device.partition(":")[0] in _PACKED_ON
+            candidate = Model(stack.enter_context(open_path(Path(p))), name, device=device, packed=packed)
             self._check_vocabulary(candidate)
             self.candidates.append(candidate)
 
@@ -278,7 +281,7 @@ class _Run:
         """Have the reference's linears note the mean square of their inputs."""
         import torch
 
-        self.block_bytes = max(self.block_bytes, sum(p.nbytes for b in blocks for p in b.parameters()))
+        self.block_bytes = max(self.block_bytes, sum(p.nbytes for b in blocks for p in (*b.parameters(), *b.buffers())))
         self._inputs.clear()
         seen: dict[str, int] = defaultdict(int)
 
@@ -308,9 +311,8 @@ class _Run:
                 self.hidden_error[k].append(float((hidden[k][:rows].float() - ref).norm()) / norm)
             if self.models[k].source is self.models[0].source:
                 continue
-            theirs = dict(blocks[k].named_parameters())
             for name, w in blocks[0].named_parameters():
-                if (other := theirs.get(name)) is not None and other.shape == w.shape:
+                if (other := _weight(blocks[k], name)) is not None and other.shape == w.shape:
                     difference = _Difference()
                     difference.add(w, other)
                     self._note(k, f"{stem}.{name}", i, w.shape, difference, self._inputs.get(name.removesuffix(".weight")))
@@ -402,6 +404,22 @@ class _Difference:
 def _square(x: torch.Tensor) -> F32:
     """Sum of squares of each column."""
     return np.asarray((x.float() ** 2).sum(0).cpu().numpy(), np.float32)
+
+
+def _weight(block: nn.Module, name: str) -> torch.Tensor | None:
+    """A block's parameter by its name, decoded where it is stored otherwise; None if it has none of that name."""
+    import torch
+
+    from .nn import QuantExperts, QuantLinear
+
+    path, _, leaf = name.rpartition(".")
+    owner = dict(block.named_modules()).get(path)
+    if isinstance(owner, QuantLinear) and leaf == "weight":
+        return owner.dequantize()
+    found = getattr(owner, leaf, None)
+    if isinstance(found, QuantExperts):
+        return torch.stack([found[i] for i in range(len(found))])
+    return found if isinstance(found, torch.Tensor) else None
 
 
 # ---- results

@@ -12,6 +12,7 @@ import torch
 from click.testing import CliRunner
 
 import quantforge as qf
+from quantforge import evaluation
 from quantforge.cli import group
 from quantforge.demo import MODEL
 from quantforge.errors import FormatError, RecipeError
@@ -166,6 +167,18 @@ def test_blocks_of_stored_tensors_in_the_evaluators_passes(tmp_path: Path) -> No
         # and nothing stays behind
         assert not any(isinstance(m, QuantLinear) for m in models[1].layers.modules())
         assert all(p.is_meta for p in models[1].layers.parameters())
+
+
+def test_evaluation_of_stored_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What happens on CUDA, on the CPU: the same figures as with decoded blocks."""
+    qf.convert(MODEL, tmp_path / "m.gguf", "Q4_K_M")
+    options: dict[str, Any] = {"reference": MODEL, "chunks": 2, "metrics": ["kld"], "noise_floor": False}
+    (want,) = qf.evaluate(tmp_path / "m.gguf", **options).models
+    monkeypatch.setattr(evaluation, "_PACKED_ON", {"cpu"})
+    (ours,) = qf.evaluate(tmp_path / "m.gguf", **options).models
+    assert ours.ppl == pytest.approx(want.ppl, rel=1e-5) and ours.kld_mean == pytest.approx(want.kld_mean, rel=1e-4)
+    assert [t.name for t in ours.tensors] == [t.name for t in want.tensors]
+    assert [t.rel_rmse for t in ours.tensors] == pytest.approx([t.rel_rmse for t in want.tensors], rel=1e-5)
 
 
 def test_activations_of_8_bits(tmp_path: Path) -> None:

@@ -149,6 +149,13 @@ QF_HD void load_once(const uint8_t *p, uint32_t *w) {
 #endif
 }
 
+// No load moves across.
+QF_HD void keep_order() {
+#ifdef __CUDA_ARCH__
+    asm volatile("" ::: "memory");
+#endif
+}
+
 // N words at once; p is a multiple of their bytes.
 template <int N>
 QF_HD void load_words(const void *p, uint32_t *w) {

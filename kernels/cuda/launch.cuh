@@ -1,7 +1,7 @@
 // Kernels over tile.cuh and their entries in the table: two lines per family.
 //
 //   op           in                                           out
-//   linear       x bf16/f16[m, in], m <= 8, in % 8 == 0, planes...     bf16/f16/f32[m, out]
+//   linear       x bf16/f16[m, in], m <= 16, in % 8 == 0, planes...     bf16/f16/f32[m, out]
 //   dequantize   planes...                                    bf16/f16/f32[out, in]
 //
 // Planes are [tiles, chunks or groups, ...]; see docs/gpu.md.
@@ -76,31 +76,39 @@ QF_HD void fill_table(const Planes &planes, uint32_t *table, int i, int n) {
 template <class F>
 QF_HD constexpr int table_words() { return Entry<F>::WORDS > 0 ? ENTRIES * COPIES : 0; }
 
+// More activations take more registers: one tile a block, and fewer warps.
+template <class F>
+struct Wide : F {
+    static constexpr int TILES = 1, WARPS = F::WARPS < 8 ? F::WARPS : 8;
+};
+
 #ifdef __CUDACC__
 // A block computes F::TILES tiles of rows; its warps share the columns and meet in shared memory.
-template <class F, class T>
-__global__ void __launch_bounds__(32 * F::WARPS) linear_kernel(Planes planes, const uint16_t *x, int m, void *out, int dtype) {
-    constexpr int R = F::TILES;
-    extern __shared__ __align__(16) uint32_t shared[];  // the table; [warps][R][TILE · COLUMNS] sums
+template <class F, class T, int G>
+__global__ void __launch_bounds__(32 * F::WARPS, G > 1) linear_kernel(Planes planes, const uint16_t *x, int m, void *out, int dtype) {
+    constexpr int R = F::TILES, N = TILE * COLUMNS;
+    extern __shared__ __align__(16) uint32_t shared[];  // the table; [warps][R][G][N] sums
     float *parts = (float *)(shared + table_words<F>());
     const int warps = (int)blockDim.y, warp = (int)threadIdx.y, lane = (int)threadIdx.x;
-    float acc[1][R][4];
+    Sums<F, G> acc[1];
     const auto ready = [&] {
         fill_table<F, T>(planes, shared, warp * 32 + lane, 32 * warps);
         if (table_words<F>()) __syncthreads();
     };
-    tile_dot<F, T>(planes, x, m, (int)blockIdx.x * R, warp, warps, shared, ready, acc);
+    tile_dot<F, T, G>(planes, x, m, (int)blockIdx.x * R, warp, warps, shared, ready, acc);
 #pragma unroll
     for (int r = 0; r < R; r++)
 #pragma unroll
-        for (int i = 0; i < 4; i++)
-            parts[(warp * R + r) * TILE * COLUMNS + place(lane, i)] = acc[0][r][i];
+        for (int g = 0; g < G; g++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                parts[((warp * R + r) * G + g) * N + place(lane, i)] = acc[0][r][g][i];
     __syncthreads();
-    for (int i = warp * 32 + lane; i < R * TILE * COLUMNS; i += 32 * warps) {
-        const int r = i / (TILE * COLUMNS), column = i / TILE % COLUMNS, row = ((int)blockIdx.x * R + r) * TILE + i % TILE;
+    for (int i = warp * 32 + lane; i < R * G * N; i += 32 * warps) {
+        const int r = i / (G * N), column = i / N % G * COLUMNS + i % N / TILE, row = ((int)blockIdx.x * R + r) * TILE + i % TILE;
         if (column >= m || row >= planes.n_out) continue;
         float sum = 0;
-        for (int w = 0; w < warps; w++) sum += parts[w * R * TILE * COLUMNS + i];
+        for (int w = 0; w < warps; w++) sum += parts[w * R * G * N + i];
         put(out, dtype, (int64_t)column * planes.n_out + row, sum);
     }
 }
@@ -124,11 +132,11 @@ static inline int multiprocessors() {
     return n;
 }
 
-template <class F, class T>
+template <class F, class T, int G>
 static int run_linear(Planes planes, const uint16_t *x, int m, void *out, int dtype, int blocks, int warps, void *stream) {
     void *args[] = {&planes, &x, &m, &out, &dtype};
-    const size_t shared = 4 * (table_words<F>() + F::TILES * TILE * COLUMNS * (size_t)warps);
-    return launch((const void *)linear_kernel<F, T>, dim3((unsigned)blocks), dim3(32, (unsigned)warps), args, shared, stream);
+    const size_t shared = 4 * (table_words<F>() + F::TILES * G * TILE * COLUMNS * (size_t)warps);
+    return launch((const void *)linear_kernel<F, T, G>, dim3((unsigned)blocks), dim3(32, (unsigned)warps), args, shared, stream);
 }
 
 template <class F>
@@ -141,25 +149,27 @@ static int run_dequantize(Planes planes, void *out, int dtype, int64_t steps, vo
 
 static inline int multiprocessors() { return 4; }
 
-template <class F, class T>
+template <class F, class T, int G>
 static int run_linear(const Planes &planes, const uint16_t *x, int m, void *out, int dtype, int blocks, int warps, void *) {
     constexpr int R = F::TILES;
     alignas(16) static uint32_t table[table_words<F>() + 4];
     const auto ready = [&] { fill_table<F, T>(planes, table, 0, 1); };
     for (int tile = 0; tile < blocks * R; tile += R) {
-        float parts[R][TILE * COLUMNS] = {};
+        float parts[R][G][TILE * COLUMNS] = {};
         for (int warp = 0; warp < warps; warp++) {
-            float acc[LANES][R][4];
-            tile_dot<F, T>(planes, x, m, tile, warp, warps, table, ready, acc);
+            Sums<F, G> acc[LANES];
+            tile_dot<F, T, G>(planes, x, m, tile, warp, warps, table, ready, acc);
             for (int l = 0; l < LANES; l++)
                 for (int r = 0; r < R; r++)
-                    for (int i = 0; i < 4; i++) parts[r][place(l, i)] += acc[l][r][i];
+                    for (int g = 0; g < G; g++)
+                        for (int i = 0; i < 4; i++) parts[r][g][place(l, i)] += acc[l][r][g][i];
         }
         for (int r = 0; r < R; r++)
-            for (int i = 0; i < TILE * COLUMNS; i++) {
-                const int column = i / TILE, row = (tile + r) * TILE + i % TILE;
-                if (column < m && row < planes.n_out) put(out, dtype, (int64_t)column * planes.n_out + row, parts[r][i]);
-            }
+            for (int g = 0; g < G; g++)
+                for (int i = 0; i < TILE * COLUMNS; i++) {
+                    const int column = g * COLUMNS + i / TILE, row = (tile + r) * TILE + i % TILE;
+                    if (column < m && row < planes.n_out) put(out, dtype, (int64_t)column * planes.n_out + row, parts[r][g][i]);
+                }
     }
     return QF_OK;
 }
@@ -206,11 +216,13 @@ static inline int warps_of(int room, int blocks, int sms, int chunks) {
     return warps < chunks ? warps : chunks > 0 ? chunks : 1;
 }
 
+template <int M> struct Count { static constexpr int N = M; };
+
 template <class F>
 int linear(const qf_array *in, int n_in, qf_array *out, int n_out, void *stream) {
     if (n_in < 2 || n_out != 1 || in[0].ndim != 2 || out->ndim != 2) return QF_ESHAPE;
     const int64_t m = in[0].shape[0], k = in[0].shape[1], n = out->shape[1];
-    if (m > COLUMNS || out->shape[0] != m || k % 8) return QF_ESHAPE;
+    if (m > GROUPS * COLUMNS || out->shape[0] != m || k % 8) return QF_ESHAPE;
     if ((in[0].dtype != QF_F16 && in[0].dtype != QF_BF16) || !is_float(out->dtype)) return QF_EDTYPE;
     if (!m || !n || !k) return QF_OK;
     Planes planes;
@@ -218,11 +230,14 @@ int linear(const qf_array *in, int n_in, qf_array *out, int n_out, void *stream)
     if (rc != QF_OK) return rc;
     const int sms = multiprocessors();
     if (!sms) return QF_EDEVICE;
-    const int blocks = (planes.tiles + F::TILES - 1) / F::TILES;
-    const int warps = warps_of(F::WARPS, blocks, sms, planes.chunks);
     const uint16_t *x = (const uint16_t *)in[0].data;
-    const auto go = in[0].dtype == QF_BF16 ? run_linear<F, Bf16> : run_linear<F, F16>;
-    return go(planes, x, (int)m, out->data, out->dtype, blocks, warps, stream);
+    const auto go = [&](auto type, auto family, auto groups) {
+        using K = decltype(family);
+        const int blocks = (planes.tiles + K::TILES - 1) / K::TILES, warps = warps_of(K::WARPS, blocks, sms, planes.chunks);
+        return run_linear<K, decltype(type), decltype(groups)::N>(planes, x, (int)m, out->data, out->dtype, blocks, warps, stream);
+    };
+    if (in[0].dtype == QF_BF16) return m > COLUMNS ? go(Bf16{}, Wide<F>{}, Count<2>{}) : go(Bf16{}, F{}, Count<1>{});
+    return m > COLUMNS ? go(F16{}, Wide<F>{}, Count<2>{}) : go(F16{}, F{}, Count<1>{});
 }
 
 template <class F>

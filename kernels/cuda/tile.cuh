@@ -1,5 +1,5 @@
 // The kernels that every family of planes shares, written once for a warp: the product of a tile of
-// 16 rows with up to 8 activations (through tensor cores: any number of them costs the same), and
+// 16 rows with up to 16 activations (through tensor cores: 1 and 8 cost the same), and
 // the numbers that a tile stands for. docs/gpu.md has pictures of planes and tiles.
 //
 // A family is a struct F with
@@ -23,7 +23,7 @@
 #include "../quantforge.h"
 #include "bits.cuh"
 
-constexpr int TILE = 16, COLUMNS = 8;
+constexpr int TILE = 16, COLUMNS = 8, GROUPS = 2;  // rows; activations of an instruction; and of them at most
 
 // Bytes of a row of a chunk: for each of its four lanes, or (parameters) for them together. A plane of the whole
 // matrix is no lane's: a family reads it by itself.
@@ -145,74 +145,86 @@ QF_WARP void load_x(const uint16_t *p, int k, int n_in, uint32_t *b) {
     if (p && k < n_in) load_words<N / 2>(p + k, b);
 }
 
-// Adds the product of one chunk: w is what lanes hold of its rows, x the activations of the lane's column.
-template <class F, class T>
-QF_WARP void chunk_dot(const uint32_t (*w)[F::TILES][2][F::WORDS], const uint16_t *const *x, int k, int n_in, const uint32_t *table,
-                       float (*acc)[F::TILES][4]) {
+// A lane's sums for TILES tiles and G groups of 8 activations.
+template <class F, int G>
+using Sums = float[F::TILES][G][4];
+
+// Adds the product of one chunk: w is what lanes hold of its rows, x[g] the activations of the lane's column in group g.
+template <class F, class T, int G>
+QF_WARP void chunk_dot(const uint32_t (*w)[F::TILES][2][F::WORDS], const uint16_t *const (*x)[G], int k, int n_in, const uint32_t *table,
+                       Sums<F, G> *acc) {
     constexpr int S = 128 / F::SUB, WORDS = F::SUB / 8;
     QF_UNROLL for (int part = 0; part < F::CHUNK / 128; part++) {
-        uint32_t b[LANES][S][WORDS];
+        uint32_t b[LANES][G][S][WORDS];
+        if constexpr (G > 1) keep_order();  // the next part's activations would take the registers of this one's
         QF_UNROLL for (int l = 0; l < LANES; l++)
-            QF_UNROLL for (int s = 0; s < S; s++)
-                load_x<F::SUB / 4>(x[l], k + part * 128 + s * F::SUB + (lane_id(l) & 3) * (F::SUB / 4), n_in, b[l][s]);
+            QF_UNROLL for (int g = 0; g < G; g++)
+                QF_UNROLL for (int s = 0; s < S; s++)
+                    load_x<F::SUB / 4>(x[l][g], k + part * 128 + s * F::SUB + (lane_id(l) & 3) * (F::SUB / 4), n_in, b[l][g][s]);
         QF_UNROLL for (int first = 0; first < S; first += F::SHARED) {
             const int sub = part * S + first;
             uint32_t a[LANES][4], two[LANES][2];
-            float sum[LANES][4] = {}, start[LANES][4] = {};
+            float sum[G][LANES][4] = {}, start[G][LANES][4] = {};
             // their activations times a constant, in every row: −offset, or 1 where a min needs the sum too
             if constexpr (F::MIN || F::template offset<T>() != 0)
-                QF_UNROLL for (int h = 0; h < F::SHARED * WORDS / 2; h++) {
-                    QF_UNROLL for (int l = 0; l < LANES; l++) {
-                        a[l][0] = a[l][1] = a[l][2] = a[l][3] = T::pair(F::MIN ? 1 : -F::template offset<T>());
-                        QF_UNROLL for (int i = 0; i < 2; i++) two[l][i] = b[l][first + 2 * h / WORDS][2 * h % WORDS + i];
+                QF_UNROLL for (int g = 0; g < G; g++)
+                    QF_UNROLL for (int h = 0; h < F::SHARED * WORDS / 2; h++) {
+                        QF_UNROLL for (int l = 0; l < LANES; l++) {
+                            a[l][0] = a[l][1] = a[l][2] = a[l][3] = T::pair(F::MIN ? 1 : -F::template offset<T>());
+                            QF_UNROLL for (int i = 0; i < 2; i++) two[l][i] = b[l][g][first + 2 * h / WORDS][2 * h % WORDS + i];
+                        }
+                        mma<T>(sum[g], a, two, sum[g]);
                     }
-                    mma<T>(sum, a, two, sum);
-                }
-            QF_UNROLL for (int l = 0; l < LANES; l++)
-                QF_UNROLL for (int i = 0; i < 4; i++) start[l][i] = F::MIN ? 0 : sum[l][i];
+            QF_UNROLL for (int g = 0; g < G; g++)
+                QF_UNROLL for (int l = 0; l < LANES; l++)
+                    QF_UNROLL for (int i = 0; i < 4; i++) start[g][l][i] = F::MIN ? 0 : sum[g][l][i];
             QF_UNROLL for (int r = 0; r < F::TILES; r++) {
-                float c[LANES][4];
+                float c[G][LANES][4];
                 QF_UNROLL for (int s = 0; s < F::SHARED; s++) {
                     uint32_t codes[LANES][2][WORDS];
                     QF_UNROLL for (int l = 0; l < LANES; l++)
                         QF_UNROLL for (int h = 0; h < 2; h++) lane_codes<F, T>(w[l][r][h], sub + s, table, l, codes[l][h]);
-                    QF_UNROLL for (int h = 0; h < WORDS / 2; h++) {
-                        QF_UNROLL for (int l = 0; l < LANES; l++) {
-                            QF_UNROLL for (int i = 0; i < 4; i++) a[l][i] = codes[l][i & 1][2 * h + (i >> 1)];
-                            QF_UNROLL for (int i = 0; i < 2; i++) two[l][i] = b[l][first + s][2 * h + i];
+                    QF_UNROLL for (int g = 0; g < G; g++)
+                        QF_UNROLL for (int h = 0; h < WORDS / 2; h++) {
+                            QF_UNROLL for (int l = 0; l < LANES; l++) {
+                                QF_UNROLL for (int i = 0; i < 4; i++) a[l][i] = codes[l][i & 1][2 * h + (i >> 1)];
+                                QF_UNROLL for (int i = 0; i < 2; i++) two[l][i] = b[l][g][first + s][2 * h + i];
+                            }
+                            mma<T>(c[g], a, two, s || h ? c[g] : start[g]);
                         }
-                        mma<T>(c, a, two, s || h ? c : start);
-                    }
                 }
                 QF_UNROLL for (int l = 0; l < LANES; l++)
                     QF_UNROLL for (int i = 0; i < 4; i++) {
                         const uint32_t *row = w[l][r][i >> 1];
                         const float scale = F::scale(row, sub);
-                        acc[l][r][i] = fma_(scale, c[l][i], acc[l][r][i]);
-                        if constexpr (F::MIN)
-                            acc[l][r][i] = fma_(-fma_(scale, F::template offset<T>(), F::min(row, sub)), sum[l][i], acc[l][r][i]);
+                        QF_UNROLL for (int g = 0; g < G; g++) {
+                            float &to = acc[l][r][g][i];
+                            to = fma_(scale, c[g][l][i], to);
+                            if constexpr (F::MIN) to = fma_(-fma_(scale, F::template offset<T>(), F::min(row, sub)), sum[g][l][i], to);
+                        }
                     }
             }
         }
     }
 }
 
-// Products of F::TILES tiles from `tile` on with x[m][n_in], m <= 8: the chunks warp, warp + warps, ...
-// acc[lane][r] is the lane's part of mma's c: rows g, g + 8 of tile + r, columns 2t, 2t + 1. `ready` is called with
-// the first loads under way; from then on `table` holds F's.
-template <class F, class T, class Ready>
+// Products of F::TILES tiles from `tile` on with x[m][n_in], m <= 8 G: the chunks warp, warp + warps, ...
+// acc[lane][r][g] is the lane's part of mma's c: rows lane / 4, lane / 4 + 8 of tile + r, columns 8 g + 2t, 2t + 1.
+// `ready` is called with the first loads under way; from then on `table` holds F's.
+template <class F, class T, int G, class Ready>
 QF_WARP void tile_dot(const Planes &planes, const uint16_t *x, int m, int tile, int warp, int warps, const uint32_t *table,
-                      Ready ready, float (*acc)[F::TILES][4]) {
+                      Ready ready, Sums<F, G> *acc) {
     uint32_t held[F::SLOTS][LANES][F::TILES][2][F::WORDS];
     const uint8_t *at[LANES][F::TILES][planes_of<F>()];
-    const uint16_t *column[LANES];
+    const uint16_t *column[LANES][G];
     QF_UNROLL for (int l = 0; l < LANES; l++) {
-        const int g = lane_id(l) >> 2, t = lane_id(l) & 3;
-        column[l] = g < m ? x + (int64_t)g * planes.n_in : nullptr;
+        const int row = lane_id(l) >> 2, t = lane_id(l) & 3;
+        QF_UNROLL for (int g = 0; g < G; g++) column[l][g] = 8 * g + row < m ? x + (int64_t)(8 * g + row) * planes.n_in : nullptr;
         QF_UNROLL for (int r = 0; r < F::TILES; r++) {
             // the last block may have a tile too many
-            lane_start<F>(planes, tile + r < planes.tiles ? tile + r : tile, g, t, at[l][r]);
-            QF_UNROLL for (int i = 0; i < 4; i++) acc[l][r][i] = 0;
+            lane_start<F>(planes, tile + r < planes.tiles ? tile + r : tile, row, t, at[l][r]);
+            QF_UNROLL for (int g = 0; g < G; g++)
+                QF_UNROLL for (int i = 0; i < 4; i++) acc[l][r][g][i] = 0;
         }
     }
     const auto fetch = [&](int chunk, uint32_t (*into)[F::TILES][2][F::WORDS]) {
@@ -227,7 +239,7 @@ QF_WARP void tile_dot(const Planes &planes, const uint16_t *x, int m, int tile, 
         QF_UNROLL for (int d = 0; d < F::SLOTS; d++) {
             const int chunk = base + d * warps;
             if (chunk >= planes.chunks) break;
-            chunk_dot<F, T>(held[d], column, chunk * F::CHUNK, planes.n_in, table, acc);
+            chunk_dot<F, T, G>(held[d], column, chunk * F::CHUNK, planes.n_in, table, acc);
             fetch(chunk + F::SLOTS * warps, held[d]);
         }
 }

@@ -14,7 +14,7 @@ from . import planes as layouts
 
 _log = logging.getLogger(__name__)
 
-COLUMNS = 8
+COLUMNS = 16
 """Activations that the matrix-vector kernels take at once."""
 
 
@@ -74,7 +74,7 @@ def linear(
 
 
 def _few(x: torch.Tensor, planes: list[torch.Tensor], kind: str, out_features: int) -> torch.Tensor:
-    """The matrix-vector kernel on x: [m, in], m <= 8."""
+    """The matrix-vector kernel on x: [m, in], m <= 16."""
     if x.dtype in (torch.bfloat16, torch.float16):
         return _launch(x, planes, kind, out_features, x.dtype)
     # 16 of a float's 24 bits, as two rows of bf16: the kernel's columns are there anyway

@@ -1,6 +1,6 @@
 """Products of planes with many activations on a GPU: which way, from how many activations on, and the ways themselves.
 
-matvec   kernels/cuda: up to 8 activations at once
+matvec   kernels/cuda: up to 16 activations at once
 fused    kernels/triton: weights become numbers inside the product
 slabs    rows of the matrix become numbers a slab at a time, which the L2 keeps until cuBLAS has read it
 """
@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 
 WAYS = ("matvec", "fused", "slabs")
 
-UP_TO = {"": (8, 256)}
+UP_TO = {"": (16, 256)}
 """Kind of planes (or "" for all others) -> the most activations for matvec, and for fused. Not measured yet."""
 
 SLAB = 30 << 20

@@ -83,7 +83,7 @@ def test_what_is_around_stays(codec):
     packed = planes.pack(e).to("cuda")
     tensors = [t for k, t in packed.tensors.items() if k != "group"]
     n = e.shape[1] + -e.shape[1] % 8
-    for m in (1, 4, 8):
+    for m in (1, 4, 8, 16):
         x = torch.full((m + 2, n), float("nan"), dtype=torch.bfloat16, device="cuda")
         x[1:-1] = torch.randn((m, n), device="cuda")
         x[1:-1, e.shape[1] :] = 0

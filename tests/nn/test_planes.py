@@ -114,7 +114,7 @@ def test_linear_is_the_product(codec, rows, n, seed, dtype):
     e = random_matrix(codec, rows, n, seed)
     kind, tensors, order = in_planes(e)
     w = torch.from_numpy(e.decode()).double()
-    for m in (1, 3, 8):
+    for m in (1, 3, 8, 13):
         x = torch.randn((m, n), generator=torch.Generator().manual_seed(seed)).to(dtype)
         out = torch.full((m, rows), float("nan"))
         given = torch.nn.functional.pad(x if order is None else x[:, order], (0, -n % 8)).contiguous()
@@ -141,7 +141,7 @@ def test_wrong_arguments_are_refused():
     tensors = list(planes.pack(e).tensors.values())
     out = torch.empty((1, 16))
     assert cuda_host.call("q4_0", "linear", [torch.zeros(1, 256).bfloat16(), *tensors], out) == native.ESHAPE
-    assert cuda_host.call("q4_0", "linear", [torch.zeros(9, 128).bfloat16(), *tensors], torch.empty(9, 16)) == native.ESHAPE
+    assert cuda_host.call("q4_0", "linear", [torch.zeros(17, 128).bfloat16(), *tensors], torch.empty(17, 16)) == native.ESHAPE
     assert cuda_host.call("q4_0", "linear", [torch.zeros(1, 128), *tensors], out) == native.EDTYPE
     assert cuda_host.call("q4_0", "linear", [torch.zeros(1, 128).bfloat16(), *tensors[:1]], out) == native.ESHAPE
     assert cuda_host.call("q4_0", "dequantize", tensors, torch.empty((33, 128))) == native.ESHAPE

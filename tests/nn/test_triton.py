@@ -96,11 +96,11 @@ def test_candidates_fit_the_chip_and_are_few():
 
 def test_ways():
     half = torch.bfloat16
-    assert products.choose("q4_0", 8, 4096, half) == "matvec"
-    assert products.choose("q4_0", 9, 4096, half) == "fused"
+    assert products.choose("q4_0", 16, 4096, half) == "matvec"
+    assert products.choose("q4_0", 17, 4096, half) == "fused"
     assert products.choose("q4_0", 257, 4096, half) == "slabs"
-    assert products.choose("q4_0", 9, 4096, torch.float32) == "slabs"
-    assert products.choose("no such kind", 9, 4096, half) == "slabs"
+    assert products.choose("q4_0", 17, 4096, torch.float32) == "slabs"
+    assert products.choose("no such kind", 17, 4096, half) == "slabs"
     with products.way("slabs"):
         assert products.choose("q4_0", 1, 4096, half) == "slabs"
     with pytest.raises(ValueError, match="matvec"), products.way("fast"):
@@ -191,4 +191,4 @@ def test_the_operator_takes_the_chosen_way(m, expected, monkeypatch):
     taken.clear()
     with products.way("matvec"):
         cuda.linear(x, tensors, "Q4_K", rows, n)
-    assert {name for name, _ in taken} == {"matvec"} and sum(some for _, some in taken) == m and max(taken)[1] <= 8
+    assert {name for name, _ in taken} == {"matvec"} and sum(some for _, some in taken) == m and max(n for _, n in taken) <= cuda.COLUMNS

@@ -55,7 +55,21 @@ def autoawq(job: dict[str, Any]) -> None:
     """AWQ, gemm version."""
     import torch
     from awq import AutoAWQForCausalLM
+    from awq.quantize.quantizer import AwqQuantizer
 
+    # Its search keeps the weights aside by state_dict() and .cpu(), which on a CPU copies nothing: every trial would
+    # multiply the original. Clones keep it.
+    search = AwqQuantizer._compute_best_scale
+
+    def search_on_clones(self: Any, x: Any, w_mean: Any, x_mean: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
+        own = module.state_dict
+        module.state_dict = lambda *a, **k: {name: t.clone() for name, t in own(*a, **k).items()}
+        try:
+            return search(self, x, w_mean, x_mean, module, *args, **kwargs)
+        finally:
+            del module.state_dict
+
+    AwqQuantizer._compute_best_scale = search_on_clones
     # f16 whatever the checkpoint is in: its packed scales are f16
     model = AutoAWQForCausalLM.from_pretrained(
         job["model"], device_map=job["device"], torch_dtype=torch.float16, trust_remote_code=False

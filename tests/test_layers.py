@@ -13,7 +13,7 @@ import quantforge
 
 PACKAGE = Path(quantforge.__file__).parent
 LAYERS = [
-    {"arrays", "grid"},
+    {"arrays", "grid", "discovery"},
     {"native"},
     {"codecs", "archs", "metrics", "tokenizer", "overlap"},
     {"layouts", "checkpoint", "nn", "device"},

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import math
-import pkgutil
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..arrays import F32
+from ..discovery import modules
 from ..errors import ShapeError, UnsupportedError, nearest
 
 logger = logging.getLogger(__name__)
@@ -523,13 +522,7 @@ DECODER_SCALE_GROUPS = (
 @cache
 def supported() -> dict[str, Arch]:
     """Every architecture by its name in config.json."""
-    package = importlib.import_module(__package__)
-    found = {}
-    for module in pkgutil.iter_modules(package.__path__):
-        if module.name != "base":
-            arch: Arch = importlib.import_module(f"{__package__}.{module.name}").ARCH
-            found.update(dict.fromkeys(arch.hf, arch))
-    return found
+    return {name: module.ARCH for module in modules(__package__) for name in module.ARCH.hf}
 
 
 def find(config: Config) -> Arch:

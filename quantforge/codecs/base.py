@@ -4,13 +4,9 @@ entry-point group `quantforge.codecs`."""
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import gguf
@@ -18,6 +14,7 @@ import numpy as np
 
 from .. import native
 from ..arrays import F32, Array, Parts, TensorInfo, empty, to_numpy
+from ..discovery import discover
 from ..errors import NonFiniteError, ShapeError, UnsupportedError, nearest
 from ..grid import AffineGrid
 
@@ -328,19 +325,21 @@ class GgmlCodec(Codec):
         data = empty(info.shape, info.dtype)
         rows, out = w.reshape(-1, w.shape[-1]), data.reshape(-1, info.shape[-1])
         try:
-            if importance is None or not self.takes_importance:
-                native.call_rows(self.name, "encode", [rows], [], [out], threads)
-            else:
-                per = check_importance(importance, w.shape, self)
-                step = rows.shape[0] // len(per)
-                for i, q in enumerate(per):
-                    span = slice(i * step, (i + 1) * step)
-                    native.call_rows(self.name, "encode", [rows[span]], [q], [out[span]], threads)
+            for span, by_row, shared in self._encode_inputs(importance, w.shape):
+                native.call_rows(self.name, "encode", [rows[span], *by_row], shared, [out[span]], threads)
         except native.KernelError as e:
             if e.code == native.ENONFINITE:
                 raise_non_finite(w, self.name)
             raise
         return {"data": data}
+
+    def _encode_inputs(self, importance: F32 | None, shape: tuple[int, ...]) -> Iterator[tuple[slice, list[Array], list[Array]]]:
+        """Rows, and what the kernel gets with them: arrays with a row for each, and arrays that all of them share."""
+        if importance is None or not self.takes_importance:
+            yield slice(None), [], []
+        else:
+            for span, q in importance_by_rows(importance, shape, self):
+                yield span, [], [q]
 
     def decode(self, parts: Parts, shape: tuple[int, ...], *, threads: int = 1) -> F32:
         """f32[shape]; bit-equal to ggml's and gguf-py's dequantization."""
@@ -464,6 +463,14 @@ def check_importance(importance: F32, shape: tuple[int, ...], codec: Codec) -> F
     return q.reshape(-1, n_in)
 
 
+def importance_by_rows(importance: F32, shape: tuple[int, ...], codec: Codec) -> Iterator[tuple[slice, F32]]:
+    """Spans of rows (leading axes merged) and the importance f32[in] of each; see `check_importance`."""
+    per = check_importance(importance, shape, codec)
+    rows = int(np.prod(shape[:-1], dtype=np.int64)) // len(per)
+    for i, q in enumerate(per):
+        yield slice(i * rows, (i + 1) * rows), q
+
+
 _registry: dict[str, Codec] = {}
 _families: list[Callable[[str], Codec | None]] = []
 _C = TypeVar("_C", bound="type[Codec] | Codec")
@@ -499,19 +506,9 @@ def _of_family(name: str) -> Codec | None:
     return None
 
 
-@cache
-def _discover() -> None:
-    package = importlib.import_module(__package__)
-    for module in pkgutil.iter_modules(package.__path__):
-        if module.name != "base":
-            importlib.import_module(f"{__package__}.{module.name}")
-    for point in entry_points(group="quantforge.codecs"):
-        register(point.load())
-
-
 def names() -> list[str]:
     """Names of all codecs, in registration order."""
-    _discover()
+    discover(__package__, register)
     return list(_registry)
 
 
@@ -519,7 +516,7 @@ def get(name: str | Codec) -> Codec:
     """The codec of that name (any case). Raises UnsupportedError naming the nearest ones."""
     if isinstance(name, Codec):
         return name
-    _discover()
+    discover(__package__, register)
     folded = {k.lower(): v for k, v in _registry.items()}
     codec = _registry.get(name) or folded.get(name.lower()) or _of_family(name)
     if codec is None:
@@ -529,7 +526,7 @@ def get(name: str | Codec) -> Codec:
 
 def by_ggml_type(ggml_type: int) -> Codec | None:
     """The codec with that GGUF type id, or None."""
-    _discover()
+    discover(__package__, register)
     return next((c for c in _registry.values() if c.ggml_type == ggml_type), None)
 
 

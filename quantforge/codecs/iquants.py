@@ -5,6 +5,7 @@ The codebooks are the `gguf` package's tables; the compiled kernels get them as 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -13,8 +14,7 @@ import gguf
 import gguf.quants
 import numpy as np
 
-from .. import native
-from ..arrays import F32, Array, Parts, empty, to_numpy
+from ..arrays import F32, Array, Parts, to_numpy
 from ..errors import ShapeError
 from ..grid import Bits, Field, planes
 from .base import (
@@ -25,8 +25,7 @@ from .base import (
     check_importance,
     check_matrix,
     check_parts,
-    check_weights,
-    raise_non_finite,
+    importance_by_rows,
     register,
 )
 
@@ -95,36 +94,16 @@ class IQCodec(GgmlCodec, GridCodec):
         table.init_grid()
         return np.ascontiguousarray(table.grid.reshape(table.grid_shape), np.int8)
 
-    def encode(self, w: F32, importance: F32 | None = None, *, threads: int = 1) -> Parts:
-        """Quantize w: f32[..., in]; importance: f32[in], f32[experts, in] or one per weight."""
-        w = check_weights(w, self)
-        info = self.layout(w.shape)["data"]
-        data = empty(info.shape, info.dtype)
-        rows, out = w.reshape(-1, w.shape[-1]), data.reshape(-1, info.shape[-1])
-        by_row: list[Array] = []
-        shared: list[Array] = [np.empty(0, np.float32)]
-        if importance is not None:
-            if (q := np.asarray(to_numpy(importance), np.float32)).shape == w.shape:
-                by_row, shared = [check_importance(q.reshape(1, -1), (1, w.size), self).reshape(rows.shape)], []
-            elif len(per := check_importance(q, w.shape, self)) == 1:
-                shared = [per[0]]
-            else:
-                by_row, shared = [np.repeat(per, len(rows) // len(per), 0)], []
-        try:
-            native.call_rows(self.name, "encode", [rows, *by_row], [*shared, self.entries], [out], threads)
-        except native.KernelError as e:
-            if e.code == native.ENONFINITE:
-                raise_non_finite(w, self.name)
-            raise
-        return {"data": data}
-
-    def decode(self, parts: Parts, shape: tuple[int, ...], *, threads: int = 1) -> F32:
-        """f32[shape]; bit-equal to ggml's and gguf-py's dequantization."""
-        (data,) = check_parts(parts, shape, self)
-        data = data.reshape(-1, data.shape[-1])
-        w = empty(shape, np.float32)
-        native.call_rows(self.name, "decode", [data], [*self.tables], [w.reshape(-1, shape[-1])], threads)
-        return w
+    def _encode_inputs(self, importance: F32 | None, shape: tuple[int, ...]) -> Iterator[tuple[slice, list[Array], list[Array]]]:
+        """As the base class has it, with the codebook; importance may also have one value per weight."""
+        if importance is None:
+            yield slice(None), [], [np.empty(0, np.float32), self.entries]
+        elif (q := to_numpy(importance)).shape == shape:
+            every = check_importance(q.reshape(1, -1), (1, q.size), self)
+            yield slice(None), [every.reshape(-1, shape[-1])], [self.entries]
+        else:
+            for span, of_rows in importance_by_rows(importance, shape, self):
+                yield span, [], [of_rows, self.entries]
 
     @property
     def tables(self) -> tuple[Array, ...]:

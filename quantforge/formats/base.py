@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import errno
-import importlib
 import mmap
 import os
-import pkgutil
 import re
 import secrets
 import shutil
@@ -25,6 +23,7 @@ from typing_extensions import Self
 
 from ..arrays import Array, Parts, TensorInfo
 from ..codecs import Codec, Encoded
+from ..discovery import modules
 from ..errors import FormatError, OutputError, UnsupportedError, nearest
 from ..layouts import Layout
 
@@ -481,18 +480,12 @@ class Format(Protocol):
         """Begin a new file or directory that will appear at `path` on commit."""
 
 
-def _modules() -> list[Any]:
-    package = importlib.import_module(__package__)
-    found = [m.name for m in pkgutil.iter_modules(package.__path__) if m.name != "base"]
-    return [importlib.import_module(f"{__package__}.{name}") for name in found]
-
-
 def get(name: str) -> Format:
     """The format module of that name."""
-    for module in _modules():
-        if module.name == name:
-            return module  # type: ignore[no-any-return]
-    raise UnsupportedError(f"unknown format {name}; known: {', '.join(m.name for m in _modules())}")
+    known: dict[str, Any] = {module.name: module for module in modules(__package__)}
+    if name not in known:
+        raise UnsupportedError(f"unknown format {name}; known: {', '.join(known)}")
+    return known[name]  # type: ignore[no-any-return]
 
 
 def open_path(path: str | Path) -> Source:
@@ -500,7 +493,7 @@ def open_path(path: str | Path) -> Source:
     path = Path(path)
     try:
         mode = path.stat().st_mode
-        for module in _modules():
+        for module in modules(__package__):
             if module.recognises(path):
                 return module.open(path)  # type: ignore[no-any-return]
         if stat.S_ISREG(mode):

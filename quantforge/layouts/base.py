@@ -3,8 +3,6 @@ A layout is one module here, found by the config's `quant_method`; it knows no f
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
@@ -14,6 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from .. import discovery
 from ..arrays import BF16, Array, Parts, TensorInfo
 from ..codecs import Codec
 from ..errors import UnsupportedError, nearest
@@ -155,10 +154,7 @@ def octets(packed: Array) -> Array:
 
 @cache
 def _classes() -> dict[str, type[Layout]]:
-    package = importlib.import_module(__package__)
-    modules = [m.name for m in pkgutil.iter_modules(package.__path__) if m.name != "base"]
-    found = [importlib.import_module(f"{__package__}.{name}").LAYOUT for name in modules]
-    return {layout.name: layout for layout in found}
+    return {module.LAYOUT.name: module.LAYOUT for module in discovery.modules(__package__)}
 
 
 def names() -> list[str]:

@@ -3,18 +3,15 @@ methods: modules of this package are discovered, third parties `register` or use
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
-from functools import cache
-from importlib.metadata import entry_points
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 
 from ..arrays import Parts
 from ..codecs import Codec
+from ..discovery import discover
 from ..errors import RecipeError, nearest
 
 
@@ -99,19 +96,9 @@ def register(method: _M) -> _M:
     return method
 
 
-@cache
-def _discover() -> None:
-    package = importlib.import_module(__package__)
-    for module in pkgutil.iter_modules(package.__path__):
-        if module.name != "base":
-            importlib.import_module(f"{__package__}.{module.name}")
-    for point in entry_points(group="quantforge.methods"):
-        register(point.load())
-
-
 def names() -> list[str]:
     """Names of all methods."""
-    _discover()
+    discover(__package__, register)
     return sorted(_registry)
 
 
@@ -122,7 +109,7 @@ def get(name: str | Method, **options: Any) -> Method:
     """
     method = name
     if isinstance(name, str):
-        _discover()
+        discover(__package__, register)
         try:
             method = _registry[name.lower()]
         except KeyError:

@@ -49,12 +49,26 @@ class _Table(ctypes.Structure):
     _fields_ = (("abi", ctypes.c_int32), ("n", ctypes.c_int32), ("isa", ctypes.c_char_p), ("kernels", ctypes.POINTER(_Kernel)))
 
 
+_CUDA_REASONS = {
+    2: "out of memory",
+    35: "the driver is older than the CUDA that built the kernels; update it or build with an older toolkit",
+    100: "no CUDA device",
+    209: "the kernels were not built for this GPU; build again with QUANTFORGE_CUDA_ARCH set to its compute capability",
+    700: "an illegal address, in this kernel or one before it; CUDA_LAUNCH_BLOCKING=1 shows where",
+    900: "not while a graph is captured: run the model once before",
+}
+"""What some of cudaError's numbers mean here."""
+
+
 class KernelError(NativeError):
-    """A kernel returned an error code (`.code`, one of this module's constants)."""
+    """A kernel returned an error code: `.code`, one of this module's constants; `.cuda`: CUDA's own, or 0."""
 
     def __init__(self, what: str, code: int) -> None:
-        self.code = code
-        super().__init__(f"kernel {what}: {_REASONS.get(code, f'error {code}')}")
+        self.code, self.cuda = code & 255, code >> 8
+        reason = _REASONS.get(self.code, f"error {self.code}")
+        if self.cuda:
+            reason += f": CUDA error {self.cuda}" + (f" ({known})" if (known := _CUDA_REASONS.get(self.cuda)) else "")
+        super().__init__(f"kernel {what}: {reason}")
 
 
 def _open(path: Path) -> ctypes.CDLL:

@@ -69,8 +69,8 @@ inline bool run_block(bool backwards) {
 }  // namespace emulated
 
 using cudaStream_t = void *;
-enum { cudaSuccess };
-inline int cudaMallocAsync(void **p, size_t n, cudaStream_t) { return !(*p = malloc(n)); }
+inline int status(int rc) { return rc; }
+inline int cudaMallocAsync(void **p, size_t n, cudaStream_t) { return (*p = malloc(n)) ? 0 : 4; }  // QF_ENOMEM
 inline void cudaFreeAsync(void *p, cudaStream_t) { free(p); }
 
 // What the thread `mask` away (exclusive or) has as `mine`.

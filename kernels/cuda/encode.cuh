@@ -13,9 +13,8 @@
 #pragma once
 
 #ifdef __CUDACC__
-#include <cuda_runtime.h>
-#define QF_LAUNCH(kernel, grid, threads, stream, ...) (kernel<<<(grid), (threads), 0, (cudaStream_t)(stream)>>>(__VA_ARGS__), launched())
-static inline int launched();
+#include "status.cuh"
+#define QF_LAUNCH(kernel, grid, threads, stream, ...) (kernel<<<(grid), (threads), 0, (cudaStream_t)(stream)>>>(__VA_ARGS__), status(cudaGetLastError()))
 #else
 #include "emulate.h"
 #define QF_LAUNCH(kernel, grid, threads, stream, ...) emulate((grid), (threads), [&] { kernel(__VA_ARGS__); })
@@ -86,10 +85,6 @@ QF_INLINE vf least(vf a, vf b) { return {fminf(a.v, b.v)}; }
 #include "../cpu/blocks.inc"
 
 // ---- walk.inc
-
-#ifdef __CUDACC__
-static inline int launched() { return cudaGetLastError() == cudaSuccess ? QF_OK : QF_EDEVICE; }
-#endif
 
 inline bool aligned(const void *p, uintptr_t to) { return (uintptr_t)p % to == 0; }
 
@@ -196,7 +191,8 @@ inline int encode_weighted(const qf_array *in, int n_in, qf_array *out, int n_ou
     int rc = device_encode_args(in, n_in, out, n_out, 32, TYPE_SIZE, &a);
     if (rc != QF_OK || !a.blocks) return rc;
     void *room;
-    if (cudaMallocAsync(&room, (size_t)a.rows * sizeof(float), (cudaStream_t)stream) != cudaSuccess) return QF_ENOMEM;
+    rc = status(cudaMallocAsync(&room, (size_t)a.rows * sizeof(float), (cudaStream_t)stream));
+    if (rc != QF_OK) return rc;
     float *const sigma2 = (float *)room;
     rc = QF_LAUNCH(row_means_kernel, (unsigned)((a.rows + WARP - 1) / WARP), WARP, stream, a.w, a.rows, a.in, sigma2);
     if (rc == QF_OK)

@@ -7,7 +7,7 @@
 // Planes are [tiles, chunks or groups, ...]; see docs/gpu.md.
 #pragma once
 #ifdef __CUDACC__
-#include <cuda_runtime.h>
+#include "status.cuh"
 #endif
 
 #include "../quantforge.h"
@@ -122,14 +122,13 @@ __global__ void __launch_bounds__(256) dequantize_kernel(Planes planes, void *ou
 }
 
 static inline int launch(const void *kernel, dim3 grid, dim3 block, void **args, size_t shared, void *stream) {
-    return cudaLaunchKernel(kernel, grid, block, args, shared, (cudaStream_t)stream) == cudaSuccess ? QF_OK : QF_EDEVICE;
+    return status(cudaLaunchKernel(kernel, grid, block, args, shared, (cudaStream_t)stream));
 }
 
-static inline int multiprocessors() {
-    int device = 0, n = 0;
-    if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
-        return 0;
-    return n;
+static inline int multiprocessors(int *n) {
+    int device = 0;
+    const int rc = status(cudaGetDevice(&device));
+    return rc != QF_OK ? rc : status(cudaDeviceGetAttribute(n, cudaDevAttrMultiProcessorCount, device));
 }
 
 template <class F, class T, int G>
@@ -147,7 +146,10 @@ static int run_dequantize(Planes planes, void *out, int dtype, int64_t steps, vo
 
 #else  // the same on the host, a block and a warp after another
 
-static inline int multiprocessors() { return 4; }
+static inline int multiprocessors(int *n) {
+    *n = 4;
+    return QF_OK;
+}
 
 template <class F, class T, int G>
 static int run_linear(const Planes &planes, const uint16_t *x, int m, void *out, int dtype, int blocks, int warps, void *) {
@@ -202,7 +204,7 @@ static int open_planes(const qf_array *in, int n_in, int64_t n_out, int64_t k, P
     planes->chunks = (int32_t)((k + F::CHUNK - 1) / F::CHUNK);
     for (int i = 0; i < n_in; i++) {
         planes->p[i] = (const uint8_t *)in[i].data;
-        if ((uintptr_t)in[i].data % F::PLANES[i].vector()) return QF_ESHAPE;
+        if ((uintptr_t)in[i].data % (F::PLANES[i].whole ? 16 : F::PLANES[i].vector())) return QF_ESHAPE;
     }
     if (!F::fits(in, planes)) return QF_ESHAPE;
     for (int i = 0; i < n_in; i++)
@@ -226,10 +228,9 @@ int linear(const qf_array *in, int n_in, qf_array *out, int n_out, void *stream)
     if ((in[0].dtype != QF_F16 && in[0].dtype != QF_BF16) || !is_float(out->dtype)) return QF_EDTYPE;
     if (!m || !n || !k) return QF_OK;
     Planes planes;
-    const int rc = open_planes<F>(in + 1, n_in - 1, n, k, &planes);
+    int sms = 0, rc = open_planes<F>(in + 1, n_in - 1, n, k, &planes);
+    if (rc == QF_OK) rc = multiprocessors(&sms);
     if (rc != QF_OK) return rc;
-    const int sms = multiprocessors();
-    if (!sms) return QF_EDEVICE;
     const uint16_t *x = (const uint16_t *)in[0].data;
     const auto go = [&](auto type, auto family, auto groups) {
         using K = decltype(family);

@@ -9,10 +9,13 @@ import torch
 
 from .. import codecs, native
 from ..codecs.integers import ActOrderCodec
+from ..errors import UnsupportedError
 from . import ops, products, stored
 from . import planes as layouts
 
 _log = logging.getLogger(__name__)
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 COLUMNS = 16
 """Activations that the matrix-vector kernels take at once."""
@@ -28,6 +31,13 @@ def _run(kind: str, op: str, inputs: list[torch.Tensor], out: torch.Tensor) -> N
         native.cuda_call(kind, op, inputs, [out], torch.cuda.current_stream().cuda_stream)
 
 
+def _together(first: torch.Tensor, others: list[torch.Tensor]) -> None:
+    """An address that a kernel cannot read would end the process' use of the GPU."""
+    for t in others:
+        if t.device != first.device:
+            raise UnsupportedError(f"weights and activations are on {t.device} and {first.device}; move them to one device")
+
+
 @cache
 def _plain(codec: str) -> str:
     """Of a codec whose last plane says in which order columns are stored (act-order), the one without; else empty."""
@@ -38,6 +48,7 @@ def _plain(codec: str) -> str:
 @ops.dequantize.register_kernel("cuda")
 def dequantize(planes: list[torch.Tensor], codec: str, out_features: int, in_features: int, dtype: torch.dtype) -> torch.Tensor:
     """The numbers of a matrix in planes: [out_features, in_features] of `dtype`."""
+    _together(planes[0], planes)
     kind, device, shape = layouts.kind(codec), planes[0].device, (out_features, in_features)
     if not native.cuda_has(kind, "dequantize"):
         w = stored.decode(codec, planes, shape) if layouts.family(codec) is None else None
@@ -46,10 +57,12 @@ def dequantize(planes: list[torch.Tensor], codec: str, out_features: int, in_fea
         _warn_once(native.cuda_missing() or f"no kernel for {codec}")
         weights = layouts.unpack(layouts.restore(planes, codec, shape).to("cpu"))
         return torch.from_numpy(weights.decode(threads=torch.get_num_threads())).to(device, dtype)
-    out = torch.empty(shape, dtype=dtype, device=device)
+    out = torch.empty(shape, dtype=dtype if dtype in _FLOATS else torch.float32, device=device)
     ordered = bool(_plain(codec))
     _run(kind, "dequantize", planes[:-1] if ordered else planes, out)
-    return torch.empty_like(out).index_copy_(1, planes[-1].long(), out) if ordered else out
+    if ordered:
+        out = torch.empty_like(out).index_copy_(1, planes[-1].long(), out)
+    return out.to(dtype)
 
 
 @ops.linear.register_kernel("cuda")
@@ -57,6 +70,8 @@ def linear(
     x: torch.Tensor, planes: list[torch.Tensor], codec: str, out_features: int, in_features: int, activations: str = "float"
 ) -> torch.Tensor:
     """x wᵀ for a matrix in planes. `activations` changes nothing here: 8-bit ones would not be faster."""
+    ops.check(x, out_features, in_features)
+    _together(x, planes)
     kind = layouts.kind(codec)
     rows = x.reshape(-1, in_features)
     if plain := _plain(codec):
@@ -65,12 +80,16 @@ def linear(
     if not rows.shape[0]:
         y = x.new_empty((0, out_features))
     elif way == "matvec":
-        y = torch.cat([_few(part, planes, kind, out_features) for part in torch.split(rows, COLUMNS)])
+        y = _joined([_few(part, planes, kind, out_features) for part in torch.split(rows, COLUMNS)])
     elif way == "fused":
         y = products.fused(rows, planes, kind, out_features)
     else:
         y = products.slabs(rows, planes, codec, out_features)
     return y.to(x.dtype).reshape(*x.shape[:-1], out_features)
+
+
+def _joined(rows: list[torch.Tensor]) -> torch.Tensor:
+    return rows[0] if len(rows) == 1 else torch.cat(rows)  # of one it would be a copy: a kernel more
 
 
 def _few(x: torch.Tensor, planes: list[torch.Tensor], kind: str, out_features: int) -> torch.Tensor:
@@ -83,14 +102,14 @@ def _few(x: torch.Tensor, planes: list[torch.Tensor], kind: str, out_features: i
         high = part.bfloat16()
         both = _launch(torch.cat([high, (part - high.float()).bfloat16()]), planes, kind, out_features, torch.float32)
         found.append(both[: len(part)] + both[len(part) :])
-    return torch.cat(found)
+    return _joined(found)
 
 
 def _launch(x: torch.Tensor, planes: list[torch.Tensor], kind: str, out_features: int, dtype: torch.dtype) -> torch.Tensor:
     if not x.shape[1]:
         return torch.zeros((x.shape[0], out_features), dtype=dtype, device=x.device)
-    x = torch.nn.functional.pad(x, (0, -x.shape[1] % 8)).contiguous()
-    if x.data_ptr() % 16:
+    x = torch.nn.functional.pad(x, (0, -x.shape[1] % 8)) if x.shape[1] % 8 else x.contiguous()
+    if x.data_ptr() % 16:  # kernels load vectors
         x = x.clone()
     out = torch.empty((x.shape[0], out_features), dtype=dtype, device=x.device)
     _run(kind, "linear", [x, *planes], out)

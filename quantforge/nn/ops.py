@@ -14,7 +14,7 @@ import torch
 
 from .. import codecs
 from ..arrays import F32, Parts
-from ..errors import ShapeError
+from ..errors import ShapeError, UnsupportedError
 
 
 def parts_of(planes: list[torch.Tensor], codec: codecs.Codec, shape: tuple[int, ...]) -> Parts:
@@ -27,6 +27,14 @@ def parts_of(planes: list[torch.Tensor], codec: codecs.Codec, shape: tuple[int, 
     return found
 
 
+def check(x: torch.Tensor, out_features: int, in_features: int) -> None:
+    """Raises ShapeError or UnsupportedError for activations that have no product with weights [out, in]."""
+    if x.shape[-1:] != (in_features,):
+        raise ShapeError(f"activations of {list(x.shape)} do not fit weights {[out_features, in_features]}")
+    if not x.is_floating_point():
+        raise UnsupportedError(f"activations of {x.dtype} times quantized weights: give them as floats (x.float())")
+
+
 @torch.library.custom_op("quantforge::linear", mutates_args=(), device_types="cpu")
 def linear(
     x: torch.Tensor, planes: list[torch.Tensor], codec: str, out_features: int, in_features: int, activations: str = "float"
@@ -37,8 +45,7 @@ def linear(
     kernel for that. See `Codec.matmul`.
     """
     kind, shape = codecs.get(codec), (out_features, in_features)
-    if x.shape[-1:] != (in_features,):
-        raise ShapeError(f"activations of {list(x.shape)} do not fit weights {list(shape)}")
+    check(x, *shape)
     rows: F32 = x.detach().reshape(-1, in_features).float().contiguous().numpy()
     y = kind.matmul(rows, parts_of(planes, kind, shape), shape, threads=torch.get_num_threads(), activations=activations)
     return torch.from_numpy(y).to(x.dtype).reshape(*x.shape[:-1], out_features)
@@ -48,6 +55,7 @@ def linear(
 def _(
     x: torch.Tensor, planes: list[torch.Tensor], codec: str, out_features: int, in_features: int, activations: str = "float"
 ) -> torch.Tensor:
+    check(x, out_features, in_features)
     return x.new_empty(*x.shape[:-1], out_features)
 
 

@@ -41,3 +41,13 @@ def test_the_cuda_library_loads_without_a_driver():
     with pytest.raises(native.KernelError) as caught:
         native.cuda_call("q4_0", "dequantize", list(packed.tensors.values()), [torch.empty(16, 128)], 0)
     assert caught.value.code == native.EDEVICE
+    assert caught.value.cuda in (35, 100), caught.value  # no driver, or none that finds a device
+
+
+def test_errors_of_a_device_say_what_cuda_said():
+    assert str(native.KernelError("q4_0 linear (CUDA)", native.EDEVICE | 209 << 8)).endswith(
+        "the device reported an error: CUDA error 209 (the kernels were not built for this GPU; build again with "
+        "QUANTFORGE_CUDA_ARCH set to its compute capability)"
+    )
+    assert str(native.KernelError("q4_0 linear (CUDA)", native.EDEVICE | 719 << 8)).endswith("an error: CUDA error 719")
+    assert native.KernelError("Q4_0 encode", native.ENONFINITE).code == native.ENONFINITE

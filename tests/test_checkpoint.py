@@ -18,6 +18,7 @@ from quantforge.archs.base import llama3_rope_factors
 from quantforge.demo import MODEL
 from quantforge.formats import Header
 from quantforge.runtime import Model
+from quantforge.tokenizer import pretokenizers
 from tests import checkpoints
 from tests.checkpoints import LLAMA3, NASTY, QWEN2, isolated
 from tests.clients.test_llama_cpp import MODELS
@@ -294,9 +295,9 @@ def test_tokenizer_that_is_shipped(tmp_path: Path) -> None:
     same_ids(directory, tmp_path, [NASTY, checkpoints.TEXT.read_text()[:50_000]])
 
 
-@pytest.mark.parametrize("name", tokenizer._ALIASES)
+@pytest.mark.parametrize("name", pretokenizers.ALIASES)
 def test_pre_tokenizers_under_other_names_split_as_llama_cpp(name: str, tmp_path: Path) -> None:
-    splits = next(k for k in tokenizer._KINDS if k.name == tokenizer._ALIASES[name]).splits
+    splits = next(k for k in pretokenizers.KINDS if k.name == pretokenizers.ALIASES[name]).splits
     directory = checkpoints.byte_level(tmp_path, 600, isolated(*splits))
     metadata = tokenizer.metadata(directory, {}, pre_tokenizer=name)
     ours = tokenizers.Tokenizer.from_str(tokenizer.to_json(metadata, directory))

@@ -29,7 +29,8 @@ LAYERS = [
 ]
 FREE = {"errors"}
 STACKED = {
-    "nn": ["tiles", "integers", "lookups", "planes", "ops", "products", "stored", "cuda", "linear"]
+    "nn": ["tiles", "integers", "lookups", "planes", "ops", "products", "stored", "cuda", "linear"],
+    "tokenizer": ["files", "pretokenizers", "special", "sentencepiece", "to_gguf", "from_gguf", "engine"],
 }  # packages whose modules have an order of their own, the lowest first
 HEAVY = {"torch", "transformers"}
 MAY_BE_HEAVY = {"methods", "runtime", "calibration", "blockwise", "nn"}

@@ -14,6 +14,7 @@ import tokenizers
 
 from quantforge import tokenizer
 from quantforge.errors import FormatError, QuantForgeError, UnsupportedError
+from quantforge.tokenizer import pretokenizers
 from tests import checkpoints
 from tests.checkpoints import BYTE_LEVEL, LLAMA3, NASTY, QWEN2, isolated
 from tests.llama_cpp import Llama
@@ -29,7 +30,7 @@ def disagreements(llama: Llama, encode, texts: list[str]) -> list[str]:
     return [t for t in texts if llama.tokenize(t) != encode(t)]
 
 
-@pytest.mark.parametrize("kind", tokenizer._KINDS, ids=lambda k: k.name)
+@pytest.mark.parametrize("kind", pretokenizers.KINDS, ids=lambda k: k.name)
 def test_ids_of_every_known_kind_equal(kind, tmp_path):
     directory = checkpoints.byte_level(tmp_path, 600, isolated(*kind.splits), model={"ignore_merges": kind.ignore_merges})
     own = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
@@ -120,7 +121,7 @@ def sequence(*steps):
 GPT2 = BYTE_LEVEL | {"use_regex": True}
 DIGITS = {"type": "Digits", "individual_digits": True}
 SPELLINGS = {
-    "gpt-2": (GPT2, sequence(GPT2), sequence(split(tokenizer._GPT2), BYTE_LEVEL)),
+    "gpt-2": (GPT2, sequence(GPT2), sequence(split(pretokenizers.GPT2), BYTE_LEVEL)),
     "smollm": (sequence(DIGITS, GPT2), sequence(split(r"\p{N}"), GPT2)),
     "falcon": (
         sequence(
@@ -215,7 +216,7 @@ def test_unknown_pre_tokenizer_name(tmp_path):
 
 def test_every_other_name_loads_in_llama_cpp(tmp_path):
     directory = checkpoints.byte_level(tmp_path, 300)
-    for name in sorted(tokenizer._OTHER_NAMES):
+    for name in sorted(pretokenizers.OTHER_NAMES):
         with Llama(checkpoints.vocab_gguf(directory, pre_tokenizer=name), vocab_only=True) as llama:
             assert not llama.adds_bos, name  # the post-processor adds none, whatever the name's default
 

@@ -149,18 +149,20 @@ class QuantEmbedding(Packed):
         super().__init__(encoded)
         self.num_embeddings, self.embedding_dim = self.shape
         self.dtype: torch.dtype = dtype
+        # looked up once: torch.compile does not trace through the registry
+        self._shared = {f"weight_{k}" for k in encoded.codec.shared}
+        self._tile = TILE if layouts.family(self.codec_name) else 1
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """ids: integers of any shape -> [..., hidden]."""
-        tile = TILE if self.planes[0].is_cuda and layouts.family(self.codec_name) else 1
+        tile = self._tile if self.planes[0].is_cuda else 1
         rows = ids.reshape(-1)
         at_once = ROWS_AT_ONCE if tile > 1 else max(1, len(rows))
         found = [self._rows(some, tile) for some in torch.split(rows, at_once)]
         return torch.cat(found).reshape(*ids.shape, self.embedding_dim)
 
     def _rows(self, rows: torch.Tensor, tile: int) -> torch.Tensor:
-        shared = {f"weight_{k}" for k in self.codec.shared}
-        whole = [k in shared or (tile > 1 and p.ndim == 1) for k, p in zip(self._parts, self.planes, strict=True)]
+        whole = [k in self._shared or (tile > 1 and p.ndim == 1) for k, p in zip(self._parts, self.planes, strict=True)]
         planes = [p if all_ else p[rows // tile] for p, all_ in zip(self.planes, whole, strict=True)]
         n = rows.shape[0]
         found: torch.Tensor = torch.ops.quantforge.dequantize(planes, self.codec_name, n * tile, self.embedding_dim, self.dtype)

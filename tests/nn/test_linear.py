@@ -158,6 +158,12 @@ def test_compiles_whole(name: str) -> None:
     torch.library.opcheck(torch.ops.quantforge.dequantize, (layer.planes, layer.codec_name, *layer.shape, torch.bfloat16))
 
 
+def test_an_embedding_compiles_whole() -> None:
+    layer = QuantEmbedding(encoded("Q4_K", 10, 256), dtype=torch.bfloat16)
+    ids = torch.tensor([[3, 0, 9]])
+    assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(ids), layer(ids))
+
+
 @pytest.mark.parametrize("name", ["Q6_K", "IQ4_XS", "F16", "int8-channel-sym", "fp8-tensor", "nf4"])
 def test_embedding_decodes_rows(name: str) -> None:
     e = encoded(name, 50, 256)

@@ -109,20 +109,20 @@ KINDS = (
 ALIASES = {
     alias: kind
     for kind, aliases in {
-        "llama-bpe": ("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
-        "smaug-bpe": ("dbrx", "glm4", "chatglm-bpe"),
-        "smollm": ("starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"),
-        "gpt-2": ("phi-2", "gigachat", "a.x-4.0", "mellum", "mpt", "olmo", "jais", "trillion", "granite-docling", "exaone4"),
-        "qwen2": ("deepseek-r1-qwen", "kormo", "stablelm2", "hunyuan", "solar-open", "megrez", "grok-2", "bailingmoe")
-        + ("llada-moe",),
-        "gpt-4o": ("llama4", "kanana2", "minimax-m2"),
-        "deepseek-v3": ("hunyuan-dense", "joyai-llm"),
-        "bloom": ("poro-chat", "gpt3-finnish"),
+        "llama-bpe": "llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2",
+        "smaug-bpe": "dbrx glm4 chatglm-bpe",
+        "smollm": "starcoder refact command-r codeshell exaone minerva-7b",
+        "gpt-2": "phi-2 gigachat a.x-4.0 mellum mpt olmo jais trillion granite-docling exaone4",
+        "qwen2": "deepseek-r1-qwen kormo stablelm2 hunyuan solar-open megrez grok-2 bailingmoe llada-moe",
+        "gpt-4o": "llama4 kanana2 minimax-m2",
+        "deepseek-v3": "hunyuan-dense joyai-llm",
+        "bloom": "poro-chat gpt3-finnish",
     }.items()
-    for alias in aliases
+    for alias in aliases.split()
 }
 """llama.cpp's names for pre-tokenizers that split like one of the kinds -> that kind's name."""
-OTHER_NAMES = frozenset(ALIASES) | {
+OTHER_NAMES = {
+    *ALIASES,
     *("default", "jina-es", "jina-de", "jina-v2-es", "jina-v2-de", "jina-v2-code", "jina-v1-en", "modern-bert", "roberta-bpe"),
     *("chameleon", "bailingmoe2", "afmoe", "tiny_aya", "youtu", "kimi-k2"),
 }

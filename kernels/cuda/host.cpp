@@ -7,10 +7,7 @@
 #include "lookup.cuh"
 
 const qf_kernel kernels[] = {
-    QF_FAMILY("q4_0", Q4_0), QF_FAMILY("q4_1", Q4_1), QF_FAMILY("q8_0", Q8_0),
-    QF_FAMILY("q4_k", Q4_K), QF_FAMILY("q5_k", Q5_K), QF_FAMILY("q6_k", Q6_K),
-    INTEGERS(4), INTEGERS(8), INT8_ROW,
-    LOOKUP_FAMILIES,
+    LEGACY_FAMILIES, KQUANT_FAMILIES, INTEGERS(4), INTEGERS(8), INT8_ROW, LOOKUP_FAMILIES,
 };
 const qf_table table = {QF_ABI, (int32_t)(sizeof kernels / sizeof *kernels), "host", kernels};
 

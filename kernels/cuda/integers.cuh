@@ -9,11 +9,11 @@ constexpr int scale_bytes(Scale scale) { return scale == Scale::f16 || scale == 
 
 template <int BITS, int PER, int SCALE_BYTES, bool ZERO>
 struct IntegerPlanes : Chunked {
-    static constexpr Plane PLANES[] = {{4 * BITS, false}, {PER * SCALE_BYTES, true}};
+    static constexpr Plane PLANES[] = {{4 * BITS, OWN}, {PER * SCALE_BYTES, ROW}};
 };
 template <int BITS, int PER, int SCALE_BYTES>
 struct IntegerPlanes<BITS, PER, SCALE_BYTES, true> : Chunked {
-    static constexpr Plane PLANES[] = {{4 * BITS, false}, {PER * SCALE_BYTES, true}, {PER, true}};
+    static constexpr Plane PLANES[] = {{4 * BITS, OWN}, {PER * SCALE_BYTES, ROW}, {PER, ROW}};
 };
 
 // PER: groups in a chunk of 128 columns; 1: of as many chunks as the planes' sizes say.

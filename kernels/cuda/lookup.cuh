@@ -118,15 +118,15 @@ struct Lookup : S {
     }
 };
 
-constexpr Plane WHOLE = {4, true, true};
+constexpr Plane WHOLE = {4, ROW, true};
 
-struct Iq4_nl : Lookup<HalfPer32, 1, false> { static constexpr Plane PLANES[] = {{16, false}, {8, true}, WHOLE}; };
-struct Iq4_xs : Lookup<Iq4Xs, 1, false> { static constexpr Plane PLANES[] = {{32, false}, {8, true}, WHOLE}; };
-struct Iq3_xxs : Lookup<Nibbles<4>, 2, true> { static constexpr Plane PLANES[] = {{16, false}, {8, false}, {4, true}, {2, true}, WHOLE}; };
-struct Iq2_xxs : Lookup<Nibbles<2>, 4, true> { static constexpr Plane PLANES[] = {{8, false}, {8, false}, {4, true}, {2, true}, WHOLE}; };
-struct Mxfp4 : Lookup<E8m0, 1, false> { static constexpr Plane PLANES[] = {{16, false}, {4, true}, WHOLE}; };
-struct Nf4 : Lookup<FloatPer64, 1, false> { static constexpr Plane PLANES[] = {{16, false}, {8, true}, WHOLE}; };
-struct Nf4Dq : Lookup<Nested, 1, false> { static constexpr Plane PLANES[] = {{16, false}, {2, true}, WHOLE, WHOLE, WHOLE}; };
+struct Iq4_nl : Lookup<HalfPer32, 1, false> { static constexpr Plane PLANES[] = {{16, OWN}, {8, ROW}, WHOLE}; };
+struct Iq4_xs : Lookup<Iq4Xs, 1, false> { static constexpr Plane PLANES[] = {{32, OWN}, {8, ROW}, WHOLE}; };
+struct Iq3_xxs : Lookup<Nibbles<4>, 2, true> { static constexpr Plane PLANES[] = {{16, OWN}, {8, OWN}, {4, ROW}, {2, ROW}, WHOLE}; };
+struct Iq2_xxs : Lookup<Nibbles<2>, 4, true> { static constexpr Plane PLANES[] = {{8, OWN}, {8, OWN}, {4, ROW}, {2, ROW}, WHOLE}; };
+struct Mxfp4 : Lookup<E8m0, 1, false> { static constexpr Plane PLANES[] = {{16, OWN}, {4, ROW}, WHOLE}; };
+struct Nf4 : Lookup<FloatPer64, 1, false> { static constexpr Plane PLANES[] = {{16, OWN}, {8, ROW}, WHOLE}; };
+struct Nf4Dq : Lookup<Nested, 1, false> { static constexpr Plane PLANES[] = {{16, OWN}, {2, ROW}, WHOLE, WHOLE, WHOLE}; };
 
 #define LOOKUP_FAMILIES                                                                                          \
     QF_FAMILY("iq4_nl", Iq4_nl), QF_FAMILY("iq4_xs", Iq4_xs), QF_FAMILY("iq3_xxs", Iq3_xxs),                     \

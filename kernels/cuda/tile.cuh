@@ -25,15 +25,21 @@
 
 constexpr int TILE = 16, COLUMNS = 8, GROUPS = 2;  // rows; activations of an instruction; and of them at most
 
-// Bytes of a row of a chunk: for each of its four lanes, or (parameters) for them together. A plane of the whole
-// matrix is no lane's: a family reads it by itself.
+// Who gets the bytes of a plane: each of a row's four lanes its own, two neighbours the same, all four the same; or all
+// rows of the tile. Its value: parts of a row.
+enum Share { ONE = 0, ROW = 1, PAIR = 2, OWN = 4 };
+
+// Bytes of a chunk for whoever shares them. A plane of the whole matrix is no lane's: a family reads it by itself.
 struct Plane {
     int bytes;
-    bool shared, whole = false;
+    Share share;
+    bool whole = false;
     QF_MEMBER constexpr int words() const { return whole ? 0 : (bytes + 3) / 4; }
-    QF_MEMBER constexpr int vector() const { return bytes < 16 ? bytes : 16; }        // bytes of a load
-    QF_MEMBER constexpr int row() const { return shared ? bytes : 4 * vector(); }     // from a row to the next
-    QF_MEMBER constexpr int step() const { return TILE * bytes * (shared ? 1 : 4); }  // from a chunk to the next
+    QF_MEMBER constexpr int vector() const { return bytes & 15 ? bytes & -bytes : 16; }  // bytes of a load
+    // from a row to the next, and from a lane's vector to its next one: a row's parameters lie together, of codes all first vectors
+    QF_MEMBER constexpr int row() const { return share > ROW ? share * vector() : share * bytes; }
+    QF_MEMBER constexpr int next() const { return share > ROW ? TILE * row() : vector(); }
+    QF_MEMBER constexpr int step() const { return share ? TILE * bytes * share : bytes; }  // from a chunk to the next
 };
 
 // A matrix in planes, as kernels get it.
@@ -62,7 +68,7 @@ QF_HD void lane_start(const Planes &planes, int64_t tile, int g, int t, const ui
     if constexpr (I < planes_of<F>()) {
         constexpr Plane plane = F::PLANES[I];
         if constexpr (!plane.whole)
-            at[I] = planes.p[I] + tile * F::steps(planes, I) * plane.step() + g * plane.row() + (plane.shared ? 0 : t * plane.vector());
+            at[I] = planes.p[I] + tile * F::steps(planes, I) * plane.step() + g * plane.row() + t * plane.share / 4 * plane.vector();
         lane_start<F, I + 1>(planes, tile, g, t, at);
     }
 }
@@ -80,7 +86,7 @@ QF_HD void lane_load(const Planes &planes, const uint8_t *const *at, int64_t row
         const uint8_t *p = at[I] + (int64_t)F::step(planes, I, chunk) * plane.step();
         QF_UNROLL for (int h = 0; h < 2; h++)
             QF_UNROLL for (int v = 0; v < plane.bytes / vector; v++)
-                load_once<vector>(p + v * TILE * plane.row() + 8 * h * plane.row(), w[h] + first + v * (vector / 4));
+                load_once<vector>(p + v * plane.next() + 8 * h * plane.row(), w[h] + first + v * (vector / 4));
         lane_load<F, I + 1>(planes, at, row, chunk, w);
     }
 }

@@ -115,7 +115,11 @@ def _integers(f: integers.Integers) -> Family:
 FAMILIES: dict[str, Family] = {
     "Q4_0": _affine("q4_0", 128, (4,), slice(0, 2)),
     "Q4_1": _affine("q4_1", 128, (4,), slice(0, 4)),
+    "Q5_0": _affine("q5_0", 128, (4, 1), slice(0, 2)),
+    "Q5_1": _affine("q5_1", 128, (4, 1), slice(0, 4)),
     "Q8_0": _affine("q8_0", 128, (8,), slice(0, 2)),
+    "Q2_K": _affine("q2_k", 256, (2,), slice(0, 16), slice(80, 84), sub=16),
+    "Q3_K": _affine("q3_k", 256, (2, 1), slice(96, 108), slice(108, 110), sub=16),
     "Q4_K": _affine("q4_k", 256, (4,), slice(0, 16)),
     "Q5_K": _affine("q5_k", 256, (4, 1), slice(0, 16)),
     "Q6_K": _affine("q6_k", 256, (4, 2), slice(192, 208), slice(208, 210), sub=16),

@@ -48,6 +48,8 @@ QF_HD float float_of_half(uint32_t h) {
 #endif
 }
 
+constexpr uint16_t NAN16 = 0x7fff;  // what the GPU makes of any NaN, in either format
+
 QF_HD uint16_t half_of(float x) {
 #ifdef __CUDA_ARCH__
     uint16_t h;
@@ -55,7 +57,7 @@ QF_HD uint16_t half_of(float x) {
     return h;
 #else
     const uint32_t u = bits_of(x), sign = u >> 16 & 0x8000u, a = u & 0x7fffffffu;
-    if (a > 0x7f800000u) return 0x7fff;  // the GPU's NaN
+    if (x != x) return NAN16;
     if (a >= 0x477ff000u) return (uint16_t)(sign | 0x7c00u);
     if (a < 0x38800000u) return (uint16_t)(sign | (bits_of(float_of(a) + 0.5f) - 0x3f000000u));
     return (uint16_t)(sign | ((a + 0xfffu + (a >> 13 & 1u) - 0x38000000u) >> 13));
@@ -71,7 +73,7 @@ QF_HD uint16_t bf16_of(float x) {
     return h;
 #else
     const uint32_t u = bits_of(x);
-    if ((u & 0x7fffffffu) > 0x7f800000u) return 0x7fff;
+    if (x != x) return NAN16;
     return (uint16_t)((u + 0x7fffu + (u >> 16 & 1u)) >> 16);
 #endif
 }
@@ -116,6 +118,15 @@ struct Bf16 {
         return (uint32_t)of(low(a) - low(b)) | (uint32_t)of(high(a) - high(b)) << 16;
 #endif
     }
+    QF_HD uint32_t times(uint32_t a, uint32_t b) {
+#ifdef __CUDA_ARCH__
+        uint32_t d;
+        asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(0x80008000u));
+        return d;
+#else
+        return (uint32_t)of(low(a) * low(b)) | (uint32_t)of(high(a) * high(b)) << 16;
+#endif
+    }
 };
 
 struct F16 {
@@ -125,6 +136,15 @@ struct F16 {
     QF_HD float high(uint32_t w) { return float_of_half(w >> 16); }
     QF_HD uint16_t of(float x) { return half_of(x); }
     QF_HD uint32_t pair(float x) { return half_of(x) * 0x10001u; }
+    QF_HD uint32_t times(uint32_t a, uint32_t b) {
+#ifdef __CUDA_ARCH__
+        uint32_t d;
+        asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+        return d;
+#else
+        return (uint32_t)of(low(a) * low(b)) | (uint32_t)of(high(a) * high(b)) << 16;
+#endif
+    }
 };
 
 // Weights are read once: they pass by the L1, which stays free for activations. p is a multiple of N bytes.

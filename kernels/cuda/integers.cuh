@@ -8,11 +8,11 @@ enum class Scale { f16, bf16, f32, row };  // row: LLM.int8()'s absmax, f32, of 
 constexpr int scale_bytes(Scale scale) { return scale == Scale::f16 || scale == Scale::bf16 ? 2 : 4; }
 
 template <int BITS, int PER, int SCALE_BYTES, bool ZERO>
-struct IntegerPlanes : Chunked {
+struct IntegerPlanes : Grouped {
     static constexpr Plane PLANES[] = {{4 * BITS, OWN}, {PER * SCALE_BYTES, ROW}};
 };
 template <int BITS, int PER, int SCALE_BYTES>
-struct IntegerPlanes<BITS, PER, SCALE_BYTES, true> : Chunked {
+struct IntegerPlanes<BITS, PER, SCALE_BYTES, true> : Grouped {
     static constexpr Plane PLANES[] = {{4 * BITS, OWN}, {PER * SCALE_BYTES, ROW}, {PER, ROW}};
 };
 
@@ -26,17 +26,7 @@ struct Integers : IntegerPlanes<BITS, PER, scale_bytes(SCALE), ZERO> {
 
     static bool fits(const qf_array *in, Planes *planes) {
         const int dtypes[] = {QF_F16, QF_BF16, QF_F32, QF_F32};
-        const int64_t groups = in[1].ndim == 3 ? in[1].shape[1] : 0;
-        if (in[1].dtype != dtypes[(int)SCALE] || groups < 1 || groups > planes->chunks) return false;
-        planes->groups = (int32_t)groups;
-        // groups are of equally many chunks; chunk / that, as a product: exact as long as chunk · that < 2^32
-        const int64_t each = (planes->chunks + groups - 1) / groups;
-        planes->per_group = each == 1 ? 0 : (uint32_t)(((int64_t)1 << 32) / each + 1);
-        return (planes->chunks - 1) / each + 1 == groups && planes->chunks * each < ((int64_t)1 << 32);
-    }
-    QF_HD int64_t steps(const Planes &planes, int i) { return i ? planes.groups : planes.chunks; }
-    QF_HD int step(const Planes &planes, int i, int chunk) {
-        return i && planes.per_group ? (int)((uint64_t)chunk * planes.per_group >> 32) : chunk;
+        return in[1].dtype == dtypes[(int)SCALE] && Grouped::fits(in, planes);
     }
 
     template <class T> QF_HD constexpr float offset() { return BITS == 4 ? T::RAISE + 8 : bytes_offset<T>(); }

@@ -101,6 +101,23 @@ struct Chunked {
     QF_HD void gather(const Planes &, int64_t, int, uint32_t *) {}            // words of planes of the whole matrix
 };
 
+// Of planes with parameters of groups of columns, as many chunks each; how many groups, the second plane's shape says.
+struct Grouped : Chunked {
+    static bool fits(const qf_array *in, Planes *planes) {
+        const int64_t groups = in[1].ndim == 3 ? in[1].shape[1] : 0;
+        if (groups < 1 || groups > planes->chunks) return false;
+        planes->groups = (int32_t)groups;
+        // chunk / that many, as a product: exact as long as chunk · that < 2^32
+        const int64_t each = (planes->chunks + groups - 1) / groups;
+        planes->per_group = each == 1 ? 0 : (uint32_t)(((int64_t)1 << 32) / each + 1);
+        return (planes->chunks - 1) / each + 1 == groups && planes->chunks * each < ((int64_t)1 << 32);
+    }
+    QF_HD int64_t steps(const Planes &planes, int i) { return i ? planes.groups : planes.chunks; }
+    QF_HD int step(const Planes &planes, int i, int chunk) {
+        return i && planes.per_group ? (int)((uint64_t)chunk * planes.per_group >> 32) : chunk;
+    }
+};
+
 // Words of an entry of F's table; 0: it has none.
 template <class F, class = void> struct Entry { static constexpr int WORDS = 0; };
 template <class F> struct Entry<F, decltype((void)F::ENTRY)> { static constexpr int WORDS = F::ENTRY; };

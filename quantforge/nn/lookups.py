@@ -3,7 +3,7 @@ index byte, or a codebook of 4 or 8 neighbours with signs apart. An index byte s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 
@@ -43,6 +43,31 @@ class Lookup:
     whole: Callable[[Encoded], list[torch.Tensor]] = field(default=lambda e: [])
     """Planes of the whole matrix."""
 
+    def pack(self, e: Encoded) -> dict[str, torch.Tensor]:
+        """The planes of a matrix by name."""
+        indices, *rest = self.read(e)
+        found = {"codes": _lanes(indices, self.chunk, 4 // self.pairs)}
+        if self.signs:
+            bits = rest.pop(0).unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8) & 1
+            found["signs"] = pack_fields(spread(bits.flatten(1), self.chunk, SUB), 1)
+        for i, (params, block) in enumerate(zip(rest, self.blocks, strict=True)):
+            found[f"params{i or ''}"] = pack_rows(params, self.chunk // block)
+        found |= {f"whole{i or ''}": t for i, t in enumerate(self.whole(e))}
+        return found | {"table": table(np.ascontiguousarray(self.levels(e.codec), np.float32).tobytes(), self.pairs)}
+
+    def unpack(self, codec: Codec, shape: tuple[int, ...], planes: Sequence[torch.Tensor]) -> Encoded:
+        """Inverse of `pack`."""
+        out, n = shape
+        found = list(planes)
+        bytes_ = [_from_lanes(found.pop(0), 4 // self.pairs, out, n // (2 * self.pairs))]
+        if self.signs:
+            bits = gather(unpack_fields(found.pop(0), 1), SUB, out, n).reshape(out, -1, 8)
+            bytes_.append((bits << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8))
+        for block in self.blocks:
+            plane = found.pop(0)
+            bytes_.append(unpack_rows(plane, plane.shape[2] // TILE * block // self.chunk, out, n // block))
+        return self.write(codec, bytes_, found[:-1], shape)
+
 
 @cache
 def table(levels: bytes, pairs: int) -> torch.Tensor:
@@ -57,33 +82,6 @@ def table(levels: bytes, pairs: int) -> torch.Tensor:
     if pairs == 1:
         words.append(entries.contiguous().view(torch.int32))
     return torch.cat([w.reshape(-1) for w in words])
-
-
-def pack(f: Lookup, e: Encoded) -> dict[str, torch.Tensor]:
-    """The planes of a matrix by name."""
-    indices, *rest = f.read(e)
-    found = {"codes": _lanes(indices, f.chunk, 4 // f.pairs)}
-    if f.signs:
-        bits = rest.pop(0).unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8) & 1
-        found["signs"] = pack_fields(spread(bits.flatten(1), f.chunk, SUB), 1)
-    for i, (params, block) in enumerate(zip(rest, f.blocks, strict=True)):
-        found[f"params{i or ''}"] = pack_rows(params, f.chunk // block)
-    found |= {f"whole{i or ''}": t for i, t in enumerate(f.whole(e))}
-    return found | {"table": table(np.ascontiguousarray(f.levels(e.codec), np.float32).tobytes(), f.pairs)}
-
-
-def unpack(f: Lookup, codec: Codec, shape: tuple[int, ...], planes: Iterable[torch.Tensor]) -> Encoded:
-    """Inverse of `pack`."""
-    out, n = shape
-    found = [t.cpu() for t in planes]
-    bytes_ = [_from_lanes(found.pop(0), 4 // f.pairs, out, n // (2 * f.pairs))]
-    if f.signs:
-        bits = gather(unpack_fields(found.pop(0), 1), SUB, out, n).reshape(out, -1, 8)
-        bytes_.append((bits << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8))
-    for block in f.blocks:
-        plane = found.pop(0)
-        bytes_.append(unpack_rows(plane, plane.shape[2] // TILE * block // f.chunk, out, n // block))
-    return f.write(codec, bytes_, found[:-1], shape)
 
 
 def _lanes(indices: torch.Tensor, chunk: int, per: int) -> torch.Tensor:

@@ -7,9 +7,10 @@ plane's first two axes are tiles and chunks (or groups), so that a slice of tile
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
+from typing import Protocol
 
 import torch
 
@@ -17,7 +18,7 @@ from .. import codecs
 from ..arrays import to_numpy
 from ..codecs.base import AffineCodec, Codec, Encoded
 from ..errors import ShapeError
-from . import integers, lookups
+from . import fp8, integers, lookups
 from .base import tensor
 from .tiles import TILE as TILE
 from .tiles import gather, pack_fields, pack_rows, spread, unpack_fields, unpack_rows
@@ -46,70 +47,69 @@ class Planes:
 # ---- families
 
 
-@dataclass(frozen=True, slots=True)
-class Family:
+class Family(Protocol):
     """How codecs of one kernel family become planes and come back."""
+
+    @property
+    def kind(self) -> str:
+        """The kernels' name for it."""
+
+    @property
+    def chunk(self) -> int:
+        """Columns that a warp takes at a time."""
+
+    def pack(self, e: Encoded) -> dict[str, torch.Tensor]:
+        """The planes of a matrix by name, in the kernel's order."""
+
+    def unpack(self, codec: Codec, shape: tuple[int, ...], planes: Sequence[torch.Tensor]) -> Encoded:
+        """Inverse of `pack`; planes on the CPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class Affine:
+    """Codecs with a table of bits (`AffineGrid`): codes in planes of a few bits each, parameters as they are stored."""
 
     kind: str
     chunk: int
-    """Columns that a warp takes at a time."""
-    pack: Callable[[Family, Encoded], dict[str, torch.Tensor]]
-    unpack: Callable[[Family, Planes], Encoded]
+    widths: tuple[int, ...]
+    """Bits of a code in each plane of codes, the lowest first."""
+    params: tuple[slice, ...]
+    """Bytes of a stored block in each plane of parameters."""
     sub: int = 32
     """Columns that share a scale in the kernel."""
-    widths: tuple[int, ...] = ()
-    """Bits of a code in each plane of codes, the lowest first."""
-    params: tuple[slice, ...] = field(default=())
-    """Bytes of a stored block in each plane of parameters."""
+
+    def pack(self, e: Encoded) -> dict[str, torch.Tensor]:
+        """The planes of a matrix by name."""
+        codec = e.codec
+        assert isinstance(codec, AffineCodec)
+        data = tensor(e.parts["data"]).reshape(e.shape[0], -1, codec.type_size)
+        lanes = spread(codec.grid.q.read(data).reshape(e.shape), self.chunk, self.sub)
+        planes, place = {}, 0
+        for i, width in enumerate(self.widths):
+            planes[f"codes{i or ''}"] = pack_fields(lanes >> place, width)
+            place += width
+        for i, at in enumerate(self.params):
+            planes[f"params{i or ''}"] = pack_rows(data[..., at], self.chunk // codec.block_size)
+        return planes
+
+    def unpack(self, codec: Codec, shape: tuple[int, ...], planes: Sequence[torch.Tensor]) -> Encoded:
+        """Inverse of `pack`."""
+        assert isinstance(codec, AffineCodec)
+        out, n = shape
+        blocks = n // codec.block_size
+        data = torch.zeros((out, blocks, codec.type_size), dtype=torch.uint8)
+        lanes, place = torch.zeros((), dtype=torch.uint8), 0
+        for width, plane in zip(self.widths, planes, strict=False):
+            lanes = lanes | unpack_fields(plane, width) << place
+            place += width
+        for at, plane in zip(self.params, planes[len(self.widths) :], strict=True):
+            data[..., at] = unpack_rows(plane, at.stop - at.start, out, blocks)
+        codec.grid.q.write(gather(lanes, self.sub, out, n).reshape(out, blocks, -1), data)
+        return Encoded(codec, shape, {"data": to_numpy(data.reshape(out, -1))})
 
 
-def _pack_affine(f: Family, e: Encoded) -> dict[str, torch.Tensor]:
-    codec = e.codec
-    assert isinstance(codec, AffineCodec)
-    data = tensor(e.parts["data"]).reshape(e.shape[0], -1, codec.type_size)
-    lanes = spread(codec.grid.q.read(data).reshape(e.shape), f.chunk, f.sub)
-    planes, place = {}, 0
-    for i, width in enumerate(f.widths):
-        planes[f"codes{i or ''}"] = pack_fields(lanes >> place, width)
-        place += width
-    for i, at in enumerate(f.params):
-        planes[f"params{i or ''}"] = pack_rows(data[..., at], f.chunk // codec.block_size)
-    return planes
-
-
-def _unpack_affine(f: Family, p: Planes) -> Encoded:
-    codec, (out, n) = p.codec, p.shape
-    assert isinstance(codec, AffineCodec)
-    blocks = n // codec.block_size
-    data = torch.zeros((out, blocks, codec.type_size), dtype=torch.uint8)
-    found = list(p.tensors.values())
-    lanes, place = torch.zeros((), dtype=torch.uint8), 0
-    for width, plane in zip(f.widths, found, strict=False):
-        lanes = lanes | unpack_fields(plane.cpu(), width) << place
-        place += width
-    for at, plane in zip(f.params, found[len(f.widths) :], strict=True):
-        data[..., at] = unpack_rows(plane.cpu(), at.stop - at.start, out, blocks)
-    codec.grid.q.write(gather(lanes, f.sub, out, n).reshape(out, blocks, -1), data)
-    return Encoded(codec, p.shape, {"data": to_numpy(data.reshape(out, -1))})
-
-
-def _affine(kind: str, chunk: int, widths: tuple[int, ...], *params: slice, sub: int = 32) -> Family:
-    return Family(kind, chunk, _pack_affine, _unpack_affine, sub, widths, params)
-
-
-def _lookup(f: lookups.Lookup) -> Family:
-    return Family(
-        f.kind, f.chunk, lambda _, e: lookups.pack(f, e), lambda _, p: lookups.unpack(f, p.codec, p.shape, p.tensors.values())
-    )
-
-
-def _integers(f: integers.Integers) -> Family:
-    return Family(
-        f.kind,
-        integers.CHUNK,
-        lambda _, e: integers.pack(f, e),
-        lambda _, p: integers.unpack(f, p.codec, p.shape, list(p.tensors.values())),
-    )
+def _affine(kind: str, chunk: int, widths: tuple[int, ...], *params: slice, sub: int = 32) -> Affine:
+    return Affine(kind, chunk, widths, params, sub)
 
 
 FAMILIES: dict[str, Family] = {
@@ -123,9 +123,9 @@ FAMILIES: dict[str, Family] = {
     "Q4_K": _affine("q4_k", 256, (4,), slice(0, 16)),
     "Q5_K": _affine("q5_k", 256, (4, 1), slice(0, 16)),
     "Q6_K": _affine("q6_k", 256, (4, 2), slice(192, 208), slice(208, 210), sub=16),
-    **{name: _lookup(f) for name, f in lookups.FAMILIES.items()},
+    **lookups.FAMILIES,
 }
-"""By codec name; integers aside, whose names are many."""
+"""By codec name; integers and fp8 aside, whose names are many."""
 
 
 @cache
@@ -139,8 +139,7 @@ def kind(codec: str) -> str:
 def family(codec: str) -> Family | None:
     """The kernel family of a codec, or None: its planes are the stored parts."""
     found = codecs.get(codec)
-    whole = integers.family(found)
-    return _integers(whole) if whole else FAMILIES.get(found.name)
+    return integers.family(found) or fp8.family(found) or FAMILIES.get(found.name)
 
 
 def pack(e: Encoded) -> Planes:
@@ -150,7 +149,7 @@ def pack(e: Encoded) -> Planes:
     found = family(e.codec.name)
     if found is None:
         return Planes(e.codec.name, e.codec, e.shape, {k: tensor(e.parts[k]) for k in e.codec.layout(e.shape)})
-    return Planes(found.kind, e.codec, e.shape, found.pack(found, e))
+    return Planes(found.kind, e.codec, e.shape, found.pack(e))
 
 
 def restore(tensors: Sequence[torch.Tensor], codec: str, shape: tuple[int, ...]) -> Planes:
@@ -167,4 +166,4 @@ def unpack(p: Planes) -> Encoded:
         layout = p.codec.layout(p.shape)
         bytes_ = {k: to_numpy(t.cpu().contiguous().reshape(-1).view(torch.uint8)) for k, t in p.tensors.items()}
         return Encoded(p.codec, p.shape, {k: bytes_[k].view(i.dtype).reshape(i.shape) for k, i in layout.items()})
-    return found.unpack(found, p)
+    return found.unpack(p.codec, p.shape, [t.cpu() for t in p.tensors.values()])

@@ -34,6 +34,15 @@ INTEGERS = {  # rows' lengths
     "int8-row": (8, 100, 512),
     "int8-g128-asym-act": (256,),
 }
+FP8 = {
+    "fp8-channel": (1, 24, 300, 1000),
+    "fp8-channel-bf16": (512,),
+    "fp8-tensor": (96, 513),
+    "fp8-tensor-f16": (128,),
+    "fp8-block128": (128, 500, 1300),
+    "fp8-block256-bf16": (640,),
+    "fp8-block512": (640, 1500),
+}
 FAST = [name for name in planes.FAMILIES if name not in lookups.FAMILIES]
 SHAPES = [(1, 1), (16, 4), (33, 5), (7, 12)]  # rows, blocks
 
@@ -56,6 +65,9 @@ def random_matrix(codec: str, rows: int, n: int, seed: int = 0) -> Encoded:
         if name in parts:
             top = 16 if name == "zero" and codec.startswith("int4") else 256
             parts[name] = rng.integers(0, top, parts[name].shape, np.uint8).view(parts[name].dtype)
+    if codec in FP8:
+        codes = rng.integers(0, 255, parts["codes"].shape, np.uint8)
+        parts["codes"] = np.where(codes == 127, 0, codes).astype(np.uint8).view(parts["codes"].dtype)  # both NaNs aside
     if codec.startswith("int4") and n % 2:
         parts["codes"][..., -1] &= 15
     if "group" in parts:
@@ -67,9 +79,9 @@ def cases(seed: int = 0):
     for codec in FAST:
         for i, (rows, blocks) in enumerate(SHAPES):
             yield pytest.param(codec, rows, blocks * codecs.get(codec).block_size, seed + i, id=f"{codec}-{rows}x{blocks}")
-    for codec, lengths in INTEGERS.items():
+    for codec, lengths in (INTEGERS | FP8).items():
         for i, n in enumerate(lengths):
-            rows = (33, 1, 16)[(seed + i) % 3]
+            rows = (33, 1, 16, 530 if "block" in codec else 7)[(seed + i) % 4]
             yield pytest.param(codec, rows, n, seed + i, id=f"{codec}-{rows}x{n}")
 
 
@@ -91,7 +103,7 @@ def test_planes_come_back_bit_by_bit(codec, rows, n, seed):
     if codec in FAST:
         padded = -(-rows // 16) * 16 * (-(-n // planes.family(codec).chunk) * planes.family(codec).chunk)
         assert packed.nbytes * rows * n == e.nbytes * padded
-    elif rows % 16 == 0 and n % 512 == 0 and "tensor" not in codec:
+    elif rows % 16 == 0 and n % 512 == 0 and "tensor" not in codec and codec not in FP8:
         assert packed.nbytes == e.nbytes
 
 
@@ -121,6 +133,23 @@ def test_linear_is_the_product(codec, rows, n, seed, dtype):
         assert cuda_host.call(kind, "linear", [given, *tensors], out) == native.OK
         # what is taken off the raised codes is up to 1000 times as large as they are
         assert ((out - x.double() @ w.T).abs() <= 1e-4 * (x.double().abs() @ w.abs().T)).all()
+
+
+def test_a_code_that_is_no_number_makes_none():
+    """E4M3's NaNs are not 480."""
+    codes = np.zeros((16, 128), np.uint8)
+    codes[3, 17], codes[5, 100] = 0x7F, 0xFF
+    found = codecs.get("fp8-channel")
+    e = Encoded(
+        found, (16, 128), {"codes": codes.view(found.layout((16, 128))["codes"].dtype), "scale": np.ones((16, 1), np.float32)}
+    )
+    for dtype in (torch.bfloat16, torch.float16):
+        w, y = torch.empty(16, 128), torch.empty(1, 16)
+        tensors = list(planes.pack(e).tensors.values())
+        assert cuda_host.call("fp8-row", "dequantize", tensors, w) == native.OK
+        assert cuda_host.call("fp8-row", "linear", [torch.ones(1, 128, dtype=dtype), *tensors], y) == native.OK
+        assert w.isnan().nonzero().tolist() == [[3, 17], [5, 100]]
+        assert y.isnan().nonzero().tolist() == [[0, 3], [0, 5]]
 
 
 def test_two_tiles_a_block():

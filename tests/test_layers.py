@@ -30,6 +30,7 @@ LAYERS = [
 FREE = {"errors"}
 STACKED = {
     "nn": ["tiles", "integers", "fp8", "lookups", "planes", "ops", "products", "stored", "cuda", "linear"],
+    "runtime": ["skeleton", "stored", "head", "model", "passes"],
     "tokenizer": ["files", "pretokenizers", "special", "sentencepiece", "to_gguf", "from_gguf", "engine"],
 }  # packages whose modules have an order of their own, the lowest first
 HEAVY = {"torch", "transformers"}

@@ -1,11 +1,15 @@
 """The CUDA kernels' decode and dot, compiled for the host by the C++ compiler: the same table as
-_cuda.so, called with torch tensors on the CPU. Built once per state of the sources, under build/."""
+_cuda.so, called with torch tensors on the CPU. Built once per state of the sources, under build/.
+
+With CXX="g++ -fsanitize=address,undefined -fno-sanitize-recover=undefined", LD_PRELOAD="$(g++ -print-file-name=libasan.so)"
+and ASAN_OPTIONS=detect_leaks=0, the tests find what a kernel reads or writes beyond its arrays."""
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -18,7 +22,7 @@ from quantforge import native
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ROOT / "kernels" / "cuda"
-CXX = next((c for c in (os.environ.get("CXX"), "c++", "g++", "clang++") if c and shutil.which(c)), None)
+CXX = next((c for c in (os.environ.get("CXX"), "c++", "g++", "clang++") if c and shutil.which(shlex.split(c)[0])), None)
 
 
 def build(name: str, command: list[str], log: bool = False) -> Path:
@@ -47,7 +51,7 @@ def kernels() -> dict[tuple[str, str], ctypes._FuncPointer]:
     """(kind, op) -> function."""
     assert CXX, "no C++ compiler"
     flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
-    path = build("host.so", [CXX, *flags, "kernels/cuda/host.cpp"])
+    path = build("host.so", [*shlex.split(CXX), *flags, "kernels/cuda/host.cpp"])
     return native._kernels(native._open(path).qf_open(None).contents)
 
 

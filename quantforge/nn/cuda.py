@@ -67,7 +67,7 @@ def dequantize(planes: list[torch.Tensor], codec: str, out_features: int, in_fea
 
 @ops.linear.register_kernel("cuda")
 def linear(
-    x: torch.Tensor, planes: list[torch.Tensor], codec: str, out_features: int, in_features: int, activations: str = "float"
+    x: torch.Tensor, planes: list[torch.Tensor], codec: str, out_features: int, in_features: int, *, activations: str = "float"
 ) -> torch.Tensor:
     """x wᵀ for a matrix in planes. `activations` changes nothing here: 8-bit ones would not be faster."""
     ops.check(x, out_features, in_features)
@@ -86,6 +86,16 @@ def linear(
     else:
         y = products.slabs(rows, planes, codec, out_features)
     return y.to(x.dtype).reshape(*x.shape[:-1], out_features)
+
+
+@ops.linear_backward.register_kernel("cuda")
+def linear_backward(
+    grad: torch.Tensor, planes: list[torch.Tensor], codec: str, out_features: int, in_features: int
+) -> torch.Tensor:
+    """grad w for a matrix in planes."""
+    _together(grad, planes)
+    found = products.backward(grad.reshape(-1, out_features), planes, codec, in_features)
+    return found.reshape(*grad.shape[:-1], in_features)
 
 
 def _joined(rows: list[torch.Tensor]) -> torch.Tensor:

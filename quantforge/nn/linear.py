@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -90,6 +91,27 @@ class Packed(nn.Module):
             self._buffers[k] = fn(part.reshape(-1).view(torch.uint8)).view(part.dtype).reshape(part.shape)
         return self
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if not {prefix + k for k in self._parts} <= state_dict.keys():
+            self._translate(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _translate(self, state: dict[str, Any], prefix: str) -> None:
+        """A state that was saved on the other kind of device, CPU or CUDA, into the form that the matrix has here."""
+        stored = [f"weight_{k}" for k in self.codec.layout(self.shape)]
+        on_cpu = set(self._parts) == set(stored)
+        names = [f"weight_{k}" for k in layouts.pack(self.encoded()).tensors] if on_cpu else stored
+        if not all(prefix + k in state for k in names):
+            return
+        given = [state.pop(prefix + k).cpu() for k in names]
+        if on_cpu:
+            e = layouts.unpack(layouts.restore(given, self.codec_name, self.shape))
+            found = {k: tensor(p) for k, p in e.parts.items()}
+        else:
+            e = Encoded(self.codec, self.shape, ops.parts_of(given, self.codec, self.shape))
+            found = dict(layouts.pack(e).tensors)
+        state.update({f"{prefix}weight_{k}": p for k, p in found.items()})
+
     def extra_repr(self) -> str:
         """Sizes, codec and bits per weight."""
         out, n = self.shape
@@ -129,7 +151,10 @@ class QuantLinear(Packed):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., in] of any float dtype -> [..., out] of that dtype."""
-        y: torch.Tensor = torch.ops.quantforge.linear(x, self.planes, self.codec_name, *self.shape, self.activations)
+        kind = x.device.type
+        if not x.is_meta and torch.is_autocast_enabled(kind) and x.dtype in (torch.float32, torch.bfloat16, torch.float16):
+            x = x.to(torch.get_autocast_dtype(kind))  # as nn.Linear
+        y: torch.Tensor = torch.ops.quantforge.linear(x, self.planes, self.codec_name, *self.shape, activations=self.activations)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:

@@ -1,6 +1,7 @@
 """torch operators over stored tensors: they work under torch.compile, their kernels know NumPy or CUDA.
 
-    quantforge::linear(x, planes, codec, out_features, in_features, activations) -> x wᵀ
+    quantforge::linear(x, planes, codec, out_features, in_features, *, activations) -> x wᵀ
+    quantforge::linear_backward(grad, planes, codec, out_features, in_features) -> grad w
     quantforge::dequantize(planes, codec, out_features, in_features, dtype) -> w
 
 planes: on the CPU a tensor's parts in its codec's order, as they are stored; on CUDA what
@@ -9,11 +10,15 @@ planes: on the CPU a tensor's parts in its codec's order, as they are stored; on
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import torch
 
 from .. import codecs
 from ..arrays import F32, Parts
+from ..codecs.base import DECODED_AT_ONCE
 from ..errors import ShapeError, UnsupportedError
 
 
@@ -37,7 +42,7 @@ def check(x: torch.Tensor, out_features: int, in_features: int) -> None:
 
 @torch.library.custom_op("quantforge::linear", mutates_args=(), device_types="cpu")
 def linear(
-    x: torch.Tensor, planes: list[torch.Tensor], codec: str, out_features: int, in_features: int, activations: str = "float"
+    x: torch.Tensor, planes: list[torch.Tensor], codec: str, out_features: int, in_features: int, *, activations: str = "float"
 ) -> torch.Tensor:
     """x wᵀ for a matrix w as it is stored: x: [..., in_features] of any float dtype -> [..., out_features], of x's dtype.
 
@@ -53,10 +58,46 @@ def linear(
 
 @linear.register_fake
 def _(
-    x: torch.Tensor, planes: list[torch.Tensor], codec: str, out_features: int, in_features: int, activations: str = "float"
+    x: torch.Tensor, planes: list[torch.Tensor], codec: str, out_features: int, in_features: int, *, activations: str = "float"
 ) -> torch.Tensor:
     check(x, out_features, in_features)
     return x.new_empty(*x.shape[:-1], out_features)
+
+
+@torch.library.custom_op("quantforge::linear_backward", mutates_args=(), device_types="cpu")
+def linear_backward(
+    grad: torch.Tensor, planes: list[torch.Tensor], codec: str, out_features: int, in_features: int
+) -> torch.Tensor:
+    """What `linear`'s activations get of a gradient [..., out_features]: grad w: [..., in_features], of grad's dtype."""
+    kind, shape = codecs.get(codec), (out_features, in_features)
+    whole = codecs.Encoded(kind, shape, parts_of(planes, kind, shape))
+    rows = grad.detach().reshape(-1, out_features).float()
+    found = torch.zeros(rows.shape[0], in_features)
+    step = max(1, DECODED_AT_ONCE // max(1, in_features)) if kind.sliceable else max(1, out_features)
+    for at in range(0, out_features, step):
+        part = whole.rows(slice(at, at + step)) if step < out_features else whole
+        w = np.require(part.decode(threads=torch.get_num_threads()), requirements=["C", "W"])
+        found.addmm_(rows[:, at : at + step], torch.from_numpy(w))
+    return found.to(grad.dtype).reshape(*grad.shape[:-1], in_features)
+
+
+@linear_backward.register_fake
+def _(grad: torch.Tensor, planes: list[torch.Tensor], codec: str, out_features: int, in_features: int) -> torch.Tensor:
+    return grad.new_empty(*grad.shape[:-1], in_features)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: Mapping[str, Any], output: torch.Tensor) -> None:
+    _, planes, *ctx.matrix = inputs
+    ctx.save_for_backward(*planes)
+
+
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    planes = list(ctx.saved_tensors)
+    return linear_backward(grad, planes, *ctx.matrix), [None] * len(planes), None, None, None
+
+
+# activations get gradients, whatever was rounded on the way; stored weights have none
+linear.register_autograd(_backward, setup_context=_remember)
 
 
 @torch.library.custom_op("quantforge::dequantize", mutates_args=(), device_types="cpu")

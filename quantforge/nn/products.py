@@ -78,20 +78,37 @@ def fused(x: torch.Tensor, planes: list[torch.Tensor], kind: str, out_features: 
     return y
 
 
+def numbers(
+    planes: list[torch.Tensor], codec: str, shape: tuple[int, int], dtype: torch.dtype, slab: int | None = None
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """A matrix as numbers, some rows at a time: which, and [rows, in] of `dtype`. slab: bytes of numbers at a time."""
+    out, k = shape
+    rows = max(1, (slab or SLAB) // (TILE * max(1, k) * dtype.itemsize)) * TILE
+    # a slice of tiles is a matrix of its own, unless rows know their number: planes of the whole matrix besides a table
+    if rows >= out or sum(p.dim() < 3 for p in planes) > 1 or planes[0].dim() != 3:
+        yield slice(0, out), ops.dequantize(planes, codec, out, k, dtype)
+        return
+    rows = -(-out // (-(-out // rows) * TILE)) * TILE  # of one size, but for the last
+    for at in range(0, out, rows):
+        n = min(rows, out - at)
+        tiles = slice(at // TILE, -(-(at + n) // TILE))
+        yield slice(at, at + n), ops.dequantize([p[tiles] if p.dim() == 3 else p for p in planes], codec, n, k, dtype)
+
+
 def slabs(x: torch.Tensor, planes: list[torch.Tensor], codec: str, out_features: int, slab: int | None = None) -> torch.Tensor:
     """x wᵀ by cuBLAS: x [m, in] of any float dtype -> [m, out_features] of that dtype. slab: bytes of numbers at a time."""
     (m, k), dtype = x.shape, torch.float32 if x.dtype == torch.float64 else x.dtype
     x, whole = x.to(dtype), x.dtype
-    rows = max(1, (slab or SLAB) // (TILE * max(1, k) * dtype.itemsize)) * TILE
-    # a slice of tiles is a matrix of its own, unless rows know their number: planes of the whole matrix besides a table
-    if rows >= out_features or sum(p.dim() < 3 for p in planes) > 1 or planes[0].dim() != 3:
-        w = ops.dequantize(planes, codec, out_features, k, dtype)
-        return torch.mm(x, w.T).to(whole)
-    rows = -(-out_features // (-(-out_features // rows) * TILE)) * TILE  # of one size, but for the last
     y = torch.empty((m, out_features), dtype=dtype, device=x.device)
-    for at in range(0, out_features, rows):
-        n = min(rows, out_features - at)
-        tiles = slice(at // TILE, -(-(at + n) // TILE))
-        w = ops.dequantize([p[tiles] if p.dim() == 3 else p for p in planes], codec, n, k, dtype)
-        torch.mm(x, w.T, out=y[:, at : at + n])
+    for rows, w in numbers(planes, codec, (out_features, k), dtype, slab):
+        torch.mm(x, w.T, out=y[:, rows])
     return y.to(whole)
+
+
+def backward(grad: torch.Tensor, planes: list[torch.Tensor], codec: str, in_features: int) -> torch.Tensor:
+    """grad w by cuBLAS: grad [m, out] of any float dtype -> [m, in_features] of that dtype, summed in f32."""
+    (m, out), dtype = grad.shape, torch.float32 if grad.dtype == torch.float64 else grad.dtype
+    found = torch.zeros((m, in_features), dtype=torch.float32, device=grad.device)
+    for rows, w in numbers(planes, codec, (out, in_features), dtype):
+        found += torch.mm(grad[:, rows].to(dtype), w)
+    return found.to(grad.dtype)

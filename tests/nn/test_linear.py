@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 from quantforge import codecs, native
 from quantforge.errors import ShapeError, UnsupportedError
-from quantforge.nn import QuantEmbedding, QuantLinear
+from quantforge.nn import QuantEmbedding, QuantLinear, ops, planes
 
 INTEGERS = {"I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64", "BOOL"}
 FAMILIES = [
@@ -164,6 +167,87 @@ def test_an_embedding_compiles_whole() -> None:
     assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(ids), layer(ids))
 
 
+@pytest.mark.parametrize("name", ["Q4_K", "nf4-dq", "int4-g128-asym-act", "fp8-block128", "BF16", "thirds"])
+def test_gradients_of_activations(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a linear layer of the decoded weights; nothing else has any."""
+    if name == "thirds":
+        codecs.register(Thirds)
+    monkeypatch.setattr(ops, "DECODED_AT_ONCE", 100 * 512)  # in parts, where rows can be had alone
+    layer = QuantLinear.from_encoded(encoded(name, 300, 512), torch.randn(300))
+    w = layer.dequantize()
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 3e-3), (torch.float64, 1e-6)):
+        x, upstream = activations(2, 5, 512).to(dtype).requires_grad_(), torch.randn(2, 5, 300).to(dtype)
+        layer(x).backward(upstream)
+        want = upstream.double() @ w.double()
+        assert x.grad is not None and x.grad.dtype == dtype and (x.grad - want).norm() < tolerance * want.norm()
+    assert layer.bias is not None and layer.bias.grad is None
+    x = activations(3, 512).requires_grad_()
+    whole = torch.compile(lambda x: layer(x).square().sum(), fullgraph=True, backend="aot_eager")
+    (ours,), (want,) = torch.autograd.grad(whole(x), x), torch.autograd.grad((x @ w.T + layer.bias).square().sum(), x)
+    assert (ours - want).norm() < 1e-5 * want.norm()
+    with torch.no_grad():
+        assert not layer(x).requires_grad
+    torch.library.opcheck(torch.ops.quantforge.linear, (x, layer.planes, layer.codec_name, *layer.shape))
+    torch.library.opcheck(
+        torch.ops.quantforge.linear_backward, (torch.randn(3, 300), layer.planes, layer.codec_name, *layer.shape)
+    )
+
+
+def test_an_adapter_learns() -> None:
+    """LoRA on top of a stored layer: its loss falls, the stored bytes stay."""
+    torch.manual_seed(0)
+    layer = QuantLinear.from_encoded(encoded("Q4_K", 64, 256))
+    before = [p.clone() for p in layer.planes]
+    a, b = nn.Linear(256, 4, bias=False), nn.Linear(4, 256, bias=False)
+    head = QuantLinear.from_encoded(encoded("Q8_0", 8, 64))
+    optimizer = torch.optim.Adam([*a.parameters(), *b.parameters()], 1e-2)
+    x, y, losses = torch.randn(32, 256), torch.randn(32, 8), []
+    for _ in range(30):
+        loss = (head(layer(x + b(a(x)))) - y).square().mean()
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < 0.5 * losses[0]
+    assert all(torch.equal(p, q) for p, q in zip(layer.planes, before, strict=True))
+
+
+def test_autocast_and_inference_mode() -> None:
+    layer, plain = QuantLinear.from_encoded(encoded("Q4_K", 32, 256), torch.randn(32)), nn.Linear(256, 32)
+    for dtype in (torch.float32, torch.float16, torch.float64, torch.bfloat16):
+        x = activations(3, 256).to(dtype)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x)
+            assert y.dtype == (torch.float64 if dtype == torch.float64 else plain(x).dtype)
+            assert torch.equal(y, layer(x.to(y.dtype)))
+            compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+            assert torch.equal(compiled, y)
+    with torch.inference_mode():
+        assert torch.equal(layer(x), layer(x.clone()))
+
+
+def test_exports() -> None:
+    layer = QuantLinear.from_encoded(encoded("Q4_K", 32, 256), torch.randn(32))
+    batch = torch.export.Dim("batch")
+    made = torch.export.export(layer, (activations(4, 256),), dynamic_shapes=({0: batch},))
+    x = activations(7, 256)
+    assert torch.equal(made.module()(x), layer(x))
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "IQ2_XXS", "nf4-dq", "int4-g128-asym-act", "Q5_0", "fp8-channel"])
+def test_a_state_from_a_gpu(name: str, tmp_path: Path) -> None:
+    """Saved there, where the bits lie in planes, it loads here; a file of safetensors keeps it."""
+    e = encoded(name, 40, 512)
+    layer = QuantLinear.from_encoded(e, torch.randn(40))
+    x, fresh = activations(2, 512), QuantLinear.from_encoded(encoded(name, 40, 512, seed=9), torch.zeros(40))
+    for state in (layer.state_dict(), {"bias": layer.bias, **{f"weight_{k}": p for k, p in planes.pack(e).tensors.items()}}):
+        save_file({k: v.detach() for k, v in state.items()}, tmp_path / "layer")
+        fresh.load_state_dict(load_file(tmp_path / "layer"))
+        assert torch.equal(fresh(x), layer(x))
+    with pytest.raises(RuntimeError, match=r"Missing key.*weight_"):
+        fresh.load_state_dict({"bias": layer.bias})
+
+
 @pytest.mark.parametrize("name", ["Q6_K", "IQ4_XS", "F16", "int8-channel-sym", "fp8-tensor", "nf4"])
 def test_embedding_decodes_rows(name: str) -> None:
     e = encoded(name, 50, 256)
@@ -209,6 +293,14 @@ def test_errors() -> None:
         QuantLinear.from_encoded(e, torch.ones(7))
     with pytest.raises(ShapeError, match=r"cannot be decoded alone"):
         QuantEmbedding(encoded("fp8-block128", 128, 128))
+    layer = QuantLinear.from_encoded(e)
+    for x in (torch.ones(2, 60), torch.ones(64, 2), torch.tensor(1.0)):
+        for where in ("cpu", "meta"):
+            with pytest.raises(ShapeError, match=r"activations of \[.*\] do not fit weights \[8, 64\]"):
+                copy.deepcopy(layer).to(where)(x.to(where))
+    for where in ("cpu", "meta"):
+        with pytest.raises(UnsupportedError, match=r"activations of torch.int64 .*x.float\(\)"):
+            copy.deepcopy(layer).to(where)(torch.ones(1, 64, dtype=torch.int64, device=where))
     with pytest.raises(UnsupportedError):
         torch.ops.quantforge.linear(torch.ones(1, 64), [torch.zeros(8, 68, dtype=torch.uint8)], "Q9_9", 8, 64)
     with pytest.raises(ShapeError):

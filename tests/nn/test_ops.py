@@ -7,12 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-import quantforge.nn  # noqa: F401
 from quantforge import codecs, native
-from quantforge.nn import planes
+from quantforge.errors import ShapeError, UnsupportedError
+from quantforge.nn import cuda, planes, products
 from quantforge.nn.base import tensor
 from tests import cuda_host
+from tests.nn.test_planes import random_matrix
 
 
 def test_operators_trace():
@@ -51,3 +53,93 @@ def test_errors_of_a_device_say_what_cuda_said():
     )
     assert str(native.KernelError("q4_0 linear (CUDA)", native.EDEVICE | 719 << 8)).endswith("an error: CUDA error 719")
     assert native.KernelError("Q4_0 encode", native.ENONFINITE).code == native.ENONFINITE
+
+
+@pytest.fixture
+def launches(monkeypatch) -> list[tuple[str, str]]:
+    """nn/cuda.py on the CPU, with the kernels that tests/cuda_host.py compiles: what it launches."""
+    if cuda_host.CXX is None:
+        pytest.skip("no C++ compiler")
+    seen: list[tuple[str, str]] = []
+
+    def run(kind, op, inputs, out):
+        seen.append((kind, op))
+        assert cuda_host.call(kind, op, inputs, out) == native.OK
+
+    monkeypatch.setattr(cuda, "_run", run)
+    monkeypatch.setattr(native, "cuda_has", lambda kind, op: (kind, op) in cuda_host.kernels())
+    monkeypatch.setattr(products.ops, "dequantize", cuda.dequantize)
+    return seen
+
+
+CASES = [
+    ("Q4_0", 70, 160), ("Q6_K", 33, 512), ("IQ2_XXS", 20, 256), ("nf4-dq", 40, 320), ("MXFP4", 17, 96),
+    ("int8-channel-sym", 5, 1001), ("int4-g128-asym-act", 35, 384), ("int4-channel-sym-f32", 9, 100),
+]  # fmt: skip
+
+
+def matrix(codec: str, rows: int, n: int) -> codecs.Encoded:
+    if isinstance(codecs.get(codec), codecs.base.AffineCodec) or codec.startswith("int"):
+        return random_matrix(codec, rows, n)
+    w = np.random.default_rng(0).standard_normal((rows, n)).astype(np.float32)
+    return codecs.quantize(w, codec, importance=np.ones(n, np.float32))
+
+
+@pytest.mark.parametrize("way", ["matvec", "slabs"])
+@pytest.mark.parametrize(("codec", "rows", "n"), CASES)
+def test_the_gpu_side_of_linear(codec, rows, n, way, launches, monkeypatch):
+    """Everything but the kernels themselves: how activations of all shapes and dtypes come to them, and what comes back."""
+    e = matrix(codec, rows, n)
+    given = list(planes.pack(e).tensors.values())
+    w = torch.from_numpy(e.decode()).double()
+    monkeypatch.setattr(products, "SLAB", 32 * n * 2)  # several slabs
+    wide = torch.randn((40, 2 * n + 2), generator=torch.Generator().manual_seed(0))
+    with products.way(way):
+        for dtype, tolerance in ((torch.bfloat16, 1e-2), (torch.float16, 2e-3), (torch.float32, 1e-4), (torch.float64, 1e-4)):
+            x = wide.to(dtype)
+            for rows_of_x in (
+                x[:1, :n],
+                x[:20, :n].clone(),
+                x[:9, 1 : n + 1],
+                x[::2, ::2][:, :n],
+                x[:6, :n].reshape(2, 3, n),
+                x[0, :n],
+            ):
+                y = cuda.linear(rows_of_x, given, codec, rows, n)
+                exact = rows_of_x.double() @ w.T
+                assert y.dtype == dtype and y.shape == exact.shape
+                bar = max(tolerance, 2e-3) if "nf4" in codec else tolerance  # its levels are rounded to bf16 at least
+                assert (y.double() - exact).norm() <= bar * exact.norm()
+            assert cuda.linear(x[:0, :n], given, codec, rows, n).shape == (0, rows)
+            grad = x[:30, :rows].reshape(3, 10, rows)
+            back = cuda.linear_backward(grad, given, codec, rows, n)
+            assert back.dtype == dtype and (back.double() - grad.double() @ w).norm() <= tolerance * (grad.double() @ w).norm()
+            assert torch.equal(cuda.dequantize(given, codec, rows, n, dtype), w.to(torch.float32).to(dtype))
+    assert {op for _, op in launches} == ({"linear", "dequantize"} if way == "matvec" else {"dequantize"})
+    with pytest.raises(ShapeError, match="do not fit"):
+        cuda.linear(x[:2, : n - 1], given, codec, rows, n)
+    with pytest.raises(UnsupportedError, match="move them to one device"):
+        cuda.linear(x[:2, :n].to("meta"), given, codec, rows, n)
+
+
+class Operations(TorchDispatchMode):
+    """Names of the operations that torch runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_one_token_is_one_kernel(launches):
+    """Whatever else torch ran would be a launch more, as long as the product itself."""
+    e = matrix("Q4_0", 64, 256)
+    given = list(planes.pack(e).tensors.values())
+    for x in (torch.randn(1, 1, 256).bfloat16(), torch.randn(16, 256).half()):
+        with Operations() as seen:
+            cuda.linear(x, given, "Q4_0", 64, 256)
+        assert set(seen.names) <= {"view", "empty", "split"}, seen.names
+    assert launches == [("q4_0", "linear")] * 2

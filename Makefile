@@ -30,14 +30,14 @@ cuda: quantforge/_cuda.so
 quantforge/_cuda.so: setup.py $(KERNELS) $(wildcard kernels/cuda/*) | $(VENV)/.installed
 	QUANTFORGE_CUDA=only $(PY) setup.py -q build_ext --inplace
 
-# half an hour on a machine with a GPU, with its own torch: build, tests, compute-sanitizer, benchmark; logs in out/gpu
+# half an hour on a machine with a GPU, with its own torch: build, tests, benchmark, compute-sanitizer; logs in out/gpu
 gpu:
 	PY=$(GPU_PY) benchmarks/gpu_session.sh out/gpu
 GPU_PY ?= python3
 
 # on a machine with a GPU, with its own torch: make gpu-test PY=python3
 gpu-test: quantforge/_cuda.so
-	$(PY) -m pytest -rs -m gpu tests/nn tests/test_device.py
+	$(PY) -m pytest -rs -m gpu tests/nn tests/test_device.py tests/codecs/test_grid.py
 
 demo: setup
 	$(VENV)/bin/quantforge demo

@@ -36,7 +36,7 @@ QF_HD void write_weights(const Planes &planes, void *out, int dtype, int64_t ste
         const int64_t n = tile * TILE + (lane >> 2) + 8 * h;
         QF_UNROLL for (int s = 0; s < F::CHUNK / F::SUB; s++) {
             float w[N];
-            tile_values<F>(planes, held[h], s, w);
+            tile_values<F>(planes, held[h], s, t, w);
             const int k = chunk * F::CHUNK + s * F::SUB + t * N;
             if (n >= planes.n_out) continue;
             const int64_t at = n * planes.n_in + k;
@@ -60,21 +60,46 @@ QF_HD void write_weights(const Planes &planes, void *out, int dtype, int64_t ste
 
 // F's table of pairs of T to every copy, by thread `i` of `n`.
 template <class F, class T>
-QF_HD void fill_table(const Planes &planes, uint32_t *table, int i, int n) {
-    constexpr int WORDS = Entry<F>::WORDS;
-    if constexpr (WORDS > 0) {
+QF_HD void fill_table(const Planes &planes, uint32_t *table, uint32_t stride, int i, int n) {
+    if constexpr (TableOf<F>::WORDS > 0) {
         const uint32_t *from = F::template table<T>(planes);
-        for (; i < ENTRIES * COPIES / 4; i += n) {
-            uint32_t entry[WORDS], four[4];
-            load_words<WORDS>(from + i / (COPIES / 4) * WORDS, entry);
-            QF_UNROLL for (int j = 0; j < 4; j++) four[j] = entry[j % WORDS];
+        const int copies = (int)stride / 16;  // of four words
+        for (; i < F::ENTRIES * copies; i += n) {
+            uint32_t entry[F::ENTRY], four[4];
+            load_words<F::ENTRY>(from + i / copies * F::ENTRY, entry);
+            QF_UNROLL for (int j = 0; j < 4; j++) four[j] = entry[j % F::ENTRY];
             store_words<4>(table + 4 * i, four);
         }
     }
 }
 
-template <class F>
-QF_HD constexpr int table_words() { return Entry<F>::WORDS > 0 ? ENTRIES * COPIES : 0; }
+// How a product is cut into blocks: of `side` tiles of rows (F::TILES of them to a warp) side by side, which share a
+// table; `split` warps share the columns of each and meet in shared memory.
+struct Cut {
+    int blocks, side, split;
+    uint32_t stride;  // bytes of an entry's copies
+    int table, sums;  // bytes of shared memory
+};
+
+struct Device {
+    int multiprocessors, shared;  // the most bytes of shared memory for a block
+};
+
+template <class F, int G>
+static Cut cut_of(const Planes &planes, const Device &device) {
+    const int tiles = (planes.tiles + F::TILES - 1) / F::TILES, each = (tiles + device.multiprocessors - 1) / device.multiprocessors;
+    // as many warps as a multiprocessor has registers for, and all tiles at once where that is possible
+    const int most = each > F::WARPS ? 1 : F::WARPS / each, split = most < planes.chunks ? most : planes.chunks;
+    // a block for each tile, but for tables, which take room and time
+    const int side = TableOf<F>::WORDS == 0 ? 1 : each < F::WARPS ? each : F::WARPS;
+    const int sums = 4 * F::TILES * G * TILE * COLUMNS * split * side;
+    int table = 0, entry = BANKS;
+    if constexpr (TableOf<F>::WORDS > 0) {
+        for (; entry > F::ENTRY && F::ENTRIES * entry * 4 + sums > device.shared;) entry /= 2;
+        table = F::ENTRIES * entry * 4;
+    }
+    return {(tiles + side - 1) / side, side, split, (uint32_t)entry * 4, table, sums};
+}
 
 // More activations take more registers: one tile a block, and fewer warps.
 template <class F>
@@ -83,32 +108,32 @@ struct Wide : F {
 };
 
 #ifdef __CUDACC__
-// A block computes F::TILES tiles of rows; its warps share the columns and meet in shared memory.
 template <class F, class T, int G>
-__global__ void __launch_bounds__(32 * F::WARPS, G > 1) linear_kernel(Planes planes, const uint16_t *x, int m, void *out, int dtype) {
-    constexpr int R = F::TILES, N = TILE * COLUMNS;
-    extern __shared__ __align__(16) uint32_t shared[];  // the table; [warps][R][G][N] sums
-    float *parts = (float *)(shared + table_words<F>());
-    const int warps = (int)blockDim.y, warp = (int)threadIdx.y, lane = (int)threadIdx.x;
+__global__ void __launch_bounds__(32 * F::WARPS, G > 1) linear_kernel(Planes planes, const uint16_t *x, int m, void *out, int dtype, Cut cut) {
+    constexpr int R = F::TILES, N = R * G * TILE * COLUMNS;
+    extern __shared__ __align__(16) uint32_t shared[];  // the table; [side][split][R][G][TILE * COLUMNS] sums
+    float *parts = (float *)(shared + cut.table / 4);
+    const int lane = (int)threadIdx.x, warp = (int)(threadIdx.z * blockDim.y + threadIdx.y), warps = cut.side * cut.split;
+    const int tile = ((int)blockIdx.x * cut.side + (int)threadIdx.z) * R;
     Sums<F, G> acc[1];
     const auto ready = [&] {
-        fill_table<F, T>(planes, shared, warp * 32 + lane, 32 * warps);
-        if (table_words<F>()) __syncthreads();
+        fill_table<F, T>(planes, shared, cut.stride, warp * 32 + lane, 32 * warps);
+        if (TableOf<F>::WORDS) __syncthreads();
     };
-    tile_dot<F, T, G>(planes, x, m, (int)blockIdx.x * R, warp, warps, shared, ready, acc);
+    tile_dot<F, T, G>(planes, x, m, tile, (int)threadIdx.y, cut.split, Copies{shared, cut.stride, 0}, ready, acc);
 #pragma unroll
     for (int r = 0; r < R; r++)
 #pragma unroll
         for (int g = 0; g < G; g++)
 #pragma unroll
-            for (int i = 0; i < 4; i++)
-                parts[((warp * R + r) * G + g) * N + place(lane, i)] = acc[0][r][g][i];
+            for (int i = 0; i < 4; i++) parts[warp * N + (r * G + g) * TILE * COLUMNS + place(lane, i)] = acc[0][r][g][i];
     __syncthreads();
-    for (int i = warp * 32 + lane; i < R * G * N; i += 32 * warps) {
-        const int r = i / (G * N), column = i / N % G * COLUMNS + i % N / TILE, row = ((int)blockIdx.x * R + r) * TILE + i % TILE;
+    for (int i = warp * 32 + lane; i < cut.side * N; i += 32 * warps) {
+        const int side = i / N, at = i % N, r = at / (G * TILE * COLUMNS), column = at / TILE % (G * COLUMNS);
+        const int row = (((int)blockIdx.x * cut.side + side) * R + r) * TILE + i % TILE;
         if (column >= m || row >= planes.n_out) continue;
         float sum = 0;
-        for (int w = 0; w < warps; w++) sum += parts[w * R * G * N + i];
+        for (int w = 0; w < cut.split; w++) sum += parts[(side * cut.split + w) * N + at];
         put(out, dtype, (int64_t)column * planes.n_out + row, sum);
     }
 }
@@ -125,17 +150,23 @@ static inline int launch(const void *kernel, dim3 grid, dim3 block, void **args,
     return status(cudaLaunchKernel(kernel, grid, block, args, shared, (cudaStream_t)stream));
 }
 
-static inline int multiprocessors(int *n) {
-    int device = 0;
-    const int rc = status(cudaGetDevice(&device));
-    return rc != QF_OK ? rc : status(cudaDeviceGetAttribute(n, cudaDevAttrMultiProcessorCount, device));
+static inline int find_device(Device *found) {
+    int device = 0, rc = status(cudaGetDevice(&device));
+    if (rc == QF_OK) rc = status(cudaDeviceGetAttribute(&found->multiprocessors, cudaDevAttrMultiProcessorCount, device));
+    if (rc == QF_OK) rc = status(cudaDeviceGetAttribute(&found->shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    return rc;
 }
 
 template <class F, class T, int G>
-static int run_linear(Planes planes, const uint16_t *x, int m, void *out, int dtype, int blocks, int warps, void *stream) {
-    void *args[] = {&planes, &x, &m, &out, &dtype};
-    const size_t shared = 4 * (table_words<F>() + F::TILES * G * TILE * COLUMNS * (size_t)warps);
-    return launch((const void *)linear_kernel<F, T, G>, dim3((unsigned)blocks), dim3(32, (unsigned)warps), args, shared, stream);
+static int run_linear(Planes planes, const uint16_t *x, int m, void *out, int dtype, Cut cut, void *stream) {
+    const void *kernel = (const void *)linear_kernel<F, T, G>;
+    const int shared = cut.table + cut.sums;
+    if (shared > 48 << 10) {  // what any kernel may have
+        const int rc = status(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+        if (rc != QF_OK) return rc;
+    }
+    void *args[] = {&planes, &x, &m, &out, &dtype, &cut};
+    return launch(kernel, dim3((unsigned)cut.blocks), dim3(32, (unsigned)cut.split, (unsigned)cut.side), args, (size_t)shared, stream);
 }
 
 template <class F>
@@ -146,21 +177,21 @@ static int run_dequantize(Planes planes, void *out, int dtype, int64_t steps, vo
 
 #else  // the same on the host, a block and a warp after another
 
-static inline int multiprocessors(int *n) {
-    *n = 4;
+static inline int find_device(Device *found) {
+    *found = {4, 100 << 10};  // as sm_86: not all tables have room for all their copies
     return QF_OK;
 }
 
 template <class F, class T, int G>
-static int run_linear(const Planes &planes, const uint16_t *x, int m, void *out, int dtype, int blocks, int warps, void *) {
+static int run_linear(const Planes &planes, const uint16_t *x, int m, void *out, int dtype, Cut cut, void *) {
     constexpr int R = F::TILES;
-    alignas(16) static uint32_t table[table_words<F>() + 4];
-    const auto ready = [&] { fill_table<F, T>(planes, table, 0, 1); };
-    for (int tile = 0; tile < blocks * R; tile += R) {
+    alignas(16) static uint32_t shared[(100 << 10) / 4];
+    const auto ready = [&] { fill_table<F, T>(planes, shared, cut.stride, 0, 1); };
+    for (int tile = 0; tile < cut.blocks * cut.side * R; tile += R) {
         float parts[R][G][TILE * COLUMNS] = {};
-        for (int warp = 0; warp < warps; warp++) {
+        for (int warp = 0; warp < cut.split; warp++) {
             Sums<F, G> acc[LANES];
-            tile_dot<F, T, G>(planes, x, m, tile, warp, warps, table, ready, acc);
+            tile_dot<F, T, G>(planes, x, m, tile, warp, cut.split, Copies{shared, cut.stride, 0}, ready, acc);
             for (int l = 0; l < LANES; l++)
                 for (int r = 0; r < R; r++)
                     for (int g = 0; g < G; g++)
@@ -212,12 +243,6 @@ static int open_planes(const qf_array *in, int n_in, int64_t n_out, int64_t k, P
     return QF_OK;
 }
 
-// As many warps as a multiprocessor has registers for, and all blocks at once where that is possible.
-static inline int warps_of(int room, int blocks, int sms, int chunks) {
-    const int each = (blocks + sms - 1) / sms, warps = each > room ? 1 : room / each;
-    return warps < chunks ? warps : chunks > 0 ? chunks : 1;
-}
-
 template <int M> struct Count { static constexpr int N = M; };
 
 template <class F>
@@ -228,14 +253,15 @@ int linear(const qf_array *in, int n_in, qf_array *out, int n_out, void *stream)
     if ((in[0].dtype != QF_F16 && in[0].dtype != QF_BF16) || !is_float(out->dtype)) return QF_EDTYPE;
     if (!m || !n || !k) return QF_OK;
     Planes planes;
-    int sms = 0, rc = open_planes<F>(in + 1, n_in - 1, n, k, &planes);
-    if (rc == QF_OK) rc = multiprocessors(&sms);
+    Device device = {};
+    int rc = open_planes<F>(in + 1, n_in - 1, n, k, &planes);
+    if (rc == QF_OK) rc = find_device(&device);
     if (rc != QF_OK) return rc;
     const uint16_t *x = (const uint16_t *)in[0].data;
     const auto go = [&](auto type, auto family, auto groups) {
         using K = decltype(family);
-        const int blocks = (planes.tiles + K::TILES - 1) / K::TILES, warps = warps_of(K::WARPS, blocks, sms, planes.chunks);
-        return run_linear<K, decltype(type), decltype(groups)::N>(planes, x, (int)m, out->data, out->dtype, blocks, warps, stream);
+        constexpr int N = decltype(groups)::N;
+        return run_linear<K, decltype(type), N>(planes, x, (int)m, out->data, out->dtype, cut_of<K, N>(planes, device), stream);
     };
     if (in[0].dtype == QF_BF16) return m > COLUMNS ? go(Bf16{}, Wide<F>{}, Count<2>{}) : go(Bf16{}, F{}, Count<1>{});
     return m > COLUMNS ? go(F16{}, Wide<F>{}, Count<2>{}) : go(F16{}, F{}, Count<1>{});

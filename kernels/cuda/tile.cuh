@@ -15,8 +15,8 @@
 //   offset<T>()              what is taken off codes<T> again
 //   scale(w, s), min(w, s)   of sub-block s
 //   value(w, s, code)        the weight of an integer code, as the CPU rounds it
-// or, where codes are entries of a table (lookup.cuh), ENTRY, its words; codes<T>(w, s, table, a), and
-// values(planes, w, s, found) instead of value.
+// or, where codes are entries of a table (lookup.cuh), ENTRIES of ENTRY words, of which a lane loads LOADED; codes<T>(w, s,
+// table, a), and values(planes, w, s, t, found) instead of value.
 // w: the lane's words of one row of a chunk, plane after plane. The lane's codes are columns
 // SUB·s + SUB/4·t + 0, 1, 2, ...
 #pragma once
@@ -118,46 +118,49 @@ struct Grouped : Chunked {
     }
 };
 
-// Words of an entry of F's table; 0: it has none.
-template <class F, class = void> struct Entry { static constexpr int WORDS = 0; };
-template <class F> struct Entry<F, decltype((void)F::ENTRY)> { static constexpr int WORDS = F::ENTRY; };
+// Words of F's table; 0: it has none.
+template <class F, class = void> struct TableOf { static constexpr int WORDS = 0; };
+template <class F> struct TableOf<F, decltype((void)F::ENTRY)> { static constexpr int WORDS = F::ENTRIES * F::ENTRY; };
 
-// A table of pairs in global memory, entries of N words.
-template <int N>
+// A table in global memory; words: where this lane's part of entry 0 is.
 struct Table {
     const uint32_t *words;
-    template <int>
-    QF_HD void get(const Table &t, uint32_t w, int k, uint32_t *a) { load_words<N>(t.words + (w >> 8 * k & 255) * N, a); }
+    uint32_t entry;  // words
+    template <int N>
+    QF_HD void get(const Table &t, uint32_t index, uint32_t *a) { load_words<N>(t.words + index * t.entry, a); }
 };
 
 // In shared memory every lane has a copy of the table (or as many lanes as a load serves at once), each in
-// banks of its own: 256 entries of 32 words.
-constexpr int ENTRIES = 256, COPIES = 32;
+// banks of its own: BANKS words an entry. Where there is less room, several lanes share one.
+constexpr int BANKS = 32;
 
 struct Copies {
     const uint32_t *words;
-    uint32_t lane;  // byte offset of this lane's copy
-    // Entry of byte k of w: two instructions and the load.
+    uint32_t stride, lane;  // bytes: from an entry to the next; of this lane's copy
     template <int N>
-    QF_HD void get(const Copies &t, uint32_t w, int k, uint32_t *a) {
-        const uint32_t byte = prmt(w, 0, 0x4440u | (uint32_t)k);
+    QF_HD void get(const Copies &t, uint32_t index, uint32_t *a) {
 #ifdef __CUDA_ARCH__
-        const uint32_t at = (uint32_t)__cvta_generic_to_shared(t.words) + t.lane + byte * (COPIES * 4);
+        const uint32_t at = (uint32_t)__cvta_generic_to_shared(t.words) + t.lane + index * t.stride;
         if constexpr (N == 1) asm("ld.shared.u32 %0, [%1];" : "=r"(a[0]) : "r"(at));
         else if constexpr (N == 2) asm("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(a[0]), "=r"(a[1]) : "r"(at));
         else asm("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "r"(at));
 #else
-        load_words<N>((const char *)t.words + t.lane + byte * (COPIES * 4), a);
+        load_words<N>((const char *)t.words + t.lane + index * t.stride, a);
 #endif
     }
 };
 
 // The lane's codes of sub-block s, of families with and without a table.
 template <class F, class T>
-QF_WARP void lane_codes(const uint32_t *w, int s, const uint32_t *table, int l, uint32_t *a) {
-    constexpr int WORDS = Entry<F>::WORDS;
-    if constexpr (WORDS > 0) F::template codes<T>(w, s, Copies{table, (uint32_t)(lane_id(l) % (COPIES / WORDS) * WORDS * 4)}, a);
-    else F::template codes<T>(w, s, a);
+QF_WARP void lane_codes(const uint32_t *w, int s, Copies table, int l, uint32_t *a) {
+    if constexpr (TableOf<F>::WORDS > 0) {
+        if constexpr (F::ENTRIES == 256) table.stride = BANKS * 4;  // always fits
+        // neighbours that load parts of one entry have it from one copy
+        table.lane = (uint32_t)lane_id(l) * (F::LOADED * 4) & (table.stride - 1);
+        F::template codes<T>(w, s, table, a);
+    } else {
+        F::template codes<T>(w, s, a);
+    }
 }
 
 // x[column][k .. k+N) as pairs; zeros beyond the matrix. p: x[column] or, if there is no such column, null;
@@ -174,7 +177,7 @@ using Sums = float[F::TILES][G][4];
 
 // Adds the product of one chunk: w is what lanes hold of its rows, x[g] the activations of the lane's column in group g.
 template <class F, class T, int G>
-QF_WARP void chunk_dot(const uint32_t (*w)[F::TILES][2][F::WORDS], const uint16_t *const (*x)[G], int k, int n_in, const uint32_t *table,
+QF_WARP void chunk_dot(const uint32_t (*w)[F::TILES][2][F::WORDS], const uint16_t *const (*x)[G], int k, int n_in, const Copies &table,
                        Sums<F, G> *acc) {
     constexpr int S = 128 / F::SUB, WORDS = F::SUB / 8;
     QF_UNROLL for (int part = 0; part < F::CHUNK / 128; part++) {
@@ -235,7 +238,7 @@ QF_WARP void chunk_dot(const uint32_t (*w)[F::TILES][2][F::WORDS], const uint16_
 // acc[lane][r][g] is the lane's part of mma's c: rows lane / 4, lane / 4 + 8 of tile + r, columns 8 g + 2t, 2t + 1.
 // `ready` is called with the first loads under way; from then on `table` holds F's.
 template <class F, class T, int G, class Ready>
-QF_WARP void tile_dot(const Planes &planes, const uint16_t *x, int m, int tile, int warp, int warps, const uint32_t *table,
+QF_WARP void tile_dot(const Planes &planes, const uint16_t *x, int m, int tile, int warp, int warps, const Copies &table,
                       Ready ready, Sums<F, G> *acc) {
     uint32_t held[F::SLOTS][LANES][F::TILES][2][F::WORDS];
     const uint8_t *at[LANES][F::TILES][planes_of<F>()];
@@ -244,8 +247,8 @@ QF_WARP void tile_dot(const Planes &planes, const uint16_t *x, int m, int tile, 
         const int row = lane_id(l) >> 2, t = lane_id(l) & 3;
         QF_UNROLL for (int g = 0; g < G; g++) column[l][g] = 8 * g + row < m ? x + (int64_t)(8 * g + row) * planes.n_in : nullptr;
         QF_UNROLL for (int r = 0; r < F::TILES; r++) {
-            // the last block may have a tile too many
-            lane_start<F>(planes, tile + r < planes.tiles ? tile + r : tile, row, t, at[l][r]);
+            // the last block may have tiles too many
+            lane_start<F>(planes, tile + r < planes.tiles ? tile + r : planes.tiles - 1, row, t, at[l][r]);
             QF_UNROLL for (int g = 0; g < G; g++)
                 QF_UNROLL for (int i = 0; i < 4; i++) acc[l][r][g][i] = 0;
         }
@@ -267,11 +270,11 @@ QF_WARP void tile_dot(const Planes &planes, const uint16_t *x, int m, int tile, 
         }
 }
 
-// The lane's SUB/4 weights of sub-block s.
+// The SUB/4 weights of lane t of a row in sub-block s.
 template <class F>
-QF_HD void tile_values(const Planes &planes, const uint32_t *w, int s, float *found) {
-    if constexpr (Entry<F>::WORDS > 0) {
-        F::values(planes, w, s, found);
+QF_HD void tile_values(const Planes &planes, const uint32_t *w, int s, [[maybe_unused]] int t, float *found) {
+    if constexpr (TableOf<F>::WORDS > 0) {
+        F::values(planes, w, s, t, found);
     } else {
         uint32_t a[F::SUB / 8];
         F::template codes<F16>(w, s, a);

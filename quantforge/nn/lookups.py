@@ -1,5 +1,5 @@
 """Planes of codecs whose codes are entries of a table (kernels/cuda/lookup.cuh): 16 numbers, two codes to an
-index byte, or a codebook of 4 or 8 neighbours with signs apart. An index byte stands for 1, 2 or 4 pairs."""
+index byte, or a codebook of 4 or 8 neighbours with signs apart. An index stands for 1, 2 or 4 pairs."""
 
 from __future__ import annotations
 
@@ -18,12 +18,9 @@ from ..codecs.lookup import DYNAMIC, LookupCodec
 from .base import tensor
 from .tiles import TILE, gather, pack_fields, pack_rows, spread, unpack_fields, unpack_rows
 
-SUB = 32
-"""Columns that share a scale in the kernels; a lane has 8 neighbours of them."""
-
-Bytes = list[torch.Tensor]
-"""Of one codec: u8[out, in / (2 pairs)] indices, u8[out, in / 8] signs if it has them, and u8[out, blocks, bytes]
-for each plane of parameters that is cut by rows."""
+Numbers = list[torch.Tensor]
+"""Of one codec: integers [out, in / (2 pairs)], the indices; u8[out, in / 8], the signs if it has them; and
+u8[out, blocks, bytes] for each plane of parameters that is cut by rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,23 +30,38 @@ class Lookup:
     kind: str
     chunk: int
     pairs: int
-    read: Callable[[Encoded], Bytes]
-    write: Callable[[Codec, Bytes, list[torch.Tensor], tuple[int, ...]], Encoded]
+    read: Callable[[Encoded], Numbers]
+    write: Callable[[Codec, Numbers, list[torch.Tensor], tuple[int, ...]], Encoded]
     levels: Callable[[Codec], F32]
-    """f32[16] or f32[256, 4 or 8]."""
+    """f32[16] or f32[entries, 4 or 8]."""
     blocks: tuple[int, ...]
     """Weights of a block of each plane of parameters."""
+    sub: int = 32
+    """Columns that share a scale in the kernels; a lane has a quarter of them."""
+    high: int = 0
+    """Bits of an index above its byte."""
     signs: bool = False
     whole: Callable[[Encoded], list[torch.Tensor]] = field(default=lambda e: [])
     """Planes of the whole matrix."""
 
+    @property
+    def cut(self) -> tuple[int, int, int]:
+        """Of a chunk's indices: sub-blocks, lanes with indices of their own, indices of a lane."""
+        indices = self.sub // (2 * self.pairs)
+        return self.chunk // self.sub, min(4, indices), max(1, indices // 4)
+
     def pack(self, e: Encoded) -> dict[str, torch.Tensor]:
         """The planes of a matrix by name."""
         indices, *rest = self.read(e)
-        found = {"codes": _lanes(indices, self.chunk, 4 // self.pairs)}
+        lanes = _lanes(indices, *self.cut)
+        found = {"codes": _vectors((lanes & 255).to(torch.uint8))}
+        if self.high:
+            # from the lowest bit of a lane's bytes on
+            fields = (lanes.long() >> 8) << torch.arange(0, lanes.shape[-1] * self.high, self.high)
+            found["high"] = _vectors(fields.sum(-1, keepdim=True).view(torch.uint8)[..., : lanes.shape[-1] * self.high // 8])
         if self.signs:
             bits = rest.pop(0).unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8) & 1
-            found["signs"] = pack_fields(spread(bits.flatten(1), self.chunk, SUB), 1)
+            found["signs"] = pack_fields(spread(bits.flatten(1), self.chunk, self.sub), 1)
         for i, (params, block) in enumerate(zip(rest, self.blocks, strict=True)):
             found[f"params{i or ''}"] = pack_rows(params, self.chunk // block)
         found |= {f"whole{i or ''}": t for i, t in enumerate(self.whole(e))}
@@ -59,14 +71,20 @@ class Lookup:
         """Inverse of `pack`."""
         out, n = shape
         found = list(planes)
-        bytes_ = [_from_lanes(found.pop(0), 4 // self.pairs, out, n // (2 * self.pairs))]
+        lanes = _from_vectors(found.pop(0), self.cut[1])
+        if self.high:
+            bytes_ = _from_vectors(found.pop(0), self.cut[1])
+            fields = torch.nn.functional.pad(bytes_, (0, 8 - bytes_.shape[-1])).view(torch.int64)
+            shifts = torch.arange(0, lanes.shape[-1] * self.high, self.high)
+            lanes = lanes | ((fields >> shifts & ((1 << self.high) - 1)) << 8).int()
+        numbers = [_from_lanes(lanes, *self.cut, out, n // (2 * self.pairs))]
         if self.signs:
-            bits = gather(unpack_fields(found.pop(0), 1), SUB, out, n).reshape(out, -1, 8)
-            bytes_.append((bits << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8))
+            bits = gather(unpack_fields(found.pop(0), 1), self.sub, out, n).reshape(out, -1, 8)
+            numbers.append((bits << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8))
         for block in self.blocks:
             plane = found.pop(0)
-            bytes_.append(unpack_rows(plane, plane.shape[2] // TILE * block // self.chunk, out, n // block))
-        return self.write(codec, bytes_, found[:-1], shape)
+            numbers.append(unpack_rows(plane, plane.shape[2] // TILE * block // self.chunk, out, n // block))
+        return self.write(codec, numbers, found[:-1], shape)
 
 
 @cache
@@ -77,30 +95,37 @@ def table(levels: bytes, pairs: int) -> torch.Tensor:
         byte = torch.arange(256)
         entries = torch.stack([numbers[byte & 15], numbers[byte >> 4]], -1)
     else:
-        entries = numbers.reshape(256, 2 * pairs)
+        entries = numbers.reshape(-1, 2 * pairs)
     words = [entries.to(t).contiguous().view(torch.int32) for t in (torch.bfloat16, torch.float16)]
     if pairs == 1:
         words.append(entries.contiguous().view(torch.int32))
     return torch.cat([w.reshape(-1) for w in words])
 
 
-def _lanes(indices: torch.Tensor, chunk: int, per: int) -> torch.Tensor:
-    """u8[out, indices] to lanes, `per` to a lane and sub-block -> u8[tiles, chunks, bytes]; see `tiles.pack_fields`."""
+def _lanes(indices: torch.Tensor, subs: int, lanes: int, per: int) -> torch.Tensor:
+    """Indices [out, n] to lanes, `per` to a lane and sub-block -> [tiles, chunks, 16 rows, lanes, subs·per]."""
     out, n = indices.shape
-    of_chunk = chunk // SUB * 4 * per
-    indices = torch.nn.functional.pad(indices, (0, -n % of_chunk, 0, -out % TILE))
-    tiles = indices.reshape(-1, TILE, indices.shape[1] // of_chunk, chunk // SUB, 4, per).permute(0, 2, 1, 4, 3, 5).flatten(4)
-    lane = tiles.shape[4]
-    vectors = tiles.reshape(*tiles.shape[:4], -1, min(16, lane))
+    indices = torch.nn.functional.pad(indices, (0, -n % (subs * lanes * per), 0, -out % TILE))
+    tiles = indices.reshape(-1, TILE, indices.shape[1] // (subs * lanes * per), subs, lanes, per)
+    return tiles.permute(0, 2, 1, 4, 3, 5).flatten(4)
+
+
+def _from_lanes(found: torch.Tensor, subs: int, lanes: int, per: int, out: int, n: int) -> torch.Tensor:
+    """Inverse of `_lanes`."""
+    tiles = found.reshape(*found.shape[:4], subs, per).permute(0, 2, 1, 4, 3, 5)
+    return tiles.reshape(tiles.shape[0] * TILE, -1)[:out, :n]
+
+
+def _vectors(lanes: torch.Tensor) -> torch.Tensor:
+    """u8[tiles, chunks, 16, lanes, bytes] -> u8[tiles, chunks, bytes] in vectors of 16 bytes; see `tiles.pack_fields`."""
+    vectors = lanes.reshape(*lanes.shape[:4], -1, min(16, lanes.shape[4]))
     return vectors.permute(0, 1, 4, 2, 3, 5).contiguous().flatten(2)
 
 
-def _from_lanes(plane: torch.Tensor, per: int, out: int, n: int) -> torch.Tensor:
-    """Inverse of `_lanes`."""
-    lane = plane.shape[2] // 64
-    tiles = plane.reshape(*plane.shape[:2], -1, TILE, 4, min(16, lane)).permute(0, 1, 3, 4, 2, 5).flatten(4)
-    tiles = tiles.reshape(*tiles.shape[:4], -1, per).permute(0, 2, 1, 4, 3, 5)
-    return tiles.reshape(tiles.shape[0] * TILE, -1)[:out, :n]
+def _from_vectors(plane: torch.Tensor, lanes: int) -> torch.Tensor:
+    """Inverse of `_vectors`."""
+    lane = plane.shape[2] // (TILE * lanes)
+    return plane.reshape(*plane.shape[:2], -1, TILE, lanes, min(16, lane)).permute(0, 1, 3, 4, 2, 5).flatten(4).contiguous()
 
 
 # ---- codecs
@@ -119,19 +144,22 @@ def _unpair(indices: torch.Tensor) -> torch.Tensor:
     return torch.stack([indices & 15, indices >> 4], -1).flatten(1)
 
 
-def _read_iq(e: Encoded, pairs: int) -> Bytes:
+def _read_iq(e: Encoded, pairs: int) -> Numbers:
     assert isinstance(e.codec, IQCodec)
     codes, params = e.codec.unpack(e.parts, e.shape)
     d = _bytes(params["d"])
     if pairs == 1:
         return [_pair(codes), _join_scales(d, params["sc"]) if "sc" in params else d]
-    indices = torch.stack([codes >> 8 * i & 255 for i in range(4 // pairs)], -1).flatten(1).to(torch.uint8)
-    signs = torch.from_numpy(KSIGNS.copy())[codes >> e.codec.fields.signs[0]]
-    sc = params["sc"].reshape(len(codes), -1, 4, 2)
-    return [indices, signs, sc[..., 0] | sc[..., 1] << 4, d]
+    bits, per = _index_bits(e.codec), e.codec.vector // (2 * pairs)
+    indices = torch.stack([codes >> bits * i & ((1 << bits) - 1) for i in range(per)], -1).flatten(1)
+    first, n = e.codec.fields.signs
+    signs = codes >> first & ((1 << n) - 1)
+    if n == 7:
+        signs = torch.from_numpy(KSIGNS.copy())[signs]
+    return [indices, _pair(signs) if n == 4 else signs.to(torch.uint8), _nibbles(params["sc"], d.shape[1]), d]
 
 
-def _write_iq(codec: Codec, found: Bytes, _: list[torch.Tensor], shape: tuple[int, ...], pairs: int) -> Encoded:
+def _write_iq(codec: Codec, found: Numbers, _: list[torch.Tensor], shape: tuple[int, ...], pairs: int) -> Encoded:
     assert isinstance(codec, IQCodec)
     indices, *rest = found
     params = {}
@@ -141,12 +169,22 @@ def _write_iq(codec: Codec, found: Bytes, _: list[torch.Tensor], shape: tuple[in
             d, params["sc"] = _split_scales(d)
     else:
         signs, sc, d = rest
-        codes = (signs.int() & 127) << codec.fields.signs[0]
-        for i, part in enumerate(indices.int().reshape(shape[0], -1, 4 // pairs).unbind(-1)):
-            codes = codes | part << 8 * i
+        first, n = codec.fields.signs
+        codes = ((_unpair(signs) if n == 4 else signs).int() & ((1 << n) - 1)) << first
+        bits, per = _index_bits(codec), codec.vector // (2 * pairs)
+        for i, part in enumerate(indices.int().reshape(shape[0], -1, per).unbind(-1)):
+            codes = codes | part << bits * i
         params["sc"] = torch.stack([sc & 15, sc >> 4], -1).reshape(shape[0], -1)
     params["d"] = d.contiguous().view(torch.float16).squeeze(-1)
     return Encoded(codec, shape, codec.pack(codes, params))
+
+
+def _index_bits(codec: IQCodec) -> int:
+    return (len(codec.entries) - 1).bit_length()
+
+
+def _nibbles(sc: torch.Tensor, blocks: int) -> torch.Tensor:
+    return _pair(sc).reshape(len(sc), blocks, -1)
 
 
 _PLACES = (32, 38, 44, 50, 56, 16, 22)
@@ -169,23 +207,40 @@ def _split_scales(params: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return params[..., :2], torch.stack(scales, -1).to(torch.uint8).reshape(len(params), -1)
 
 
-def _read_mxfp4(e: Encoded) -> Bytes:
+def _read_mxfp4(e: Encoded) -> Numbers:
     data = tensor(e.parts["data"]).reshape(e.shape[0], -1, 17)
     codes = torch.cat([data[..., 1:] & 15, data[..., 1:] >> 4], -1).flatten(1)
     return [_pair(codes), data[..., :1]]
 
 
-def _write_mxfp4(codec: Codec, found: Bytes, _: list[torch.Tensor], shape: tuple[int, ...]) -> Encoded:
+def _write_mxfp4(codec: Codec, found: Numbers, _: list[torch.Tensor], shape: tuple[int, ...]) -> Encoded:
     codes = _unpair(found[0]).reshape(shape[0], -1, 32)
     data = torch.cat([found[1], codes[..., :16] | codes[..., 16:] << 4], -1)
     return Encoded(codec, shape, {"data": to_numpy(data.reshape(shape[0], -1))})
+
+
+def _read_nvfp4(e: Encoded) -> Numbers:
+    data = tensor(e.parts["data"]).reshape(e.shape[0], -1, 36)
+    packed = data[..., 4:].reshape(*data.shape[:2], 4, 8)
+    return [_pair(torch.cat([packed & 15, packed >> 4], -1).flatten(1)), data[..., :4]]
+
+
+def _whole_nvfp4(e: Encoded) -> list[torch.Tensor]:
+    tiles = -(-e.shape[0] // TILE)
+    return [tensor(e.parts["scale"]).expand(max(tiles, 1), 1, 1).contiguous()]
+
+
+def _write_nvfp4(codec: Codec, found: Numbers, whole: list[torch.Tensor], shape: tuple[int, ...]) -> Encoded:
+    codes = _unpair(found[0]).reshape(shape[0], -1, 4, 16)
+    data = torch.cat([found[1], (codes[..., :8] | codes[..., 8:] << 4).flatten(2)], -1)
+    return Encoded(codec, shape, {"data": to_numpy(data.reshape(shape[0], -1)), "scale": to_numpy(whole[0][0, 0])})
 
 
 def _swap(a: torch.Tensor) -> torch.Tensor:
     return a >> 4 | a << 4  # bitsandbytes has the even weight in the high nibble
 
 
-def _read_table(e: Encoded) -> Bytes:
+def _read_table(e: Encoded) -> Numbers:
     return [_swap(tensor(e.parts["codes"])), _bytes(tensor(e.parts["absmax"]))]
 
 
@@ -194,7 +249,7 @@ def _whole_table(e: Encoded) -> list[torch.Tensor]:
     return [torch.from_numpy(nested.copy()), torch.from_numpy(np.concatenate([DYNAMIC, offset]))]
 
 
-def _write_table(codec: Codec, found: Bytes, whole: list[torch.Tensor], shape: tuple[int, ...]) -> Encoded:
+def _write_table(codec: Codec, found: Numbers, whole: list[torch.Tensor], shape: tuple[int, ...]) -> Encoded:
     absmax: Array = to_numpy(found[1]).squeeze(-1) if whole else to_numpy(found[1].contiguous().view(torch.float32).squeeze(-1))
     parts = {"codes": to_numpy(_swap(found[0])), "absmax": absmax}
     if whole:
@@ -212,18 +267,23 @@ def _table_levels(codec: Codec) -> F32:
     return codec.table
 
 
-def _iq(name: str, chunk: int, pairs: int, *blocks: int, signs: bool = False) -> Lookup:
-    return Lookup(name, chunk, pairs, partial(_read_iq, pairs=pairs), partial(_write_iq, pairs=pairs), _iq_levels, blocks, signs)
+def _iq(name: str, chunk: int, pairs: int, *blocks: int, sub: int = 32, high: int = 0, signs: bool = True) -> Lookup:
+    read, write = partial(_read_iq, pairs=pairs), partial(_write_iq, pairs=pairs)
+    return Lookup(name, chunk, pairs, read, write, _iq_levels, blocks, sub, high, signs)
 
+
+_FP4 = np.array(gguf.quants.MXFP4.kvalues, np.float32)
 
 FAMILIES = {
-    "IQ4_NL": _iq("iq4_nl", 128, 1, 32),
-    "IQ4_XS": _iq("iq4_xs", 256, 1, 256),
-    "IQ3_XXS": _iq("iq3_xxs", 256, 2, 256, 256, signs=True),
-    "IQ2_XXS": _iq("iq2_xxs", 256, 4, 256, 256, signs=True),
-    "MXFP4": Lookup(
-        "mxfp4", 128, 1, _read_mxfp4, _write_mxfp4, lambda c: np.array(gguf.quants.MXFP4.kvalues, np.float32), blocks=(32,)
-    ),
+    "IQ4_NL": _iq("iq4_nl", 128, 1, 32, signs=False),
+    "IQ4_XS": _iq("iq4_xs", 256, 1, 256, signs=False),
+    "IQ3_XXS": _iq("iq3_xxs", 256, 2, 256, 256),
+    "IQ3_S": _iq("iq3_s", 256, 2, 256, 256, high=1),
+    "IQ2_XXS": _iq("iq2_xxs", 256, 4, 256, 256),
+    "IQ2_XS": _iq("iq2_xs", 256, 4, 256, 256, sub=16, high=1),
+    "IQ2_S": _iq("iq2_s", 256, 4, 256, 256, sub=16, high=2),
+    "MXFP4": Lookup("mxfp4", 128, 1, _read_mxfp4, _write_mxfp4, lambda c: _FP4, (32,)),
+    "NVFP4": Lookup("nvfp4", 128, 1, _read_nvfp4, _write_nvfp4, lambda c: _FP4, (64,), sub=16, whole=_whole_nvfp4),
     "nf4": Lookup("nf4", 128, 1, _read_table, _write_table, _table_levels, (64,)),
     "nf4-dq": Lookup("nf4-dq", 128, 1, _read_table, _write_table, _table_levels, (64,), whole=_whole_table),
     "fp4": Lookup("nf4", 128, 1, _read_table, _write_table, _table_levels, (64,)),

@@ -1,0 +1,5 @@
+#include "launch.cuh"
+#include "lookup.cuh"
+#include "table.h"
+
+const qf_kernel codebook_kernels[] = {CODEBOOK_FAMILIES, {}};

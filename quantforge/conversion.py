@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,7 @@ from .codecs.plain import PlainCodec
 from .errors import NativeError, NonFiniteError, OutputError
 from .formats import Sink, Source
 from .importance import Importance
-from .planning import Calibration, Plan, PlannedTensor, count, plan
+from .planning import Calibration, Plan, PlannedTensor, plan
 from .recipes import Recipe
 
 if TYPE_CHECKING:
@@ -240,7 +241,7 @@ class _Work:
         self._tiles = self._cut()
         self._left: dict[int, int] = {}
         self._stopped = False
-        self._state = Progress(0, len(job.tensors), 0, sum(count(t.shape) for t in job.tensors), 0, "")
+        self._state = Progress(0, len(job.tensors), 0, sum(prod(t.shape) for t in job.tensors), 0, "")
 
     def run(self, out: Path, threads: int) -> None:
         """Do all of it."""
@@ -259,7 +260,7 @@ class _Work:
         """Make the source itself, a library's checkpoint, the output; only config.json says a little more."""
         source = self.job.source
         for i, t in enumerate(self.job.tensors) if self.measure else ():
-            w, decoded = self._reference(t, 0, count(t.shape[:-1])), source.read(t.name).decode()
+            w, decoded = self._reference(t, 0, prod(t.shape[:-1])), source.read(t.name).decode()
             self.errors[i].take(self.errors[i].add(w.reshape(-1, t.shape[-1]), decoded.reshape(-1, t.shape[-1]), None))
         config = source.path / "config.json"
         config.write_text(json.dumps({**source.config, **marks}, indent=2) + "\n")
@@ -270,10 +271,10 @@ class _Work:
         for i, t in enumerate(self.job.tensors):
             if t.name in self._done:
                 continue
-            rows = count(t.shape[:-1])
+            rows = prod(t.shape[:-1])
             step = max(1, (device.TILE if self._goes_up(t) else TILE) // max(1, t.shape[-1]))
             # a tile never spans two sources or two experts; a codec with parameters for the whole tensor gets it whole
-            q = self.job.importance.get(t.weight.name)
+            q = self.job.importance.get(t.name)
             experts = len(q) if q is not None and q.ndim > 1 and rows % len(q) == 0 else 1
             within = rows // max(1, len(t.weight.sources), experts)
             cuts = [(i, a, min(a + step, b + within)) for b in range(0, rows, within) for a in range(b, b + within, step)]
@@ -404,18 +405,16 @@ class _Work:
         if t.mates not in self._largest:
             source = self.job.source
             weights = [other.weight for other in self.job.tensors if other.name in t.mates]
-            largest = (float(np.abs(_decoded(_stored_rows(source, w, 0, count(w.shape[:-1])))).max()) for w in weights)
+            largest = (float(np.abs(_decoded(_stored_rows(source, w, 0, prod(w.shape[:-1])))).max()) for w in weights)
             self._largest[t.mates] = max(largest)
         return t.codec.sharing(self._largest[t.mates])
 
     def _importance(self, t: PlannedTensor, a: int, b: int) -> F32 | None:
         """Importance of a tile: f32[in], or f32[experts, in] for a whole stacked tensor."""
-        q = self.job.importance.get(t.weight.name)
+        q = self.job.importance.get(t.name)
         if q is None or q.ndim == 1:
             return q
-        if t.weight.expert is not None:
-            return np.asarray(q[t.weight.expert])
-        per_expert = count(t.weight.shape[:-1]) // len(q)
+        per_expert = prod(t.weight.shape[:-1]) // len(q)
         whole = b - a > per_expert
         return q if whole else np.asarray(q[a // per_expert])
 
@@ -424,7 +423,7 @@ class _Work:
         source, names = self.job.source, t.weight.sources
         same = len(names) == 1 and source.weights[names[0]].codec is t.codec
         same = same and t.weight.transform is IDENTITY and t.weight.expert is None
-        if same and b - a == count(t.shape[:-1]) and not isinstance(t.codec, PlainCodec):
+        if same and b - a == prod(t.shape[:-1]) and not isinstance(t.codec, PlainCodec):
             return source.read(names[0]).parts, None
         stored = _stored_rows(source, t.weight, a, b)
         if isinstance(stored, Encoded):
@@ -503,7 +502,7 @@ def _stored_rows(source: Source, weight: Weight, a: int, b: int) -> Encoded | F3
     if weight.constant is not None:
         return weight.constant
     n = len(weight.sources)
-    rows = count(weight.shape[:-1])
+    rows = prod(weight.shape[:-1])
     per = rows // n
     order = weight.transform.rows
     if b - a > per:  # the whole of a stacked tensor
@@ -537,5 +536,5 @@ def _origin(weight: Weight, row: int, column: int) -> tuple[str, tuple[int, ...]
     order = weight.transform.rows
     if len(weight.shape) == 1:
         return weight.sources[0], (int(order[column]) if order is not None else column,)
-    at, row = divmod(row, count(weight.shape[:-1]) // len(weight.sources))
+    at, row = divmod(row, prod(weight.shape[:-1]) // len(weight.sources))
     return weight.sources[at], (int(order[row]) if order is not None else row, column)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from . import codecs, formats
 from .errors import ShapeError
-from .planning import count, plain
+from .planning import plain
 
 
 def describe(path: str | Path, *, hashes: bool = False) -> dict[str, Any]:
@@ -28,7 +29,7 @@ def describe(path: str | Path, *, hashes: bool = False) -> dict[str, Any]:
             kind = types.setdefault(stored.codec.name, {"tensors": 0, "bytes": 0})
             kind["tensors"] += 1
             kind["bytes"] += stored.nbytes
-        weights = sum(count(s.shape) for s in source.weights.values())
+        weights = sum(prod(s.shape) for s in source.weights.values())
         return {
             "format": source.format,
             "metadata": {k: plain(v) for k, v in source.config.items()},

@@ -2,42 +2,37 @@
 
 from __future__ import annotations
 
-import json
-import logging
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gguf
 import numpy as np
 
-from . import archs, backends, checkpoint, codecs, formats, layouts, overlap, recipes, tokenizer
+from . import backends, codecs, formats, layouts, linears, recipes
 from .archs.base import Weight
 from .arrays import F32
 from .codecs import Codec, repacks
 from .codecs.integers import IntegerCodec
-from .codecs.plain import PlainCodec
-from .errors import CalibrationError, FormatError, RecipeError, ShapeError, UnsupportedError, nearest
+from .codecs.plain import PlainCodec, as_floats, prevailing
+from .contents import contents, provenance, quantization_metadata, stated_dtype
+from .errors import CalibrationError, RecipeError, ShapeError, UnsupportedError, nearest
 from .formats import Format, Header, Source, Stored
 from .importance import Importance
 from .importance import read as read_importance
 from .layouts import Layout
-from .presets import kept
+from .linears import choose_scheme
 
 if TYPE_CHECKING:
     from .backends import Library
     from .methods import Method
 
-log = logging.getLogger(__name__)
-
 CALIBRATION_CHUNKS = 128
 """Windows of calibration text that a method sees by default."""
-QUANTIZATION_VERSION = 2
-"""general.quantization_version: ggml's GGML_QNT_VERSION, the layout of its block types."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +90,7 @@ class Plan:
     header: Header
     tensors: Sequence[PlannedTensor]
     importance: Mapping[str, F32]
+    """Tensor of the output -> mean x²: f32[in], or f32[experts, in] where they are stacked."""
     recipe: str
     warnings: Sequence[str] = ()
     calibrated: Calibration | None = None
@@ -113,7 +109,7 @@ class Plan:
     @property
     def bpw(self) -> float:
         """Stored bits per weight over all tensors."""
-        return 8 * sum(t.nbytes for t in self.tensors) / max(1, sum(count(t.shape) for t in self.tensors))
+        return 8 * sum(t.nbytes for t in self.tensors) / max(1, sum(prod(t.shape) for t in self.tensors))
 
     def to_json(self) -> dict[str, Any]:
         """{"metadata", "total_bytes", "tensors", ...}, ready for json.dumps."""
@@ -123,14 +119,6 @@ class Plan:
             "tensors": [t.to_json() for t in self.tensors],
             "warnings": list(self.warnings),
         }
-
-
-def count(shape: Sequence[int]) -> int:
-    """Number of weights of a shape, in Python integers."""
-    n = 1
-    for dim in shape:
-        n *= dim
-    return n
 
 
 def plain(value: Any) -> Any:
@@ -213,66 +201,46 @@ def plan(
         )
     if backend_python is not None:
         raise RecipeError("--backend-python goes with --backend")
-    method = method or "rtn"
     source = model if isinstance(model, Source) else formats.open_path(model)
     target, layout = _target(Path(out), format, layout_options)
-    weights, outputs, metadata, files = _model(source, target.name, pre_tokenizer)
+    to_gguf = target.name == "gguf"
+    held = contents(source, target.name, pre_tokenizer)
+    weights, outputs = held.weights, held.outputs
     stored = {w.name: source.weights[w.sources[0]].codec if w.sources else codecs.get("F32") for w in weights}
     imatrix = read_importance(importance) if isinstance(importance, str | Path) else importance
     table = _check_importance(imatrix, weights)
     warnings: list[str] = []
     options = {"act_order": act_order, "static_groups": static_groups, "damping": damping, "clip": clip}
-    how = _calibration(method, options, calibration, calibration_chunks, calibration_ctx, device)
+    how = _calibration(method or "rtn", options, calibration, calibration_chunks, calibration_ctx, device)
     seen = {w.name for w in weights if w.layer is not None} if how else set()
+    file_type = int(gguf.LlamaFileType.GUESSED)
     if layout is not None or bits is not None:
-        layout, codec, rules = _schemes(layout, recipe, bits, group_size, symmetric, tensor_types, source, how)
-        choices, name = _assign_linears(weights, outputs, stored, codec, rules, target.name == "gguf"), codec.name
+        dtype, settings = prevailing((s.codec, s.shape) for s in source.weights.values()), how.method.settings() if how else None
+        layout, codec, rules = choose_scheme(layout, recipe, bits, group_size, symmetric, tensor_types, dtype, settings)
+        choices, name = linears.assign(weights, outputs, stored, codec, rules, to_gguf), codec.name
         if layout is not None:
             named = {n.removesuffix(".weight"): choices[w.name].codec for w in weights for n, _ in outputs[w.name]}
             warnings = layout.warnings({n: c for n, c in named.items() if not isinstance(c, PlainCodec)})
-        file_type = int(gguf.LlamaFileType.GUESSED)
+    elif group_size is not None or symmetric is not None:
+        raise RecipeError("--group-size and --sym go with --bits, or with --format gptq, awq or compressed-tensors")
+    elif recipe is None and not to_gguf and how is None and (source.format == "gguf" or not _all_floats(stored.values())):
+        choices, name = {w.name: recipes.Choice(as_floats(stored[w.name])) for w in weights}, "floats"
     else:
-        if group_size is not None or symmetric is not None:
-            raise RecipeError("--group-size and --sym go with --bits, or with --format gptq, awq or compressed-tensors")
-        known = source.format == "gguf" or not all(isinstance(c, PlainCodec) for c in stored.values())
-        if recipe is None and known and target.name != "gguf" and how is None:
-            choices, name = {w.name: recipes.Choice(_as_floats(stored[w.name])) for w in weights}, "floats"
-            file_type = int(gguf.LlamaFileType.GUESSED)
-        else:
-            preset = recipe if isinstance(recipe, recipes.Recipe) else recipes.get(str(recipe or "Q4_K_M"))
-            preset = preset.with_rules(tensor_types) if tensor_types else preset
-            choices, name = preset.assign(weights, metadata, stored, importance=table.keys() | seen), preset.name
-            file_type = preset.file_type
+        preset = recipe if isinstance(recipe, recipes.Recipe) else recipes.get(str(recipe or "Q4_K_M"))
+        preset = preset.with_rules(tensor_types) if tensor_types else preset
+        choices, name = preset.assign(weights, held.metadata, stored, importance=table.keys() | seen), preset.name
+        file_type = preset.file_type
 
     tensors: list[PlannedTensor] = []
     for w in weights:
-        codec, have, note = choices[w.name].codec, stored[w.name], choices[w.name].note
+        have = stored[w.name]
         if how and w.layer is not None and not isinstance(have, PlainCodec) and not allow_requantize:
             raise RecipeError(
                 f"{w.name}: the source is already quantized ({have.name}); --method chooses codes for the original "
                 "model's weights: use that, or --allow-requantize"
             )
-        via = None
-        if target.name == "gguf" and codec.ggml_type is None:
-            holder = _ggml_holder(codec, w.shape)
-            if holder is None:
-                raise UnsupportedError(
-                    f"{w.name}: GGUF cannot hold {codec.name}; "
-                    + ("of integers it holds symmetric ones and asymmetric ones of at most 5 bits; " if codec.integers else "")
-                    + "give a directory as output to write safetensors"
-                )
-            via, codec = (None if codec is have else codec), holder
-            note = f"{(via or have).name} as {codec.name}, {_exactness(via or have, codec)}"
-        if via is None and codec is not have and not isinstance(have, PlainCodec):
-            if all(made.transform.value is None for _, made in outputs[w.name]) and repacks(have, codec, w.shape):
-                note = _repack_note(have, codec)
-            elif not isinstance(codec, PlainCodec) and not allow_requantize:
-                same = _holder(have, w.shape, target.name)
-                raise RecipeError(
-                    f"{w.name}: the source is already quantized ({have.name}); quantizing it again to {codec.name} "
-                    f"loses more than quantizing the original would: use that, or --allow-requantize"
-                    + (f" ({same.name} takes it over as it is)" if same else "")
-                )
+        unchanged = all(made.transform.value is None for _, made in outputs[w.name])
+        codec, via, note = _written_as(w, choices[w.name], have, unchanged, to_gguf, allow_requantize)
         tensors += [PlannedTensor(n, made, codec, have, note, via) for n, made in outputs[w.name]]
     if layout is not None:
         modules = {t.name.removesuffix(".weight"): t.codec for t in tensors}
@@ -293,15 +261,49 @@ def plan(
     if how:
         inside = {choices[w.name].codec for w in weights if w.layer is not None}
         warnings += _check_method(how.method, {c for c in inside if not isinstance(c, PlainCodec)})
-    if target.name != "gguf":
-        metadata = {**metadata, **_stated_dtype(metadata, source, tensors)}
+    metadata = dict(held.metadata)
+    if to_gguf:
+        metadata |= quantization_metadata(file_type, imatrix)
     else:
-        metadata = {**metadata, **_quantization_metadata(file_type, imatrix)}
-    metadata = {**metadata, **_provenance(source, imatrix, how)}
-    header = Header(metadata, {t.name: Stored(t.codec, t.shape) for t in tensors}, files, layout)
+        metadata |= stated_dtype(metadata, source, ((t.codec, t.shape) for t in tensors))
+    metadata |= provenance(source, imatrix, how.method.name if how else None, calibration)
+    header = Header(metadata, {t.name: Stored(t.codec, t.shape) for t in tensors}, held.files, layout)
     if max_shard_size is not None:
         header = replace(header, max_shard_size=max_shard_size)
-    return Plan(source, target, header, tensors, table, name, warnings, how, device)
+    return Plan(source, target, header, tensors, _by_output(table, weights, outputs), name, warnings, how, device)
+
+
+def _written_as(
+    w: Weight, choice: recipes.Choice, have: Codec, unchanged: bool, to_gguf: bool, allow_requantize: bool
+) -> tuple[Codec, Codec | None, str | None]:
+    """`codec`, `via` and `note` of the tensors that a weight becomes.
+
+    have: what it is in the source; unchanged: its numbers are the output's, whatever the order of rows. Raises
+    UnsupportedError for what GGUF cannot hold, RecipeError for what would be quantized twice.
+    """
+    codec, via, note = choice.codec, None, choice.note
+    if to_gguf and codec.ggml_type is None:
+        holder = _ggml_holder(codec, w.shape)
+        if holder is None:
+            raise UnsupportedError(
+                f"{w.name}: GGUF cannot hold {codec.name}; "
+                + ("of integers it holds symmetric ones and asymmetric ones of at most 5 bits; " if codec.integers else "")
+                + "give a directory as output to write safetensors"
+            )
+        via, codec = (None if codec is have else codec), holder
+        note = f"{(via or have).name} as {codec.name}, {_exactness(via or have, codec)}"
+    if via is not None or codec is have or isinstance(have, PlainCodec):
+        return codec, via, note
+    if unchanged and repacks(have, codec, w.shape):
+        return codec, None, f"the integers of {have.name}, {_exactness(have, codec)}"
+    if not isinstance(codec, PlainCodec) and not allow_requantize:
+        same = _ggml_holder(have, w.shape) if to_gguf else _integer_holder(have, w.shape)
+        raise RecipeError(
+            f"{w.name}: the source is already quantized ({have.name}); quantizing it again to {codec.name} "
+            f"loses more than quantizing the original would: use that, or --allow-requantize"
+            + (f" ({same.name} takes it over as it is)" if same else "")
+        )
+    return codec, None, note
 
 
 def _plan_library(
@@ -322,7 +324,7 @@ def _plan_library(
             f"{source.path}: --backend needs a checkpoint directory as transformers loads it; "
             "`quantforge convert MODEL DIR --type BF16` makes one"
         )
-    if any(not isinstance(s.codec, PlainCodec) for s in source.weights.values()):
+    if not _all_floats(s.codec for s in source.weights.values()):
         raise UnsupportedError(f"{source.path}: quantized already; --backend quantizes the original model")
     bits, group_size, symmetric = wanted
     schemes, written_in = library.known.schemes, library.known.methods[library.method]
@@ -336,7 +338,7 @@ def _plan_library(
     usual = "awq" if symmetric is False and "awq" in written_in and bits in (None, 4) else written_in[0]
     layout = format if format in written_in else usual
     _, codec = layouts.get(layout).choose(
-        kind, bits, group_size, symmetric, _dtype((s.codec, s.shape) for s in source.weights.values())
+        kind, bits, group_size, symmetric, prevailing((s.codec, s.shape) for s in source.weights.values())
     )
     even: dict[str, Any] = {}
     if isinstance(codec, IntegerCodec):
@@ -385,6 +387,10 @@ def _check_method(method: Method, codecs: set[Codec]) -> list[str]:
     return [f"{others}: rounded as usual, --method {method.name} cannot choose its codes"] if others else []
 
 
+def _all_floats(used: Iterable[Codec]) -> bool:
+    return all(isinstance(c, PlainCodec) for c in used)
+
+
 def _target(out: Path, format: str | None, options: Mapping[str, Any]) -> tuple[Format, Layout | None]:
     """The format that is written and, for a checkpoint directory, its layout."""
     is_gguf = out.suffix == ".gguf"
@@ -403,115 +409,6 @@ def _target(out: Path, format: str | None, options: Mapping[str, Any]) -> tuple[
     return formats.get("gguf" if is_gguf else "safetensors"), None
 
 
-def _as_floats(codec: Codec) -> Codec:
-    """What a tensor is kept as where it is not quantized."""
-    return codec if isinstance(codec, PlainCodec) else codecs.get("BF16")
-
-
-def _dtype(tensors: Iterable[tuple[Codec, Sequence[int]]]) -> str:
-    """What most weights of the float matrices are, as codecs call it: "bf16", "f16" or "f32"; bf16 where there are none."""
-    sizes = {"BF16": 0, "F16": 0, "F32": 0}
-    for codec, shape in tensors:
-        if codec.name in sizes and len(shape) > 1:
-            sizes[codec.name] += count(shape)
-    return max(sizes, key=lambda k: sizes[k]).lower()
-
-
-_DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
-
-
-def _stated_dtype(config: Mapping[str, Any], source: Source, tensors: Sequence[PlannedTensor]) -> dict[str, str]:
-    """config.json's dtype, where it is not what it was: from_pretrained turns every tensor into it."""
-    before = _dtype((s.codec, s.shape) for s in source.weights.values())
-    now = _dtype((t.codec, t.shape) for t in tensors)
-    if source.format != "gguf" and now == before:
-        return {}
-    return {"dtype" if "dtype" in config else "torch_dtype": _DTYPES[now]}  # every version of transformers reads the older name
-
-
-_NO_LINEAR = re.compile(r"norm|embed|router|gate_inp|(^|[._])(gate|conv1d|wte|wpe)$|\bln_")
-
-
-def _is_linear(name: str, shape: Sequence[int]) -> bool:
-    """True for the weight of a linear layer inside of a numbered block, going by a checkpoint's names."""
-    stem = name.removesuffix(".weight")
-    return len(shape) == 2 and stem != name and re.search(r"\.\d+\.", name) is not None and not _NO_LINEAR.search(stem)
-
-
-def _schemes(
-    layout: Layout | None,
-    recipe: str | Path | recipes.Recipe | None,
-    bits: int | None,
-    group_size: int | None,
-    symmetric: bool | None,
-    tensor_types: Sequence[str | tuple[str, str]],
-    source: Source,
-    how: Calibration | None,
-) -> tuple[Layout | None, Codec, list[recipes.Rule]]:
-    """What --type, --bits and the like mean in a layout: the layout with its choices, the linear layers' codec, rules."""
-    if recipe is not None and bits is not None:
-        raise RecipeError("--type and --bits exclude each other: give one of them")
-    given: Sequence[recipes.Rule] = ()
-    if isinstance(recipe, recipes.Recipe):
-        given, recipe = recipe.rules, recipe.base.name
-    scheme = layout or layouts.get("compressed-tensors")
-    dtype = _dtype((s.codec, s.shape) for s in source.weights.values()) if layout else "f16"
-    settings = how.method.settings() if how else {}
-    unordered = bool(settings.get("desc_act")) and not settings.get("static_groups")
-
-    def choose(kind: str | None, bits: int | None = None, group_size: int | None = None, symmetric: bool | None = None) -> Codec:
-        nonlocal scheme
-        scheme, codec = scheme.choose(kind, bits, group_size, symmetric, dtype)
-        return scheme.ordered(codec) if layout and unordered else codec
-
-    def find(kind: str | Codec, where: str) -> Codec:
-        with suppress(UnsupportedError):
-            if isinstance(known := codecs.get(kind), PlainCodec):
-                return known
-        return choose(str(kind) if isinstance(kind, str) else kind.name)
-
-    codec = choose(None if recipe is None else str(recipe), bits, group_size, symmetric)
-    rules = [recipes.rule(t, find) for t in tensor_types]
-    rules += [replace(r, codec=find(r.codec, r.origin)) for r in given]
-    return (scheme.calibrated(settings) if how else scheme) if layout else None, codec, rules
-
-
-Outputs = Mapping[str, Sequence[tuple[str, Weight]]]
-"""Name of a weight -> the names that it has in the output, and how each comes about."""
-
-
-def _assign_linears(
-    weights: Sequence[Weight],
-    outputs: Outputs,
-    stored: Mapping[str, Codec],
-    codec: Codec,
-    rules: Sequence[recipes.Rule],
-    gguf_rules: bool,
-) -> dict[str, recipes.Choice]:
-    """`codec`, or what a rule says, for the linear layers of the blocks; everything else stays, in floats."""
-    choices = {}
-    used: set[int] = set()
-    layers = 1 + max((int(n) for w in weights for n in re.findall(r"\.(\d+)\.", w.name)[:1]), default=0)
-    for w in weights:
-        names = [(s, w.shape[-2:]) for s in w.sources] if gguf_rules else [(n, made.shape) for n, made in outputs[w.name]]
-        linear = bool(names) and all(_is_linear(*named) for named in names)
-        as_is = kept(w, stored[w.name], codec.name) if gguf_rules else _as_floats(stored[w.name])
-        if not linear:
-            choices[w.name] = recipes.Choice(as_is)
-            continue
-        spelled = (w.name, *(n for n, _ in names))
-        layer = int(re.findall(r"\.(\d+)\.", w.name)[0])
-        fits = (i for i, r in enumerate(rules) if any(r.matches(n, layer, layers) for n in spelled))
-        if (first := next(fits, None)) is not None:
-            used.add(first)
-        choices[w.name] = recipes.Choice(codec if first is None else rules[first].codec)
-    if unused := [r.origin for i, r in enumerate(rules) if i not in used]:
-        raise RecipeError(f"{unused[0]} matches no linear layer of the blocks, or none that an earlier rule leaves")
-    if all(isinstance(c.codec, PlainCodec) for c in choices.values()):
-        raise UnsupportedError("the model has no linear layers in numbered blocks, which are what --bits and --format quantize")
-    return choices
-
-
 _HOLDERS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 
 
@@ -520,18 +417,14 @@ def _ggml_holder(codec: Codec, shape: tuple[int, ...]) -> Codec | None:
     return next((c for c in map(codecs.get, _HOLDERS) if repacks(codec, c, shape)), None)
 
 
-def _holder(codec: Codec, shape: tuple[int, ...], format: str) -> Codec | None:
-    """A codec for this format that can take over the integers of `codec`, or None."""
+def _integer_holder(codec: Codec, shape: tuple[int, ...]) -> Codec | None:
+    """The codec of checkpoints that can take over the integers of `codec`, or None."""
     grid = codec.integers
-    if format == "gguf" or grid is None or grid.real:
-        return _ggml_holder(codec, shape) if format == "gguf" else None
+    if grid is None or grid.real:
+        return None
     per, zero = f"g{grid.group}" if grid.group else "channel", "asym" if grid.zero is None else "sym"
     same = codecs.get(f"int{grid.hi.bit_length()}-{per}-{zero}")
     return same if repacks(codec, same, shape) else None
-
-
-def _repack_note(have: Codec, codec: Codec) -> str:
-    return f"the integers of {have.name}, {_exactness(have, codec)}"
 
 
 def _exactness(have: Codec, codec: Codec) -> str:
@@ -541,113 +434,6 @@ def _exactness(have: Codec, codec: Codec) -> str:
     inexact = [f"scales rounded to {b.step}"] if b.step not in (a.step, "f32") else []
     inexact += ["mins rounded to f16"] if b.real else []
     return " and ".join(inexact) or "lossless"
-
-
-def _model(
-    source: Source, target: str, pre_tokenizer: str | None
-) -> tuple[list[Weight], Outputs, dict[str, Any], dict[str, bytes]]:
-    """The model's weights, what they are called in the output, the output's metadata and its extra files."""
-    shapes = {name: stored.shape for name, stored in source.weights.items()}
-    if source.format == "gguf":
-        weights = [Weight(name, shape, (name,)) for name, shape in shapes.items()]
-        if target == "gguf":
-            metadata = {k: v for k, v in source.config.items() if not k.startswith("split.")}
-            return weights, {w.name: [(w.name, w)] for w in weights}, metadata, {}
-        return _from_gguf(source, weights, pre_tokenizer)
-
-    directory = source.path if source.path.is_dir() else source.path.parent
-    if target != "gguf":
-        try:
-            weights = archs.find(source.config).weights(source.config, shapes, source.optional)
-        except UnsupportedError as e:
-            log.warning("%s; every tensor keeps its name and only --type and --tensor-type decide", e)
-            weights = [Weight(name, shape, (name,)) for name, shape in shapes.items()]
-        files = {
-            f.name: f.read_bytes()
-            for f in sorted(directory.iterdir())
-            if f.suffix in (".json", ".model", ".jinja", ".txt", ".md")
-            and f.name not in ("config.json", "quantize_config.json")
-            and ".safetensors" not in f.name
-        }
-        outputs = {w.name: [(s, Weight(w.name, shapes[s], (s,))) for s in w.sources] for w in weights}
-        return weights, outputs, dict(source.config), files
-    arch = archs.find(source.config)
-    weights = arch.weights(source.config, shapes, source.optional)
-    generation = _json(directory / "generation_config.json")
-    metadata = {
-        **arch.metadata(source.config, generation),
-        **_general(directory, weights),
-        **tokenizer.metadata(directory, source.config, pre_tokenizer=pre_tokenizer),
-    }
-    return weights, {w.name: [(w.name, w)] for w in weights}, metadata, {}
-
-
-def _from_gguf(
-    source: Source, weights: list[Weight], pre_tokenizer: str | None
-) -> tuple[list[Weight], Outputs, dict[str, Any], dict[str, bytes]]:
-    """A GGUF file as a checkpoint."""
-    shapes = {w.name: w.shape for w in weights}
-    factors = source.read(checkpoint.ROPE_FREQS).decode().reshape(-1) if checkpoint.ROPE_FREQS in shapes else None
-    config = checkpoint.config(source.config, shapes, source.path, factors)
-    outputs: dict[str, list[tuple[str, Weight]]] = {}
-    for name, made in checkpoint.find_arch(source.config, source.path).checkpoint(config, shapes).items():
-        outputs.setdefault(made.name, []).append((name, made))
-    metadata = {**source.config, **({gguf.Keys.Tokenizer.PRE: pre_tokenizer} if pre_tokenizer else {})}
-    return [w for w in weights if w.name in outputs], outputs, config, checkpoint.files(metadata, config, source.path)
-
-
-def _json(path: Path) -> Mapping[str, Any] | None:
-    if not path.exists():
-        return None
-    try:
-        value = json.loads(path.read_text())
-    except ValueError as e:
-        raise FormatError(path, f"not valid JSON: {e}") from None
-    if not isinstance(value, Mapping):
-        raise FormatError(path, "not a JSON object")
-    return value
-
-
-def _general(directory: Path, weights: Sequence[Weight]) -> dict[str, Any]:
-    """general.*: name, size label, licence, authors and the like, from the model card and the directory's name."""
-    sizes = [count(w.shape) for w in weights]
-    expert = sum(n for w, n in zip(weights, sizes, strict=True) if len(w.shape) == 3)
-    experts = max((w.shape[0] for w in weights if len(w.shape) == 3), default=0)
-    total = sum(sizes)
-    known = gguf.Metadata.load(None, directory.resolve(), None, total)
-    known.name = known.name or directory.resolve().name
-    known.size_label = gguf.size_label(total, total - expert, expert // max(1, experts), experts)
-    recorder = gguf.GGUFWriter(None, "")
-    recorder.add_type(gguf.GGUFType.MODEL)
-    known.set_gguf_meta_model(recorder)
-    skipped = (gguf.Keys.General.ARCHITECTURE, "general.sampling.")  # the arch's part
-    return {k: v.value for k, v in recorder.kv_data[0].items() if not k.startswith(skipped)}
-
-
-def _quantization_metadata(file_type: int, imatrix: Importance | None) -> dict[str, Any]:
-    values: dict[str, Any] = {
-        gguf.Keys.General.QUANTIZATION_VERSION: QUANTIZATION_VERSION,
-        gguf.Keys.General.FILE_TYPE: file_type,
-    }
-    if imatrix is not None:
-        values["quantize.imatrix.file"] = imatrix.path.name
-        values["quantize.imatrix.dataset"] = ", ".join(imatrix.datasets)
-        values["quantize.imatrix.entries_count"] = len(imatrix)
-        values["quantize.imatrix.chunks_count"] = imatrix.chunks
-    return values
-
-
-def _provenance(source: Source, imatrix: Importance | None, how: Calibration | None) -> dict[str, Any]:
-    """What a file says of the method and of all texts that it, its importance or its source was calibrated with."""
-    texts = {s.sha256: s for s in (*overlap.remembered(source.config), *(imatrix.texts if imatrix else ()))}
-    values = {}
-    if how:
-        from .calibration import sketch
-
-        values["quantforge.method"] = how.method.name
-        mine = sketch(how.text)
-        texts[mine.sha256] = mine
-    return values | overlap.metadata(list(texts.values()))
 
 
 def _check_importance(imatrix: Importance | None, weights: Sequence[Weight]) -> Mapping[str, F32]:
@@ -660,3 +446,15 @@ def _check_importance(imatrix: Importance | None, weights: Sequence[Weight]) -> 
         first = next(iter(imatrix), "it is empty")
         raise CalibrationError(f"{imatrix.path}: no entry is named like a tensor of this model ({first}, ...)")
     return table
+
+
+def _by_output(
+    table: Mapping[str, F32], weights: Sequence[Weight], outputs: Mapping[str, Sequence[tuple[str, Weight]]]
+) -> dict[str, F32]:
+    """Importance of the output's tensors: each expert that stands alone there gets its own row."""
+    found = {}
+    for w in weights:
+        if (q := table.get(w.name)) is not None:
+            for expert, (name, made) in enumerate(outputs[w.name]):
+                found[name] = q[expert] if len(made.shape) < len(w.shape) else q
+    return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -12,7 +11,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 import quantforge as qf
-from quantforge import archs, importance
+from quantforge import importance
 from quantforge.calibration import check_overlap, observing, read_windows
 from quantforge.demo import IMATRIX, MODEL
 from quantforge.errors import CalibrationError, NonFiniteError, OutputError
@@ -87,15 +86,7 @@ def test_gguf_models_calibrate_to_the_same(tmp_path: Path) -> None:
 
 def test_experts_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Per expert: its tokens' sum; where it saw few, the mean of all stands in, and a warning says so."""
-    dense = archs.supported()["Qwen3ForCausalLM"]
-    tensors = {r: t for r, t in dense.tensors.items() if r not in ("ffn_gate", "ffn_up", "ffn_down")} | {
-        "ffn_gate_inp": archs.Tensor(("experts", "embd")),
-        "ffn_gate_exps": archs.Tensor(("experts", "expert_ff", "embd")),
-        "ffn_up_exps": archs.Tensor(("experts", "expert_ff", "embd")),
-        "ffn_down_exps": archs.Tensor(("experts", "embd", "expert_ff")),
-    }
-    arch = replace(dense, hf=("Qwen3MoeForCausalLM",), gguf=gguf.MODEL_ARCH.QWEN3MOE, tensors=tensors)
-    monkeypatch.setattr(archs, "supported", lambda: {"Qwen3MoeForCausalLM": arch})
+    checkpoints.mixture(monkeypatch)
     sizes = {"head_dim": 32, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
     model = checkpoints.model(tmp_path / "moe", "Qwen3Moe", **sizes)
     report = qf.calibrate(model, tmp_path / "im.gguf", ctx=32, chunks=2)

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 import tokenizers
 
 import quantforge as qf
-from quantforge import archs, checkpoint, tokenizer
+from quantforge import archs, checkpoint, codecs, tokenizer
 from quantforge.archs.base import llama3_rope_factors
 from quantforge.demo import MODEL
 from quantforge.formats import Header
+from quantforge.importance import Importance
 from quantforge.runtime import Model
 from quantforge.tokenizer import pretokenizers
 from tests import checkpoints
@@ -114,29 +113,7 @@ def test_names_and_model_types_are_those_of_transformers() -> None:
 
 
 def test_experts_come_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    dense = archs.supported()["Qwen3ForCausalLM"]
-    experts = {
-        "ffn_gate_inp": archs.Tensor(("experts", "embd"), checkpoint="model.layers.{bid}.mlp.gate"),
-        "ffn_gate_exps": archs.Tensor(("experts", "expert_ff", "embd")),
-        "ffn_up_exps": archs.Tensor(("experts", "expert_ff", "embd")),
-        "ffn_down_exps": archs.Tensor(("experts", "embd", "expert_ff")),
-    }
-    keys = {
-        gguf.Keys.LLM.EXPERT_COUNT: ("num_local_experts", int),
-        gguf.Keys.LLM.EXPERT_USED_COUNT: ("num_experts_per_tok", int),
-        gguf.Keys.LLM.EXPERT_FEED_FORWARD_LENGTH: ("moe_intermediate_size", int),
-    }
-    arch = replace(
-        dense,
-        hf=("Qwen3MoeForCausalLM",),
-        gguf=gguf.MODEL_ARCH.QWEN3MOE,
-        model_type="qwen3_moe",
-        tensors={r: t for r, t in dense.tensors.items() if r not in ("ffn_gate", "ffn_up", "ffn_down")} | experts,
-        metadata_keys={**dense.metadata_keys, **keys},
-        defaults={**dense.defaults, "norm_topk_prob": True},
-    )
-    monkeypatch.setattr(archs, "supported", lambda: {"Qwen3MoeForCausalLM": arch})
-    monkeypatch.setattr(archs, "find", lambda config: arch)
+    checkpoints.mixture(monkeypatch)
     sizes = {"head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
     original = checkpoints.model(tmp_path / "m", "Qwen3Moe", **sizes)
     qf.convert(original, tmp_path / "m.gguf", "F32")
@@ -164,6 +141,30 @@ def test_experts_come_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     expected = weights(tmp_path / "m4-original")
     for k, w in weights(tmp_path / "m4").items():
         np.testing.assert_array_equal(w, expected[k])
+
+
+def test_experts_have_their_own_importance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts that stand alone in the output are encoded as in the stacked tensor, from either kind of source."""
+    checkpoints.mixture(monkeypatch)
+    sizes = {"head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
+    original = checkpoints.model(tmp_path / "m", "Qwen3Moe", **sizes)
+    qf.convert(original, tmp_path / "m.gguf", "F32")
+    draw = np.random.default_rng(5)
+    with qf.open(tmp_path / "m.gguf") as source:
+        shapes = {k: (*w.shape[:-2], w.shape[-1]) for k, w in source.weights.items() if len(w.shape) > 1}
+    importance = Importance({k: draw.lognormal(sigma=2, size=s).astype(np.float32) for k, s in shapes.items()})
+    qf.convert(original, tmp_path / "stacked.gguf", "Q4_0", importance)
+    qf.convert(original, tmp_path / "alone", "Q4_0", importance)
+    qf.convert(tmp_path / "m.gguf", tmp_path / "apart", "Q4_0", importance)
+    with qf.open(tmp_path / "stacked.gguf") as a, qf.open(tmp_path / "alone") as b, qf.open(tmp_path / "apart") as c:
+        for role, name in (("ffn_down", "down_proj"), ("ffn_up", "up_proj")):
+            stacked, q = a.read(f"blk.1.{role}_exps.weight"), importance[f"blk.1.{role}_exps.weight"]
+            for e in range(4):
+                alone = b.read(f"model.layers.1.mlp.experts.{e}.{name}.weight")
+                np.testing.assert_array_equal(alone.parts["data"], stacked.parts["data"][e])
+                np.testing.assert_array_equal(c.read(f"model.layers.1.mlp.experts.{e}.{name}.weight").decode(), alone.decode())
+                w = weights(original)[f"model.layers.1.mlp.experts.{e}.{name}.weight"]
+                np.testing.assert_array_equal(alone.decode(), codecs.quantize(w, "Q4_0", importance=q[e]).decode())
 
 
 # ---- quantized checkpoints

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from math import prod
 from typing import Any
 
 import gguf
@@ -9,7 +11,7 @@ import numpy as np
 
 from .. import native
 from ..arrays import BF16, F8_E4M3, F8_E5M2, F32, Array, Parts, TensorInfo, empty
-from .base import Codec, check_parts, check_weights, raise_non_finite, register
+from .base import Codec, check_parts, check_weights, get, raise_non_finite, register
 
 
 class PlainCodec(Codec):
@@ -88,3 +90,17 @@ for _name, _dtype in {
     "BOOL": np.dtype(np.bool_),
 }.items():
     register(PlainCodec(_name, _dtype))
+
+
+def as_floats(codec: Codec) -> Codec:
+    """What a tensor of that codec is kept as where it is not quantized."""
+    return codec if isinstance(codec, PlainCodec) else get("BF16")
+
+
+def prevailing(tensors: Iterable[tuple[Codec, tuple[int, ...]]]) -> str:
+    """What most weights of float matrices are, as codecs' names call it: "bf16" (also where there are none), "f16" or "f32"."""
+    sizes = {"BF16": 0, "F16": 0, "F32": 0}
+    for codec, shape in tensors:
+        if codec.name in sizes and len(shape) > 1:
+            sizes[codec.name] += prod(shape)
+    return max(sizes, key=lambda k: sizes[k]).lower()

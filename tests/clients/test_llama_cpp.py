@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-import gguf
 import numpy as np
 import pytest
 import tokenizers
 
 import quantforge
-from quantforge import archs
 from tests import checkpoints
 from tests.llama_cpp import Llama
 
@@ -73,26 +69,7 @@ def test_logits_equal_transformers(name, tmp_path):
 
 def test_experts_are_stacked(tmp_path, monkeypatch):
     """A mixture of experts needs no more than an Arch: one declared here, converted and run."""
-    dense = archs.supported()["Qwen3ForCausalLM"]
-    experts = {
-        "ffn_gate_inp": archs.Tensor(("experts", "embd")),
-        "ffn_gate_exps": archs.Tensor(("experts", "expert_ff", "embd")),
-        "ffn_up_exps": archs.Tensor(("experts", "expert_ff", "embd")),
-        "ffn_down_exps": archs.Tensor(("experts", "embd", "expert_ff")),
-    }
-    keys = {
-        gguf.Keys.LLM.EXPERT_COUNT: ("num_local_experts", int),
-        gguf.Keys.LLM.EXPERT_USED_COUNT: ("num_experts_per_tok", int),
-        gguf.Keys.LLM.EXPERT_FEED_FORWARD_LENGTH: ("moe_intermediate_size", int),
-    }
-    arch = replace(
-        dense,
-        hf=("Qwen3MoeForCausalLM",),
-        gguf=gguf.MODEL_ARCH.QWEN3MOE,
-        tensors={r: t for r, t in dense.tensors.items() if r not in ("ffn_gate", "ffn_up", "ffn_down")} | experts,
-        metadata_keys={**dense.metadata_keys, **keys},
-    )
-    monkeypatch.setattr(archs, "find", lambda config: arch)
+    checkpoints.mixture(monkeypatch)
     sizes = {"head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
     assert_same_logits(checkpoints.model(tmp_path, "Qwen3Moe", **sizes), tmp_path / "model.gguf")
 

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 import torch
 
 import quantforge as qf
-from quantforge import archs, codecs
+from quantforge import codecs
 from quantforge.codecs import Codec
 from quantforge.demo import MODEL
 from quantforge.methods import AWQ, Stats
@@ -132,23 +131,7 @@ def test_better_than_rounding(clip: bool, tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["gptq", "awq+gptq"])
 def test_experts(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each expert by its own tokens, in its place of the stacked tensor."""
-    dense = archs.supported()["Qwen3ForCausalLM"]
-    tensors = {r: t for r, t in dense.tensors.items() if r not in ("ffn_gate", "ffn_up", "ffn_down")} | {
-        "ffn_gate_inp": archs.Tensor(("experts", "embd")),
-        "ffn_gate_exps": archs.Tensor(("experts", "expert_ff", "embd")),
-        "ffn_up_exps": archs.Tensor(("experts", "expert_ff", "embd")),
-        "ffn_down_exps": archs.Tensor(("experts", "embd", "expert_ff")),
-    }
-    keys = {gguf.Keys.LLM.EXPERT_COUNT: ("num_experts", int), gguf.Keys.LLM.EXPERT_USED_COUNT: ("num_experts_per_tok", int)}
-    arch = replace(
-        dense,
-        hf=("Qwen3MoeForCausalLM",),
-        gguf=gguf.MODEL_ARCH.QWEN3MOE,
-        tensors=tensors,
-        metadata_keys={**dense.metadata_keys, **keys},
-    )
-    monkeypatch.setattr(archs, "supported", lambda: {"Qwen3MoeForCausalLM": arch})
-    monkeypatch.setattr(archs, "find", lambda config: arch)
+    checkpoints.mixture(monkeypatch)
     sizes: dict[str, Any] = {"head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
     model = checkpoints.model(tmp_path / "moe", "Qwen3Moe", max_position_embeddings=64, **sizes)
     report = qf.convert(model, tmp_path / "m.gguf", "Q4_0", method=method, calibration_chunks=16, measure=True)

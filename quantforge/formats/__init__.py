@@ -1,5 +1,6 @@
 """Formats: files to `Encoded` and back. A format is one module here."""
 
-from .base import Format, Header, Sink, Source, Stored, adopt, get, open_path
+from ..files import adopt
+from .base import Format, Header, Sink, Source, Stored, get, open_path
 
 __all__ = ["Format", "Header", "Sink", "Source", "Stored", "adopt", "get", "open_path"]

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import errno
-import mmap
-import os
 import re
-import secrets
-import shutil
 import stat
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -21,10 +16,11 @@ from typing import Any, Protocol
 import numpy as np
 from typing_extensions import Self
 
-from ..arrays import Array, Parts, TensorInfo
+from ..arrays import Parts, TensorInfo
 from ..codecs import Codec, Encoded
 from ..discovery import modules
 from ..errors import FormatError, OutputError, UnsupportedError, nearest
+from ..files import MappedFile, NewFiles
 from ..layouts import Layout
 
 
@@ -144,51 +140,13 @@ class Placement:
 
 
 class FileSink(Sink):
-    """A sink whose parts have fixed places in one file, or in the files of a directory.
-
-    Writes to a temporary file or directory beside `path`; `commit` flushes it to disk and renames
-    it, replacing what stands at `path`. An existing directory is replaced only if it holds nothing
-    but files and one of them is a .safetensors file.  Raises OutputError.
-    """
+    """A sink whose parts have fixed places in one file, or in the files of a directory; see `NewFiles`. Raises OutputError."""
 
     def __init__(self, path: Path, tensors: Mapping[str, Stored], placement: Placement, *, directory: bool = False) -> None:
-        self._path = path.absolute()  # a later chdir must not move the output
-        self._tensors, self._placement, self._directory = tensors, placement, directory
+        self._path, self._tensors, self._placement = path.absolute(), tensors, placement
         self._written: dict[tuple[str, str], list[tuple[int, int]]] = {}
-        self._idle = threading.Condition()
-        self._busy = 0
-        self._closed = False
-        self._fds: dict[str, int] = {}
-        parent = self._path.parent
-        self._temporary = parent / f".quantforge-{secrets.token_hex(6)}.tmp"
-        self._check_target()
-        try:
-            space = os.statvfs(parent)
-            if space.f_blocks and space.f_bavail * space.f_frsize < placement.nbytes:
-                raise OutputError(
-                    path, f"the result takes {placement.nbytes} bytes and only {space.f_bavail * space.f_frsize} are free there"
-                )
-            if directory:
-                self._temporary.mkdir()
-            for name, head in placement.heads.items():
-                target = self._temporary / name if directory else self._temporary
-                fd = self._fds[name] = os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-                os.ftruncate(fd, placement.sizes[name])
-                _pwrite(fd, memoryview(head), 0)
-        except OSError as e:
-            self.abort()
-            raise self._cannot_write(e) from None
-        except BaseException:
-            self.abort()
-            raise
-
-    def take(self, file: Path) -> None:
-        """Move a finished file into a directory that is being written."""
-        try:
-            os.rename(file, self._temporary / file.name)
-            self._fds[file.name] = os.open(self._temporary / file.name, os.O_RDWR)
-        except OSError as e:
-            raise self._cannot_write(e) from None
+        self._lock = threading.Lock()
+        self._files = NewFiles(path, placement.heads, placement.sizes, directory=directory)
 
     def write(self, name: str, parts: Parts, row: int = 0) -> None:
         """Store a tensor, or its rows from `row` on; see `Sink.write`. Raises OutputError."""
@@ -198,8 +156,8 @@ class FileSink(Sink):
             raise OutputError(self._path, f"tensor {name} is not in the header") from None
         if parts.keys() != slots.keys():
             raise OutputError(self._path, f"tensor {name}: parts {sorted(parts)} given, {sorted(slots)} expected")
-        rows = int(np.prod(stored.shape[:-1], dtype=object))
-        with self._writing():
+        rows = prod(stored.shape[:-1])
+        with self._files.writing():
             for part, slot in slots.items():
                 data, info = parts[part], slot.info
                 at = row * (info.nbytes // rows) if rows else 0
@@ -212,67 +170,23 @@ class FileSink(Sink):
                         f"{info.dtype}{list(info.shape)} of codec {stored.codec.name}",
                     )
                 octets = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
-                try:
-                    _pwrite(self._fds[slot.file], octets.data, slot.offset + at)
-                except OSError as e:
-                    raise self._cannot_write(e) from None
-                with self._idle:
+                self._files.write(slot.file, octets.data, slot.offset + at)
+                with self._lock:
                     self._written.setdefault((name, part), []).append((at, at + data.nbytes))
 
     def commit(self) -> None:
         """Check that every byte has arrived once, fsync, and rename. Raises OutputError, having removed everything."""
         try:
-            self._drain()
+            self._files.drain()
             self._check_complete()
-            for fd in self._fds.values():
-                os.fsync(fd)
-            self._close()
-            if self._directory:
-                _fsync_directory(self._temporary)
-                self._replace_directory()
-            else:
-                os.replace(self._temporary, self._path)
-        except OSError as e:
-            self.abort()
-            raise self._cannot_write(e) from None
         except BaseException:
             self.abort()
             raise
-        with suppress(OSError):  # the file is whole and in place; not every directory can be opened or synced
-            _fsync_directory(self._path.parent)
+        self._files.commit()
 
     def abort(self) -> None:
-        """Wait for writes under way, then remove what was written. Harmless after `commit`."""
-        self._drain()
-        self._close()
-        with suppress(OSError):
-            if self._directory:
-                shutil.rmtree(self._temporary)
-            else:
-                self._temporary.unlink()
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        with self._idle:
-            if self._closed:
-                raise OutputError(self._path, "written to after commit or abort")
-            self._busy += 1
-        try:
-            yield
-        finally:
-            with self._idle:
-                self._busy -= 1
-                self._idle.notify_all()
-
-    def _drain(self) -> None:
-        # a file descriptor closed under a writer could by then belong to another file
-        with self._idle:
-            self._closed = True
-            self._idle.wait_for(lambda: not self._busy)
-
-    def _close(self) -> None:
-        while self._fds:
-            os.close(self._fds.popitem()[1])
+        """Remove what was written; see `NewFiles.abort`."""
+        self._files.abort()
 
     def _check_complete(self) -> None:
         for name, slots in self._placement.slots.items():
@@ -285,108 +199,6 @@ class FileSink(Sink):
                     end = b
                 if end != slot.info.nbytes:
                     raise OutputError(self._path, f"tensor {name}: {part} is {slot.info.nbytes} bytes, {end} arrived")
-
-    def _check_target(self) -> None:
-        try:
-            mode = self._path.stat().st_mode
-        except FileNotFoundError:
-            if not self._path.parent.is_dir():
-                raise OutputError(self._path, f"the directory {self._path.parent} does not exist") from None
-            return
-        except OSError as e:
-            raise self._cannot_write(e) from None
-        if not self._directory and not stat.S_ISREG(mode):
-            raise OutputError(self._path, "exists and is not a regular file; choose another name")
-        if self._directory:
-            if not stat.S_ISDIR(mode):
-                raise OutputError(self._path, "exists and is not a directory; choose another name")
-            inside = list(self._path.iterdir())
-            if any(p.is_dir() for p in inside) or (inside and not any(p.suffix == ".safetensors" for p in inside)):
-                raise OutputError(
-                    self._path, "exists and is not a plain checkpoint directory; it is not replaced, choose another name"
-                )
-
-    def _replace_directory(self) -> None:
-        old = self._temporary.with_suffix(".old")
-        replacing = self._path.exists()
-        if replacing:
-            os.rename(self._path, old)
-        try:
-            os.rename(self._temporary, self._path)
-        except BaseException:
-            if replacing:
-                os.rename(old, self._path)
-            raise
-        if replacing:
-            shutil.rmtree(old, ignore_errors=True)
-
-    def _cannot_write(self, e: OSError) -> OutputError:
-        return OutputError(self._path, f"cannot write: {e.strerror or e}")
-
-
-def adopt(directory: Path, path: Path) -> None:
-    """Put the files of a finished directory on `path`'s file system in place as a sink would. Raises OutputError."""
-    with FileSink(path, {}, Placement({}, {}, {}), directory=True) as sink:
-        for file in sorted(directory.iterdir()):
-            if file.is_file():
-                sink.take(file)
-        sink.commit()
-
-
-def _pwrite(fd: int, data: memoryview, at: int) -> None:
-    while data:
-        n = os.pwrite(fd, data, at)  # writes at most 2 GiB
-        data, at = data[n:], at + n
-
-
-def _fsync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    except OSError as e:
-        if e.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system without directory sync
-            raise
-    finally:
-        os.close(fd)
-
-
-class MappedFile:
-    """A regular file in memory, read-only. Raises FormatError for what cannot be one."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            if not stat.S_ISREG(os.stat(path).st_mode):  # before open: opening a pipe would wait for a writer
-                raise FormatError(path, "not a regular file")
-            with path.open("rb") as f:
-                self.size = os.fstat(f.fileno()).st_size
-                if not self.size:
-                    raise FormatError(path, "the file is empty", 0)
-                self.bytes = mmap.mmap(f.fileno(), self.size, access=mmap.ACCESS_READ)
-        except OSError as e:
-            raise FormatError(path, f"cannot read: {e.strerror or e}") from None
-        if self.bytes[: len(_LFS)] == _LFS:
-            raise FormatError(path, "a Git LFS pointer, not the file itself; fetch it with `git lfs pull`", 0)
-
-    def array(self, offset: int, info: TensorInfo) -> Array:
-        """A read-only view of checked bytes; a copy only where they are not aligned for the dtype."""
-        if not info.nbytes:
-            return np.empty(info.shape, info.dtype)
-        # np.ndarray(buffer=...) would not keep the map alive, a memoryview does
-        octets = np.frombuffer(memoryview(self.bytes), np.uint8, info.nbytes, offset)
-        view: Array = octets.view(info.dtype).reshape(info.shape)
-        return view if view.flags.aligned else view.copy()
-
-    def release(self, offset: int, nbytes: int) -> None:
-        """Let the system drop these pages from this process; a later read brings them back."""
-        if nbytes and hasattr(mmap, "MADV_DONTNEED"):
-            start = offset - offset % mmap.PAGESIZE
-            self.bytes.madvise(mmap.MADV_DONTNEED, start, offset + nbytes - start)
-
-    def close(self) -> None:
-        """Unmap; where arrays still view the file, that happens when the last one is gone."""
-        with suppress(BufferError):
-            self.bytes.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -437,7 +249,6 @@ class MappedSource(Source):
             raise FormatError(self.path, f"no tensor named {tensor}{nearest(tensor, self.weights)}") from None
 
 
-_LFS = b"version https://git-lfs"
 _SHARD = re.compile(r"(?P<stem>.*)-(?P<no>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)", re.DOTALL)
 
 

@@ -30,7 +30,8 @@ from .. import codecs
 from ..arrays import SAFETENSORS_DTYPES, Array, TensorInfo
 from ..codecs import Codec
 from ..errors import FormatError, ShapeError, UnsupportedError
-from .base import FileSink, Header, MappedFile, MappedSource, Place, Placement, Sink, Slot, Source, Stored, shards
+from ..files import MappedFile
+from .base import FileSink, Header, MappedSource, Place, Placement, Sink, Slot, Source, Stored, shards
 
 name = "gguf"
 

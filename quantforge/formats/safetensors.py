@@ -25,7 +25,8 @@ from .. import codecs, layouts
 from ..arrays import SAFETENSORS_DTYPES, Array, Parts, TensorInfo
 from ..codecs import Encoded
 from ..errors import FormatError, OutputError, QuantForgeError, ShapeError, UnsupportedError
-from .base import FileSink, Header, MappedFile, MappedSource, Place, Placement, Sink, Slot, Source, Stored, shards
+from ..files import MappedFile
+from .base import FileSink, Header, MappedSource, Place, Placement, Sink, Slot, Source, Stored, shards
 
 name = "safetensors"
 

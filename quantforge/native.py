@@ -35,6 +35,7 @@ _DTYPE_CODES = {np.dtype(d): i for i, d in enumerate(_DTYPES)}
 
 
 _DESCRIPTOR = struct.Struct("@P4qii")  # qf_array
+_PADDING = [(0,) * (4 - n) for n in range(5)]
 
 
 # qf_fn; the descriptors go as packed bytes, several times quicker to make than ctypes structures
@@ -130,8 +131,7 @@ def _describe(arrays: Sequence[Array]) -> bytes:
     packed = []
     for a in arrays:
         assert a.flags.c_contiguous and a.ndim <= 4
-        shape = (*a.shape, 0, 0, 0, 0)[:4]
-        packed.append(_DESCRIPTOR.pack(a.ctypes.data, *shape, a.ndim, _DTYPE_CODES[a.dtype]))
+        packed.append(_DESCRIPTOR.pack(a.ctypes.data, *a.shape, *_PADDING[a.ndim], a.ndim, _DTYPE_CODES[a.dtype]))
     return b"".join(packed)
 
 

@@ -516,9 +516,11 @@ def get(name: str | Codec) -> Codec:
     """The codec of that name (any case). Raises UnsupportedError naming the nearest ones."""
     if isinstance(name, Codec):
         return name
+    if codec := _registry.get(name) or _made.get(name):
+        return codec
     discover(__package__, register)
     folded = {k.lower(): v for k, v in _registry.items()}
-    codec = _registry.get(name) or folded.get(name.lower()) or _of_family(name)
+    codec = folded.get(name.lower()) or _of_family(name)
     if codec is None:
         raise UnsupportedError(f"unknown type {name}{nearest(name, _registry)}; `quantforge types` lists all")
     return codec

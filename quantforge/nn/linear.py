@@ -154,7 +154,10 @@ class QuantLinear(Packed):
         kind = x.device.type
         if not x.is_meta and torch.is_autocast_enabled(kind) and x.dtype in (torch.float32, torch.bfloat16, torch.float16):
             x = x.to(torch.get_autocast_dtype(kind))  # as nn.Linear
-        y: torch.Tensor = torch.ops.quantforge.linear(x, self.planes, self.codec_name, *self.shape, activations=self.activations)
+        linear = ops.product if ops.undispatched(x) else torch.ops.quantforge.linear
+        y: torch.Tensor = linear(
+            x, self.planes, self.codec_name, self.out_features, self.in_features, activations=self.activations
+        )
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:

@@ -49,11 +49,32 @@ def linear(
     activations: "float": x enters with its own precision; "int8": rounded to 8 bits first, where the codec has a
     kernel for that. See `Codec.matmul`.
     """
+    return product(x, planes, codec, out_features, in_features, activations)
+
+
+def product(
+    x: torch.Tensor, planes: list[torch.Tensor], codec: str, out_features: int, in_features: int, activations: str
+) -> torch.Tensor:
+    """`linear` on the CPU, without the dispatcher."""
     kind, shape = codecs.get(codec), (out_features, in_features)
     check(x, *shape)
     rows: F32 = x.detach().reshape(-1, in_features).float().contiguous().numpy()
     y = kind.matmul(rows, parts_of(planes, kind, shape), shape, threads=torch.get_num_threads(), activations=activations)
     return torch.from_numpy(y).to(x.dtype).reshape(*x.shape[:-1], out_features)
+
+
+def undispatched(x: torch.Tensor) -> bool:
+    """True where `product` may stand for `linear`: nobody traces, transforms or differentiates. The dispatcher and the
+    operator's Python layers take as long as a product of some hundred rows with one activation."""
+    return (
+        type(x) is torch.Tensor
+        and x.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch._C._get_tracing_state()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+        and not torch._C._len_torch_dispatch_stack()
+    )
 
 
 @linear.register_fake

@@ -143,3 +143,31 @@ def test_one_token_is_one_kernel(launches):
             cuda.linear(x, given, "Q4_0", 64, 256)
         assert set(seen.names) <= {"view", "empty", "split"}, seen.names
     assert launches == [("q4_0", "linear")] * 2
+
+
+def test_whoever_listens_to_operators_hears_of_them():
+    """Products outside the dispatcher are for those who only want the numbers."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from quantforge.nn import QuantLinear
+
+    class Listener(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            heard.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    heard: list[str] = []
+    layer = QuantLinear(codecs.quantize(np.random.default_rng(1).standard_normal((5, 64)).astype(np.float32), "Q8_0"))
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        want = layer(x)
+        with Listener():
+            assert torch.equal(layer(x), want)
+        assert "quantforge.linear.default" in heard
+        traced = torch.jit.trace(layer, x)
+        assert torch.equal(traced(2 * x), layer(2 * x))
+        exported = torch.export.export(layer, (x,)).module()
+        assert torch.equal(exported(2 * x), layer(2 * x))
+    y = layer(x.requires_grad_())
+    y.sum().backward()
+    assert torch.equal(y, want) and x.grad is not None

@@ -88,7 +88,8 @@ for step in "$@"; do
     build-now) both; exit $? ;;
     peers-now) peers; exit $? ;;
     test)
-        workers=$("$PY" -c 'import xdist; print("-n 8")' 2>/dev/null)
+        workers=$("$PY" -c 'import xdist; print("-n 8 --max-worker-restart 40")' 2>/dev/null
+            "$PY" -c 'import pytest_timeout; print("--timeout 200 --timeout-method thread")' 2>/dev/null)
         if [ "$DEVICE" = cpu ]; then
             run test "$PY" -m pytest -rs -m gpu --collect-only -q --continue-on-collection-errors tests/nn tests/test_device.py tests/codecs/test_grid.py
         else

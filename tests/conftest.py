@@ -1,6 +1,17 @@
 """One thread for BLAS and torch: the tests' arrays are small, and pytest-xdist already fills the cores."""
 
 import os
+import sys
 
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
+
+
+def pytest_runtest_logfinish() -> None:
+    """A process that lost its CUDA device to an illegal access fails every later test: pytest-xdist starts another."""
+    torch = sys.modules.get("torch")
+    if "PYTEST_XDIST_WORKER" in os.environ and torch is not None and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(1)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -70,6 +71,23 @@ def choose(kind: str, m: int, n: int, k: int, multiprocessors: int = 132, shared
     return min(candidates(kind, m, n, k, shared), key=cost)
 
 
+def _lasting(make: Callable[[], torch.Tensor], device: torch.device) -> torch.Tensor:
+    """A tensor that outlives the call. Made by a thread of its own: what this one allocates may be a CUDA graph's memory
+    (in the first run of a step that torch.compile is going to capture), which may not be kept.
+    """
+
+    def made() -> torch.Tensor:
+        with torch.cuda.device(device):
+            found = make()
+            torch.cuda.current_stream().synchronize()
+            return found
+
+    if device.type != "cuda":
+        return make()
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(made).result()
+
+
 _counters: dict[tuple[int | None, int], torch.Tensor] = {}
 _reserves: dict[int | None, list[torch.Tensor]] = {}
 RESERVE = 1 << 20
@@ -90,10 +108,10 @@ def _arrived(n: int, device: torch.device) -> torch.Tensor:
             return taken
         return torch.zeros(n, dtype=torch.int32, device=device)
     if not reserve:
-        _reserves[device.index] = [torch.zeros(RESERVE, dtype=torch.int32, device=device)]
+        _reserves[device.index] = [_lasting(lambda: torch.zeros(RESERVE, dtype=torch.int32, device=device), device)]
     key = (device.index, torch.cuda.current_stream(device).cuda_stream)
     if key not in _counters or _counters[key].numel() < n:
-        _counters[key] = torch.zeros(max(n, 4096), dtype=torch.int32, device=device)
+        _counters[key] = _lasting(lambda: torch.zeros(max(n, 4096), dtype=torch.int32, device=device), device)
     return _counters[key]
 
 
@@ -108,7 +126,8 @@ def _selectors(name: str, device: torch.device) -> torch.Tensor:
     kind.init_grid()  # type: ignore[no-untyped-call]
     numbers = torch.from_numpy(np.asarray(kind.grid, np.float32).reshape(256, -1))
     which = (numbers.unsqueeze(-1) == torch.tensor(values)).int().argmax(-1)
-    return (which << 4 * torch.arange(which.shape[1])).sum(1).to(torch.int32).to(device)
+    words = (which << 4 * torch.arange(which.shape[1])).sum(1).to(torch.int32)
+    return _lasting(lambda: words.to(device), device)
 
 
 @cache

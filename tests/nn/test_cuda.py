@@ -135,6 +135,18 @@ def test_compiled(codec):
     check(compiled(x) / 2, x, w)
 
 
+@pytest.mark.parametrize("codec", ["Q4_K", "IQ2_XXS"])
+def test_compiled_into_graphs(codec):
+    """Nothing that the kernels keep is memory of a graph: torch.compile would refuse."""
+    e = matrix(codec, 256, 4096)
+    layer, w = QuantLinear.from_encoded(e).cuda(), torch.from_numpy(e.decode()).cuda()
+    for m in (1, 40):
+        compiled = torch.compile(lambda x: layer(x) * 2, fullgraph=True, mode="reduce-overhead", dynamic=False)
+        for seed in range(4):
+            x = torch.randn((m, 4096), generator=torch.Generator().manual_seed(seed)).cuda().bfloat16()
+            check(compiled(x).clone() / 2, x, w)
+
+
 def test_the_callers_stream():
     """Work is put on the current stream, and nothing waits for it."""
     e = matrix("Q4_0", 4096, 4096)

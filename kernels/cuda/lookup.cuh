@@ -2,7 +2,8 @@
 // a codebook of 4 or 8 neighbours, with signs apart (IQ3, IQ2). Either way an index stands for 1, 2 or
 // 4 pairs of numbers, which lie ready in the table. Of indices with more than 8 bits, those above are a plane of their own.
 //
-// The table plane, the last one: u32[ENTRIES · ENTRY] pairs of bf16, the same of f16, and for ENTRY = 1 f32[512], exact.
+// The table plane, the last one: u32[ENTRIES · ENTRY] pairs of bf16, the same of f16 (NF4, FP4: times RAISED), and for
+// ENTRY = 1 f32[512], exact.
 #pragma once
 #include "tile.cuh"
 
@@ -77,10 +78,13 @@ struct Ue4m3 : Scales {  // E4M3 per 16, for doubled levels; an f32 of the tile.
     QF_HD float fast(const uint32_t *w, int s) { return exact(w, s) * last(w); }
 };
 
+// NF4's and FP4's numbers are a little larger in the table: so much that bf16 has them about twice as closely.
+constexpr float RAISED = 1.43670654296875f, LOWERED = 1 / RAISED;
+
 struct FloatPer64 : Scales {  // absmax f32
     static constexpr int CHUNK = 128, PARAMS = 1, WORDS = 2, SLOTS = 3;
     QF_HD float exact(const uint32_t *w, int s) { return float_of(w[s / 2]); }
-    QF_HD float fast(const uint32_t *w, int s) { return float_of(w[s / 2]); }
+    QF_HD float fast(const uint32_t *w, int s) { return mul(float_of(w[s / 2]), LOWERED); }
 };
 
 // absmax u8 per 64, an index of map: map[it] · nested + offset. Planes of the whole matrix: nested f32, of 256 absmax
@@ -100,7 +104,7 @@ struct Nested : Scales {
         const float a = add(mul(map[w[0] >> 8 * (s / 2) & 255], float_of(w[1 + s / 2])), map[256]), most = 3.4028234663852886e38f;
         return a > most ? most : a < -most ? -most : a;
     }
-    QF_HD float fast(const uint32_t *w, int s) { return exact(w, s); }
+    QF_HD float fast(const uint32_t *w, int s) { return mul(exact(w, s), LOWERED); }
 };
 
 // ---- families: index bytes, what indices have above 8 bits, signs, parameters, table

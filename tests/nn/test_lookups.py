@@ -88,7 +88,7 @@ def test_linear_is_the_product(codec, rows, n, seed, dtype):
         bound = (2.0**-8 if dtype == torch.bfloat16 else 2.0**-11) if codec.startswith(("nf4", "fp4")) else 1e-5
         assert ((out - exact).abs() <= bound * (x.double().abs() @ w.abs().T)).all()
         if n >= 1024:
-            assert (out - exact).norm() <= 2e-3 * exact.norm()
+            assert (out - exact).norm() <= 1e-3 * exact.norm()  # so that rounding to bf16 makes it no more than 2e-3
 
 
 def test_wrong_arguments_are_refused():

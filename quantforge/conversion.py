@@ -19,27 +19,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import device, formats, native
-from .archs.base import IDENTITY, Weight
+from . import device, formats, native, tiles
 from .arrays import F32, Parts
 from .backends import Library
-from .codecs import Codec, Encoded, repack, repacks
-from .codecs.base import GgmlCodec
-from .codecs.fp4 import NVFP4
+from .codecs import Encoded, repack
 from .codecs.plain import PlainCodec
-from .errors import NativeError, NonFiniteError, OutputError
+from .errors import NativeError, OutputError
 from .formats import Sink, Source
 from .importance import Importance
-from .planning import Calibration, Plan, PlannedTensor, plan
+from .planning import Calibration, Plan, plan
 from .recipes import Recipe
+from .tiles import Tiles
 
 if TYPE_CHECKING:
     from .corpus import Ints
 
 log = logging.getLogger(__name__)
-
-TILE = 1 << 18
-"""Weights decoded and encoded at once by one thread: 1 MiB of f32, which stays in a core's cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +140,7 @@ def run(
     out = Path(out)
     if out.exists() and not force:
         raise OutputError(out, "exists already; --force overwrites it")
-    threads = threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else threads or os.cpu_count() or 1
+    threads = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) or 1
     began, cpu = time.perf_counter(), time.process_time()
     total_bytes = job.total_bytes
     if job.finish is not None:
@@ -187,7 +182,7 @@ def _encoder(job: Plan, threads: int) -> device.Encoder | None:
 
 @dataclass(slots=True)
 class _Errors:
-    """Sums of squares over the tiles of one tensor."""
+    """Sums of squares over rows of a tensor, plain and with every column weighted by its importance."""
 
     error: float = 0.0
     norm: float = 0.0
@@ -195,25 +190,28 @@ class _Errors:
     weighted_norm: float = 0.0
     has_importance: bool = False
 
-    def add(self, w: F32, decoded: F32, q: F32 | None) -> tuple[float, float, float, float]:
+    @classmethod
+    def of(cls, w: F32, decoded: F32, q: F32 | None = None) -> _Errors:
+        """The sums for some rows; overwrites `decoded`. q: f32[in]."""
+        w, decoded = w.reshape(-1, w.shape[-1]), decoded.reshape(-1, w.shape[-1])
         delta = np.subtract(decoded, w, out=decoded)
         if q is None:
-            return float(np.vdot(delta, delta)), float(np.vdot(w, w)), 0.0, 0.0
+            return cls(float(np.vdot(delta, delta)), float(np.vdot(w, w)))
         columns, norms = np.einsum("ij,ij->j", delta, delta), np.einsum("ij,ij->j", w, w)
-        return float(columns.sum()), float(norms.sum()), float(columns @ q), float(norms @ q)
+        return cls(float(columns.sum()), float(norms.sum()), float(columns @ q), float(norms @ q), True)
 
-    def take(self, sums: tuple[float, float, float, float]) -> None:
-        self.error += sums[0]
-        self.norm += sums[1]
-        self.weighted_error += sums[2]
-        self.weighted_norm += sums[3]
+    def add(self, other: _Errors) -> None:
+        self.error += other.error
+        self.norm += other.norm
+        self.weighted_error += other.weighted_error
+        self.weighted_norm += other.weighted_norm
+        self.has_importance |= other.has_importance
 
-    def ratios(self, measured: bool) -> tuple[float | None, float | None]:
-        if not measured:
-            return None, None
-        plain_ratio = (self.error / self.norm) ** 0.5 if self.norm else 0.0
+    def ratios(self) -> tuple[float, float | None]:
+        """‖w − ŵ‖ / ‖w‖; the same weighted, where there is importance."""
+        plain = (self.error / self.norm) ** 0.5 if self.norm else 0.0
         weighted = (self.weighted_error / self.weighted_norm) ** 0.5 if self.weighted_norm else 0.0
-        return plain_ratio, weighted if self.has_importance else None
+        return plain, weighted if self.has_importance else None
 
 
 class _Work:
@@ -227,7 +225,8 @@ class _Work:
         encoder: device.Encoder | None,
         original: Source | None = None,
     ) -> None:
-        self.job, self.measure, self.progress, self.encoder = job, measure, progress, encoder
+        self.job, self.measure, self.progress = job, measure, progress
+        self.tiles = Tiles(job, encoder)
         self.original = original
         """What errors are measured against; None: the source."""
         self.errors = [_Errors() for _ in job.tensors]
@@ -236,9 +235,8 @@ class _Work:
         self.methods: dict[str, tuple[str, float | None, float | None]] = {}
         """Tensor -> method kept, its output error, rtn's; of stacked experts, the means."""
         self._lock = threading.Lock()
-        self._largest: dict[tuple[str, ...], float] = {}
         self._done: set[str] = set()
-        self._tiles = self._cut()
+        self._queue = self._in_order()
         self._left: dict[int, int] = {}
         self._stopped = False
         self._state = Progress(0, len(job.tensors), 0, sum(prod(t.shape) for t in job.tensors), 0, "")
@@ -260,39 +258,25 @@ class _Work:
         """Make the source itself, a library's checkpoint, the output; only config.json says a little more."""
         source = self.job.source
         for i, t in enumerate(self.job.tensors) if self.measure else ():
-            w, decoded = self._reference(t, 0, prod(t.shape[:-1])), source.read(t.name).decode()
-            self.errors[i].take(self.errors[i].add(w.reshape(-1, t.shape[-1]), decoded.reshape(-1, t.shape[-1]), None))
+            assert self.original is not None
+            w = tiles.original(self.original, t, 0, prod(t.shape[:-1]))
+            self.errors[i].add(_Errors.of(w.reshape(-1, t.shape[-1]), source.read(t.name).decode()))
         config = source.path / "config.json"
         config.write_text(json.dumps({**source.config, **marks}, indent=2) + "\n")
         formats.adopt(source.path, out)
 
-    def _cut(self) -> Iterator[tuple[int, int, int]]:
-        """(tensor, first row, last row) of every tile, in file order."""
+    def _in_order(self) -> Iterator[tuple[int, int, int]]:
+        """(tensor, first row, last row) of every tile that is still to do, in file order."""
         for i, t in enumerate(self.job.tensors):
-            if t.name in self._done:
-                continue
-            rows = prod(t.shape[:-1])
-            step = max(1, (device.TILE if self._goes_up(t) else TILE) // max(1, t.shape[-1]))
-            # a tile never spans two sources or two experts; a codec with parameters for the whole tensor gets it whole
-            q = self.job.importance.get(t.name)
-            experts = len(q) if q is not None and q.ndim > 1 and rows % len(q) == 0 else 1
-            within = rows // max(1, len(t.weight.sources), experts)
-            cuts = [(i, a, min(a + step, b + within)) for b in range(0, rows, within) for a in range(b, b + within, step)]
-            stored = [self.job.source.weights[s].codec for s in t.weight.sources]
-            if not t.codec.row_local or (t.via and not t.via.row_local) or not all(c.sliceable for c in stored):
-                cuts = [(i, 0, rows)]
-            self._left[i] = len(cuts)
-            yield from cuts
-
-    def _goes_up(self, t: PlannedTensor) -> bool:
-        """True if the device encodes that tensor."""
-        up = t.codec.row_local and t.via is None and len(t.shape) > 1 and t.weight.transform.value is None
-        return up and self.encoder is not None and device.has_kernel(t.codec, "encode")
+            if t.name not in self._done:
+                cuts = list(self.tiles.cut(t))
+                self._left[i] = len(cuts)
+                yield from ((i, a, b) for a, b in cuts)
 
     def report(self, i: int) -> TensorReport:
         """What became of tensor i."""
         t = self.job.tensors[i]
-        plain, weighted = self.errors[i].ratios(self.measure)
+        plain, weighted = self.errors[i].ratios() if self.measure else (None, None)
         kept, mine, rtn = self.methods.get(t.name, ("rtn", None, None))
         shape = tuple(t.shape)
         seen = self.tokens.get(t.name)
@@ -314,17 +298,10 @@ class _Work:
                 parts = repack(Encoded(t.via, o.weights.shape, parts), t.codec).parts
             sink.write(t.name, parts, o.task.row)
             if self.measure:
-                w = o.weights.reshape(-1, o.weights.shape[-1])
-                decoded = t.codec.decode(parts, o.weights.shape).reshape(w.shape)
-                self.errors[i].take(self.errors[i].add(w, decoded, None))
+                self.errors[i].add(_Errors.of(o.weights, t.codec.decode(parts, o.weights.shape)))
             found.setdefault(t.name, []).append(o)
-            s = self._state
-            whole = len(found[t.name]) == max(1, len(t.weight.sources))
             self._done.add(t.name)
-            s.tensors, s.weights, s.name = s.tensors + whole, s.weights + o.weights.size, t.name
-            s.bytes += sum(p.nbytes for p in parts.values())
-            if self.progress is not None:
-                self.progress(s)
+            self._tell(t.name, o.weights.size, parts, done=len(found[t.name]) == max(1, len(t.weight.sources)))
 
         tensors = [(t.name, t.via or t.codec, t.weight) for t in self.job.tensors]
         mates = {t.name: t.mates for t in self.job.tensors}
@@ -345,6 +322,16 @@ class _Work:
                 "missing ones: calibrate with more text (--calibration-chunks)"
             )
 
+    def _tell(self, name: str, weights: int, parts: Parts, done: bool) -> None:
+        """Say that rows of a tensor have been written; done: they were its last."""
+        s = self._state
+        s.tensors += done
+        s.weights += weights
+        s.bytes += sum(p.nbytes for p in parts.values())
+        s.name = name
+        if self.progress is not None:
+            self.progress(s)
+
     def stop(self) -> None:
         with self._lock:
             self._stopped = True
@@ -353,7 +340,7 @@ class _Work:
         """Do tiles until there are none left, or another thread failed."""
         while True:
             with self._lock:
-                tile = None if self._stopped else next(self._tiles, None)
+                tile = None if self._stopped else next(self._queue, None)
             if tile is None:
                 return
             try:
@@ -364,95 +351,24 @@ class _Work:
 
     def _do(self, i: int, a: int, b: int, sink: Sink) -> None:
         t = self.job.tensors[i]
-        q = self._importance(t, a, b)
-        parts, w = self._encode(t, a, b, q)
+        tile = self.tiles.make(t, a, b)
+        parts = tile.parts
         sink.write(t.name, parts, a)
-        sums = None
-        if self.measure and self.original is not None:
-            w = self._reference(t, a, b)
-        if self.measure and w is not None:
-            decoded = t.codec.decode(parts, w.shape)
-            n_in = w.shape[-1]
-            column_weights = q if q is not None and q.ndim == 1 else None
-            sums = self.errors[i].add(w.reshape(-1, n_in), decoded.reshape(-1, n_in), column_weights)
+        errors = w = None
+        if self.measure:
+            w = tile.weights if self.original is None else tiles.original(self.original, t, a, b)
+        if w is not None:
+            q = tile.importance
+            errors = _Errors.of(w, t.codec.decode(parts, w.shape), q if q is not None and q.ndim == 1 else None)
         with self._lock:
-            e, s = self.errors[i], self._state
-            if sums is not None:
-                e.take(sums)
-                e.has_importance = column_weights is not None
+            if errors is not None:
+                self.errors[i].add(errors)
             self._left[i] -= 1
             done = self._left[i] == 0
-            s.tensors += done
-            s.weights += (b - a) * t.shape[-1]
-            s.bytes += sum(p.nbytes for p in parts.values())
-            s.name = t.name
-            if self.progress is not None:
-                self.progress(s)
+            self._tell(t.name, (b - a) * t.shape[-1], parts, done)
         if done:
             for name in t.weight.sources:
                 self.job.source.release(name)
-
-    def _reference(self, t: PlannedTensor, a: int, b: int) -> F32:
-        """Rows a:b of the original that a library's tensor is measured against."""
-        assert self.original is not None
-        w = _decoded(_stored_rows(self.original, t.weight, a, b))
-        return w if t.weight.transform.value is None else t.weight.transform.value(w)
-
-    def _codec(self, t: PlannedTensor) -> Codec:
-        """The codec, with the scale that it shares with others."""
-        if not isinstance(t.codec, NVFP4) or not t.mates:
-            return t.codec
-        if t.mates not in self._largest:
-            source = self.job.source
-            weights = [other.weight for other in self.job.tensors if other.name in t.mates]
-            largest = (float(np.abs(_decoded(_stored_rows(source, w, 0, prod(w.shape[:-1])))).max()) for w in weights)
-            self._largest[t.mates] = max(largest)
-        return t.codec.sharing(self._largest[t.mates])
-
-    def _importance(self, t: PlannedTensor, a: int, b: int) -> F32 | None:
-        """Importance of a tile: f32[in], or f32[experts, in] for a whole stacked tensor."""
-        q = self.job.importance.get(t.name)
-        if q is None or q.ndim == 1:
-            return q
-        per_expert = prod(t.weight.shape[:-1]) // len(q)
-        whole = b - a > per_expert
-        return q if whole else np.asarray(q[a // per_expert])
-
-    def _encode(self, t: PlannedTensor, a: int, b: int, q: F32 | None) -> tuple[Parts, F32 | None]:
-        """Stored parts of rows a:b, and the weights they stand for (None where bytes were copied)."""
-        source, names = self.job.source, t.weight.sources
-        same = len(names) == 1 and source.weights[names[0]].codec is t.codec
-        same = same and t.weight.transform is IDENTITY and t.weight.expert is None
-        if same and b - a == prod(t.shape[:-1]) and not isinstance(t.codec, PlainCodec):
-            return source.read(names[0]).parts, None
-        stored = _stored_rows(source, t.weight, a, b)
-        if isinstance(stored, Encoded):
-            if stored.codec is t.codec and not isinstance(t.codec, PlainCodec) and t.weight.transform.value is None:
-                return stored.parts, None
-            if t.via is None and t.weight.transform.value is None and repacks(stored.codec, t.codec, stored.shape):
-                return repack(stored, t.codec).parts, stored.decode() if self.measure else None
-        if self._goes_up(t) and self.encoder is not None and isinstance(t.codec, GgmlCodec):
-            parts = self.encoder.encode(t.codec, stored, q)
-            if parts is not None:
-                return parts, _decoded(stored) if self.measure else None
-        w = _decoded(stored)
-        if t.weight.transform.value is not None:
-            w = t.weight.transform.value(w)
-        if not t.codec.row_local or len(t.shape) == 1:
-            w = w.reshape(t.shape)
-        try:
-            if t.via is not None:
-                return repack(Encoded(t.via, w.shape, t.via.encode(w, q)), t.codec).parts, w
-            return self._codec(t).encode(w, q), w
-        except NonFiniteError as e:
-            if not e.index:
-                raise NonFiniteError(f"{t.weight.name}: {e}", ()) from None
-            row, column = (0, e.index[0]) if len(e.index) == 1 else (a + e.index[-2], e.index[-1])
-            value = w.reshape(-1, w.shape[-1])[e.index[-2] if len(e.index) > 1 else 0, column]
-            where, index = _origin(t.weight, row, column)
-            raise NonFiniteError(
-                f"{where}: weight {list(index)} is {value}; the checkpoint is damaged or overflowed", index
-            ) from None
 
 
 def _windows(source: Source, how: Calibration) -> Ints:
@@ -495,46 +411,3 @@ def _through_library(
             return work, size
         finally:
             rest.source.close()
-
-
-def _stored_rows(source: Source, weight: Weight, a: int, b: int) -> Encoded | F32:
-    """Rows a:b of a weight in GGUF's row order, still encoded where the codec can be cut by rows."""
-    if weight.constant is not None:
-        return weight.constant
-    n = len(weight.sources)
-    rows = prod(weight.shape[:-1])
-    per = rows // n
-    order = weight.transform.rows
-    if b - a > per:  # the whole of a stacked tensor
-        return np.stack(
-            [
-                _decoded(_stored_rows(source, replace(weight, sources=(s,), shape=(per, weight.shape[-1])), 0, per))
-                for s in weight.sources
-            ]
-        )
-    at, first = divmod(a, per)
-    if weight.expert is not None:
-        first += weight.expert * rows
-        order = None if order is None else order + weight.expert * rows
-    e = source.read(weight.sources[at])
-    if e.codec.sliceable and len(e.shape) > 1:
-        return e.flat().rows(slice(first, first + b - a) if order is None else order[first : first + b - a])
-    w = e.decode()
-    if w.ndim == 1:
-        return w if order is None else w[order]
-    return w.reshape(-1, w.shape[-1])[slice(first, first + b - a) if order is None else order[first : first + b - a]]
-
-
-def _decoded(x: Encoded | F32) -> F32:
-    return x.decode() if isinstance(x, Encoded) else x
-
-
-def _origin(weight: Weight, row: int, column: int) -> tuple[str, tuple[int, ...]]:
-    """The checkpoint's own name and index of a weight."""
-    if not weight.sources:
-        return weight.name, (row, column)
-    order = weight.transform.rows
-    if len(weight.shape) == 1:
-        return weight.sources[0], (int(order[column]) if order is not None else column,)
-    at, row = divmod(row, prod(weight.shape[:-1]) // len(weight.sources))
-    return weight.sources[at], (int(order[row]) if order is not None else row, column)

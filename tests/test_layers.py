@@ -21,6 +21,7 @@ LAYERS = [
     {"recipes", "calibration", "importance", "report", "similarity", "tasks", "loading", "backends"},
     {"contents", "linears", "blockwise"},
     {"planning"},
+    {"tiles"},
     {"conversion", "evaluation"},
     {"scorecard", "inspection"},
     {"__init__"},

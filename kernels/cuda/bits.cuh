@@ -176,6 +176,16 @@ QF_HD void keep_order() {
 #endif
 }
 
+// From here on nobody knows where p came from: what is read through it is not read before.
+template <class P>
+QF_HD void hide(P *&p) {
+#ifdef __CUDA_ARCH__
+    asm volatile("" : "+l"(p)::"memory");
+#else
+    (void)p;
+#endif
+}
+
 // N words at once; p is a multiple of their bytes.
 template <int N>
 QF_HD void load_words(const void *p, uint32_t *w) {

@@ -158,11 +158,11 @@ static inline int find_device(Device *found) {
 }
 
 template <class F, class T, int G>
-static int run_linear(Planes planes, const uint16_t *x, int m, void *out, int dtype, Cut cut, void *stream) {
+static int run_linear(Planes planes, const uint16_t *x, int m, void *out, int dtype, const Device &device, Cut cut, void *stream) {
     const void *kernel = (const void *)linear_kernel<F, T, G>;
     const int shared = cut.table + cut.sums;
-    if (shared > 48 << 10) {  // what any kernel may have
-        const int rc = status(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+    if (shared > 48 << 10) {  // what any kernel may have; always to the same limit, as other threads are at it too
+        const int rc = status(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared));
         if (rc != QF_OK) return rc;
     }
     void *args[] = {&planes, &x, &m, &out, &dtype, &cut};
@@ -183,7 +183,7 @@ static inline int find_device(Device *found) {
 }
 
 template <class F, class T, int G>
-static int run_linear(const Planes &planes, const uint16_t *x, int m, void *out, int dtype, Cut cut, void *) {
+static int run_linear(const Planes &planes, const uint16_t *x, int m, void *out, int dtype, const Device &, Cut cut, void *) {
     constexpr int R = F::TILES;
     alignas(16) static uint32_t shared[(100 << 10) / 4];
     const auto ready = [&] { fill_table<F, T>(planes, shared, cut.stride, 0, 1); };
@@ -261,7 +261,7 @@ int linear(const qf_array *in, int n_in, qf_array *out, int n_out, void *stream)
     const auto go = [&](auto type, auto family, auto groups) {
         using K = decltype(family);
         constexpr int N = decltype(groups)::N;
-        return run_linear<K, decltype(type), N>(planes, x, (int)m, out->data, out->dtype, cut_of<K, N>(planes, device), stream);
+        return run_linear<K, decltype(type), N>(planes, x, (int)m, out->data, out->dtype, device, cut_of<K, N>(planes, device), stream);
     };
     if (in[0].dtype == QF_BF16) return m > COLUMNS ? go(Bf16{}, Wide<F>{}, Count<2>{}) : go(Bf16{}, F{}, Count<1>{});
     return m > COLUMNS ? go(F16{}, Wide<F>{}, Count<2>{}) : go(F16{}, F{}, Count<1>{});

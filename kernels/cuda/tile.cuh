@@ -238,7 +238,7 @@ QF_WARP void chunk_dot(const uint32_t (*w)[F::TILES][2][F::WORDS], const uint16_
 // acc[lane][r][g] is the lane's part of mma's c: rows lane / 4, lane / 4 + 8 of tile + r, columns 8 g + 2t, 2t + 1.
 // `ready` is called with the first loads under way; from then on `table` holds F's.
 template <class F, class T, int G, class Ready>
-QF_WARP void tile_dot(const Planes &planes, const uint16_t *x, int m, int tile, int warp, int warps, const Copies &table,
+QF_WARP void tile_dot(const Planes &planes, const uint16_t *x, int m, int tile, int warp, int warps, Copies table,
                       Ready ready, Sums<F, G> *acc) {
     uint32_t held[F::SLOTS][LANES][F::TILES][2][F::WORDS];
     const uint8_t *at[LANES][F::TILES][planes_of<F>()];
@@ -261,6 +261,7 @@ QF_WARP void tile_dot(const Planes &planes, const uint16_t *x, int m, int tile, 
     };
     QF_UNROLL for (int d = 0; d < F::SLOTS; d++) fetch(warp + d * warps, held[d]);
     ready();
+    hide(table.words);  // its loads are assembly, which a barrier alone does not hold back
     for (int base = warp; base < planes.chunks; base += F::SLOTS * warps)
         QF_UNROLL for (int d = 0; d < F::SLOTS; d++) {
             const int chunk = base + d * warps;

@@ -76,3 +76,8 @@ def to_numpy(x: Any) -> Array:
             return np.asarray(t.contiguous().view(torch.int16).numpy().view(BF16))
         return np.asarray(t.numpy())
     return np.asarray(x)
+
+
+def shortest(value: Any) -> float:
+    """The shortest number that is this f32: 1e-05, not 9.999999747378752e-06."""
+    return float(str(np.float32(value)))

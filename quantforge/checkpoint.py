@@ -6,22 +6,19 @@ The inverse of what `archs` and `tokenizer` make of a checkpoint. Names and numb
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import gguf
-import numpy as np
 
 from . import archs, tokenizer
-from .archs.base import Arch, Shape, llama3_rope_factors
-from .arrays import F32
+from .archs.base import Arch, Shape
+from .arrays import F32, shortest
 from .errors import FormatError, UnsupportedError
+from .rope import llama3_scaling, rope_scaling
 
 _K = gguf.Keys
-ROPE_FREQS = gguf.TENSOR_NAMES[gguf.MODEL_TENSOR.ROPE_FREQS] + ".weight"
-"""GGUF's name of the tensor that Llama 3's rope scaling is kept in."""
 
 
 def find_arch(metadata: Mapping[str, Any], path: Path) -> Arch:
@@ -56,12 +53,12 @@ def config(
     try:
         for pattern, (key, kind) in arch.metadata_keys.items():
             if kind is not dict and (value := get(pattern)) is not None:
-                found[key] = _float(value) if kind is float else kind(value)
+                found[key] = shortest(value) if kind is float else kind(value)
         head = found.pop("key_length", None) or get(_K.Attention.KEY_LENGTH)
         found |= {"head_dim": int(head)} if head is not None else {}
         found.setdefault("num_key_value_heads", found.get("num_attention_heads"))
-        found["rope_theta"] = _float(get(_K.Rope.FREQ_BASE) or 10000.0)
-        found["rope_scaling"] = _scaling(get)
+        found["rope_theta"] = shortest(get(_K.Rope.FREQ_BASE) or 10000.0)
+        found["rope_scaling"] = rope_scaling(get)
     except (TypeError, ValueError):
         raise FormatError(path, f"{arch.name}.*: a value is no number where one is needed") from None
     found["vocab_size"] = int(tensors["token_embd.weight"][0])
@@ -75,65 +72,6 @@ def config(
     if rope_freqs is not None:
         found["rope_scaling"] = llama3_scaling(rope_freqs, found["rope_theta"], path)
     return found
-
-
-def _float(value: Any) -> float:
-    """The shortest number that is this f32: 1e-05, not 9.999999747378752e-06."""
-    return float(str(np.float32(value)))
-
-
-def _scaling(get: Any) -> dict[str, Any] | None:
-    kind = get(_K.Rope.SCALING_TYPE)
-    if kind not in ("linear", "yarn"):
-        return None
-    factor = _float(get(_K.Rope.SCALING_FACTOR) or 1)
-    rope: dict[str, Any] = {"rope_type": kind, "factor": factor}
-    if kind == "linear":
-        return rope
-    if (context := get(_K.Rope.SCALING_ORIG_CTX_LEN)) is not None:
-        rope["original_max_position_embeddings"] = int(context)
-    for key, pattern in (
-        ("attention_factor", _K.Rope.SCALING_YARN_ATTN_FACTOR),
-        ("beta_fast", _K.Rope.SCALING_YARN_BETA_FAST),
-        ("beta_slow", _K.Rope.SCALING_YARN_BETA_SLOW),
-    ):
-        if (value := get(pattern)) is not None:
-            rope[key] = _float(value)
-    if "attention_factor" not in rope and (times := get(_K.Rope.SCALING_ATTN_FACTOR)) is not None:
-        rope["attention_factor"] = float(times) * (0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0)
-    return rope
-
-
-def llama3_scaling(factors: F32, theta: float, path: Path) -> dict[str, Any]:
-    """Llama 3's rope settings whose factors these are: f32[head size / 2].
-
-    Between its two ends the blend is a line over frequency: its slope and intercept give context and high_freq_factor
-    in units of low_freq_factor, which is taken to be 1, as in every release. Raises UnsupportedError if none fit.
-    """
-    dim, factor = 2 * factors.size, float(factors.max())
-    turns = theta ** -(np.arange(0, dim, 2, dtype=np.float64) / dim) / (2 * math.pi)  # per token of context
-    smooth = (1 / factors.astype(np.float64) - 1 / factor) / (1 - 1 / factor) if factor > 1 else np.ones(factors.size)
-    low, high = turns[smooth <= 1e-5], turns[smooth >= 1 - 1e-5]
-    between = (smooth > 1e-5) & (smooth < 1 - 1e-5)
-    tried = [(8192.0, 4.0)]
-    if between.sum() > 1:
-        slope, intercept = np.polyfit(turns[between], smooth[between], 1)
-        tried += [(-slope / intercept, 1 - 1 / intercept)] if intercept < 0 else []
-    elif between.any():  # one number for two: usual blends first
-        tried += [((1 + (h - 1) * smooth[between][0]) / turns[between][0], h) for h in (4.0, 2.0, 8.0, 3.0, 6.0, 16.0, 1.5, 32.0)]
-    elif low.size and high.size:  # a step: any blend between the two frequencies
-        tried.append((0.9999 / float(low.max()), max(1.001, float(high.min() / low.max()) * 0.999)))
-    for context, end in tried:
-        rope: dict[str, Any] = {"rope_type": "llama3", "factor": factor, "rope_theta": theta}
-        for unit in (1.0, 8192 / context):  # the same line with a whole number as context
-            at_end = round(end, 3) if unit == 1 else float(end * unit)
-            rope |= {"low_freq_factor": float(unit), "high_freq_factor": at_end}
-            rope["original_max_position_embeddings"] = round(context * unit)
-            if at_end > unit and np.allclose(llama3_rope_factors(rope, dim), factors, rtol=2e-4):
-                return {k: v for k, v in rope.items() if k != "rope_theta"}
-    raise UnsupportedError(
-        f"{path}: {ROPE_FREQS} are not the factors of Llama 3's rope scaling, which is the only way config.json has to say them"
-    )
 
 
 # ---- files beside config.json
@@ -182,7 +120,7 @@ def files(metadata: Mapping[str, Any], config: Mapping[str, Any], path: Path) ->
         generation |= {"do_sample": True}
     else:
         sampling = {k: v for k, v in sampling.items() if k == "repetition_penalty"}
-    generation |= {k: int(v) if k == "top_k" else _float(v) for k, v in sampling.items()}
+    generation |= {k: int(v) if k == "top_k" else shortest(v) for k, v in sampling.items()}
 
     def dump(value: Any) -> bytes:
         return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "replace")

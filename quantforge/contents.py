@@ -18,6 +18,7 @@ from .codecs.plain import prevailing
 from .errors import UnsupportedError
 from .formats import Source
 from .importance import Importance
+from .rope import ROPE_FREQS
 from .tokenizer.files import read_json
 
 log = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ def contents(source: Source, target: str, pre_tokenizer: str | None) -> Contents
 def _from_gguf(source: Source, weights: Sequence[Weight], pre_tokenizer: str | None) -> Contents:
     """A GGUF file as a checkpoint."""
     shapes = {w.name: w.shape for w in weights}
-    factors = source.read(checkpoint.ROPE_FREQS).decode().reshape(-1) if checkpoint.ROPE_FREQS in shapes else None
+    factors = source.read(ROPE_FREQS).decode().reshape(-1) if ROPE_FREQS in shapes else None
     config = checkpoint.config(source.config, shapes, source.path, factors)
     outputs: dict[str, list[tuple[str, Weight]]] = {}
     for name, made in checkpoint.find_arch(source.config, source.path).checkpoint(config, shapes).items():

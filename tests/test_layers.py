@@ -14,7 +14,7 @@ import quantforge
 PACKAGE = Path(quantforge.__file__).parent
 LAYERS = [
     {"arrays", "grid", "discovery"},
-    {"native", "files"},
+    {"native", "files", "rope"},
     {"codecs", "archs", "metrics", "tokenizer", "overlap"},
     {"layouts", "checkpoint", "nn", "device"},
     {"formats", "methods", "runtime", "presets", "corpus"},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from ..arrays import F32
 from ..discovery import modules
 from ..errors import ShapeError, UnsupportedError, nearest
+from ..rope import ROPE_FREQS, llama3_rope_factors, rope_metadata, rope_settings
 
 logger = logging.getLogger(__name__)
 
@@ -157,7 +157,7 @@ class Arch:
                 raise UnsupportedError(
                     f"config.json: {key} = {h[key]!r}: llama.cpp runs {self.name} models only with {key} = {value!r}"
                 )
-        h["rope"] = _rope(h)
+        h["rope"] = rope_settings(h)
         if h["rope"]["rope_type"] not in self.rope_types:
             raise UnsupportedError(
                 f"config.json: rope scaling {h['rope']['rope_type']!r}: llama.cpp runs {self.name} models with "
@@ -298,7 +298,7 @@ class Arch:
         found.update(_sampling(generation_config or {}))
         for pattern, (key, kind) in self.metadata_keys.items():
             if kind is dict:
-                found.update({k.format(arch=self.name): v for k, v in _rope_metadata(h[key]).items()})
+                found.update({k.format(arch=self.name): v for k, v in rope_metadata(h[key]).items()})
             elif key in h:
                 found[pattern.format(arch=self.name)] = _number(h, key, kind)
         if h.get("is_causal") is False:
@@ -346,97 +346,12 @@ def _number(h: Mapping[str, Any], key: str, kind: type[Any]) -> Any:
     return kind(value)
 
 
-def _rope(h: Mapping[str, Any]) -> dict[str, Any]:
-    """Rope settings of either config generation in the newer form: rope_type, rope_theta and the scaling's numbers."""
-    given = h.get("rope_parameters") or h.get("rope_scaling") or {}
-    given = given.get("full_attention") or given
-    rope = {k: v for k, v in given.items() if v is not None}
-    rope.setdefault("rope_type", rope.get("type", "default"))
-    rope["rope_type"] = str(rope["rope_type"]).lower()
-    rope.setdefault("rope_theta", h.get("rope_theta", 10000.0))
-    kind = rope["rope_type"]
-    if kind in ("linear", "yarn", "llama3") and not isinstance(rope.get("factor"), (int, float)):
-        raise UnsupportedError(f"config.json: rope scaling {kind!r} lacks a numeric factor")
-    if kind in ("yarn", "llama3"):
-        # Some configs keep the pretraining length outside of the scaling's own dict.
-        outside = h.get("original_max_position_embeddings", h.get("max_position_embeddings"))
-        rope["original_max_position_embeddings"] = h.get(
-            "original_max_position_embeddings", rope.get("original_max_position_embeddings", outside)
-        )
-    if rope.get("partial_rotary_factor", h.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise UnsupportedError("config.json: partial_rotary_factor other than 1 does not fit this architecture in llama.cpp")
-    for key, value in rope.items():
-        if key.endswith(("theta", "factor", "embeddings", "fast", "slow", "mscale", "mscale_all_dim")) and (
-            isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0
-        ):
-            raise UnsupportedError(f"config.json: rope {key} = {value!r} is not a number")
-    return rope
-
-
-def _rope_metadata(rope: Mapping[str, Any]) -> dict[str, Any]:
-    k = gguf.Keys.Rope
-    kind = rope["rope_type"]
-    found: dict[str, Any] = {}
-    if kind in ("linear", "yarn"):
-        found[k.SCALING_TYPE] = gguf.RopeScalingType[kind.upper()].value
-        found[k.SCALING_FACTOR] = float(rope["factor"])
-    if kind == "yarn":
-        if rope.get("truncate", True) is not True:
-            raise UnsupportedError("config.json: yarn rope scaling with truncate = false does not exist in llama.cpp")
-        found[k.SCALING_ORIG_CTX_LEN] = int(rope["original_max_position_embeddings"])
-        names = {
-            "extrapolation_factor": k.SCALING_YARN_EXT_FACTOR,
-            "attention_factor": k.SCALING_YARN_ATTN_FACTOR,
-            "beta_fast": k.SCALING_YARN_BETA_FAST,
-            "beta_slow": k.SCALING_YARN_BETA_SLOW,
-        }
-        found.update({name: float(rope[key]) for key, name in names.items() if key in rope})
-        # llama.cpp's dense graphs do not look at yarn_attn_factor: they take YaRN's own magnitude times attn_factor.
-        own, wanted = _yarn_magnitude(rope["factor"]), _yarn_attention_factor(rope)
-        if not math.isclose(wanted, own):
-            found[k.SCALING_ATTN_FACTOR] = wanted / own
-    if kind == "dynamic":
-        logger.warning("config.json: dynamic rope scaling is not part of GGUF; it matters only beyond max_position_embeddings")
-    found[k.FREQ_BASE] = float(rope["rope_theta"])
-    return found
-
-
-def _yarn_magnitude(factor: float, mscale: float = 1.0) -> float:
-    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-
-def _yarn_attention_factor(rope: Mapping[str, Any]) -> float:
-    """What transformers multiplies cosines and sines by (modeling_rope_utils, from YaRN and DeepSeek-V2)."""
-    if "attention_factor" in rope:
-        return float(rope["attention_factor"])
-    if rope.get("mscale") and rope.get("mscale_all_dim"):
-        return _yarn_magnitude(rope["factor"], rope["mscale"]) / _yarn_magnitude(rope["factor"], rope["mscale_all_dim"])
-    return _yarn_magnitude(rope["factor"])
-
-
-def llama3_rope_factors(rope: Mapping[str, Any], dim: int) -> F32:
-    """By how much Llama 3's scaling divides each rotary frequency: f32[dim / 2].
-
-    Source: Llama 3.1's apply_scaling; low frequencies by `factor`, high ones by 1, between them a
-    linear blend in units of the pretraining context per wavelength.
-    """
-    factor, context = float(rope["factor"]), float(rope["original_max_position_embeddings"])
-    low, high = float(rope.get("low_freq_factor", 1.0)), float(rope.get("high_freq_factor", 4.0))
-    if low == high:
-        raise UnsupportedError(f"config.json: llama3 rope scaling with low_freq_factor = high_freq_factor = {low}")
-    freqs = (1.0 / (float(rope["rope_theta"]) ** (np.arange(0, dim, 2, dtype=np.float32) / dim))).astype(np.float32)
-    turns = context / (2 * math.pi / freqs.astype(np.float64))
-    smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    return np.asarray(1.0 / ((1.0 - smooth) / factor + smooth), np.float32)
-
-
 def rope_freqs(h: Config) -> list[Weight]:
     """The tensor in which llama.cpp takes Llama 3's rope scaling, if the model has one."""
     if h["rope"]["rope_type"] != "llama3":
         return []
     factors = llama3_rope_factors(h["rope"], h["key_length"])
-    name = gguf.TENSOR_NAMES[gguf.MODEL_TENSOR.ROPE_FREQS] + ".weight"
-    return [Weight(name, factors.shape, (), constant=factors)]
+    return [Weight(ROPE_FREQS, factors.shape, (), constant=factors)]
 
 
 def interleave_rope(heads_key: str) -> Callable[[Config], Transform]:

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from ..arrays import F32
-from ..checkpoint import ROPE_FREQS
 from ..codecs import Encoded
 from ..errors import NonFiniteError, RecipeError, ShapeError, UnsupportedError
 from ..nn import QuantEmbedding, QuantExperts, QuantLinear
+from ..rope import ROPE_FREQS
 from .head import Head, const, rows_at_once, stand_in
 from .stored import FLOATS, StoredModel
 

@@ -101,6 +101,17 @@ QF_HD uint32_t and_or(uint32_t a, uint32_t mask, uint32_t c) {
 #endif
 }
 
+// c, of which the compiler does not know that it is constant (no lane's number has bits 5 to 8), nor that it is the same for
+// i = 0 .. 3: kept in a register. Left to itself ptxas makes a constant anew for every use: as the immediate of a permutation,
+// whose selector it then loads, or as four moves for the four registers of a tensor core's operand.
+QF_HD uint32_t opaque(uint32_t c, [[maybe_unused]] int i = 0) {
+#ifdef __CUDA_ARCH__
+    return c + (threadIdx.x & (32u << i));
+#else
+    return c;
+#endif
+}
+
 // Two numbers in one word, the first in the low half.
 struct Bf16 {
     static constexpr uint32_t MAGIC = 0x43004300u;  // an integer below 128 in the lowest bits of a half: 128 + it

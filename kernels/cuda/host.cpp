@@ -6,9 +6,11 @@
 #include "launch.cuh"
 #include "legacy.cuh"
 #include "lookup.cuh"
+#include "ternary.cuh"
 
 const qf_kernel kernels[] = {
-    LEGACY_FAMILIES, KQUANT_FAMILIES, INTEGERS(4), INTEGERS(8), INT8_ROW, FP8_FAMILIES, LOOKUP_FAMILIES, CODEBOOK_FAMILIES,
+    LEGACY_FAMILIES, TERNARY_FAMILIES, KQUANT_FAMILIES, INTEGERS(4), INTEGERS(8), INT8_ROW, FP8_FAMILIES,
+    LOOKUP_FAMILIES, CODEBOOK_FAMILIES,
 };
 const qf_table table = {QF_ABI, (int32_t)(sizeof kernels / sizeof *kernels), "host", kernels};
 

@@ -196,7 +196,7 @@ QF_WARP void chunk_dot(const uint32_t (*w)[F::TILES][2][F::WORDS], const uint16_
                 QF_UNROLL for (int g = 0; g < G; g++)
                     QF_UNROLL for (int h = 0; h < F::SHARED * WORDS / 2; h++) {
                         QF_UNROLL for (int l = 0; l < LANES; l++) {
-                            a[l][0] = a[l][1] = a[l][2] = a[l][3] = T::pair(F::MIN ? 1 : -F::template offset<T>());
+                            QF_UNROLL for (int i = 0; i < 4; i++) a[l][i] = opaque(T::pair(F::MIN ? 1 : -F::template offset<T>()), i);
                             QF_UNROLL for (int i = 0; i < 2; i++) two[l][i] = b[l][g][first + 2 * h / WORDS][2 * h % WORDS + i];
                         }
                         mma<T>(sum[g], a, two, sum[g]);
@@ -331,5 +331,5 @@ QF_HD float bf16_at(const uint32_t *w, int i) { return float_of_bf16(w[i >> 1] >
 // scale · (byte i of w − zero), rounded once, without the slow conversion: 2^15 + the byte is a float with the byte in
 // the middle of its mantissa, and (2^15 + zero) · scale is exact for a scale of 11 bits.
 QF_HD float times_byte(float scale, uint32_t w, int i, float zero = 0) {
-    return fma_(scale, float_of(prmt(w, 0x47000000u, 0x7404u | (uint32_t)i << 4)), -(32768.0f + zero) * scale);
+    return fma_(scale, float_of(prmt(w, opaque(0x47000000u), 0x7404u | (uint32_t)i << 4)), -(32768.0f + zero) * scale);
 }

@@ -16,8 +16,10 @@ import torch
 
 from .. import codecs
 from ..arrays import to_numpy
-from ..codecs.base import AffineCodec, Codec, Encoded
+from ..codecs.base import AffineCodec, Codec, Encoded, GgmlCodec
 from ..errors import ShapeError
+from ..grid import Field
+from ..grid import planes as fields
 from . import fp8, integers, lookups
 from .base import tensor
 from .tiles import TILE as TILE
@@ -67,7 +69,7 @@ class Family(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Affine:
-    """Codecs with a table of bits (`AffineGrid`): codes in planes of a few bits each, parameters as they are stored."""
+    """Codecs with a table of bits (`grid.Field`): codes in planes of a few bits each, parameters as they are stored."""
 
     kind: str
     chunk: int
@@ -77,13 +79,21 @@ class Affine:
     """Bytes of a stored block in each plane of parameters."""
     sub: int = 32
     """Columns that share a scale in the kernel."""
+    field: Field | None = None
+    """The codes in a stored block, where the codec has no grid."""
+
+    def _codes(self, codec: Codec) -> Field:
+        if self.field:
+            return self.field
+        assert isinstance(codec, AffineCodec)
+        return codec.grid.q
 
     def pack(self, e: Encoded) -> dict[str, torch.Tensor]:
         """The planes of a matrix by name."""
         codec = e.codec
-        assert isinstance(codec, AffineCodec)
+        assert isinstance(codec, GgmlCodec)
         data = tensor(e.parts["data"]).reshape(e.shape[0], -1, codec.type_size)
-        lanes = spread(codec.grid.q.read(data).reshape(e.shape), self.chunk, self.sub)
+        lanes = spread(self._codes(codec).read(data).reshape(e.shape), self.chunk, self.sub)
         planes, place = {}, 0
         for i, width in enumerate(self.widths):
             planes[f"codes{i or ''}"] = pack_fields(lanes >> place, width)
@@ -94,7 +104,7 @@ class Affine:
 
     def unpack(self, codec: Codec, shape: tuple[int, ...], planes: Sequence[torch.Tensor]) -> Encoded:
         """Inverse of `pack`."""
-        assert isinstance(codec, AffineCodec)
+        assert isinstance(codec, GgmlCodec)
         out, n = shape
         blocks = n // codec.block_size
         data = torch.zeros((out, blocks, codec.type_size), dtype=torch.uint8)
@@ -104,7 +114,7 @@ class Affine:
             place += width
         for at, plane in zip(self.params, planes[len(self.widths) :], strict=True):
             data[..., at] = unpack_rows(plane, at.stop - at.start, out, blocks)
-        codec.grid.q.write(gather(lanes, self.sub, out, n).reshape(out, blocks, -1), data)
+        self._codes(codec).write(gather(lanes, self.sub, out, n).reshape(out, blocks, -1), data)
         return Encoded(codec, shape, {"data": to_numpy(data.reshape(out, -1))})
 
 
@@ -123,6 +133,9 @@ FAMILIES: dict[str, Family] = {
     "Q4_K": _affine("q4_k", 256, (4,), slice(0, 16)),
     "Q5_K": _affine("q5_k", 256, (4, 1), slice(0, 16)),
     "Q6_K": _affine("q6_k", 256, (4, 2), slice(192, 208), slice(208, 210), sub=16),
+    "TQ2_0": Affine("tq2_0", 256, (2,), (slice(64, 66),), field=Field(256, 0, 2, 1, fields(0, 256, 32, 2))),
+    "Q2_0": Affine("q2_0", 256, (2,), (slice(0, 2),), field=Field(64, 0, 3, 1, fields(2, 64, 1, 2))),
+    "Q1_0": Affine("q1_0", 256, (1,), (slice(0, 2),), field=Field(128, 0, 1, 0, fields(2, 128, 1, 1))),
     **lookups.FAMILIES,
 }
 """By codec name; integers and fp8 aside, whose names are many."""

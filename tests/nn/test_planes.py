@@ -60,6 +60,12 @@ def random_matrix(codec: str, rows: int, n: int, seed: int = 0) -> Encoded:
         for at in grid.floats.values():
             noise[..., at : at + 2] = stored[..., at : at + 2]
         return Encoded(found, (rows, n), {"data": noise.reshape(rows, -1).numpy()})
+    if codec in planes.FAMILIES:
+        data = e.parts["data"].reshape(rows, -1, found.type_size)
+        noise = rng.integers(0, 256, data.shape, np.uint8)
+        (d,) = planes.FAMILIES[codec].params
+        noise[..., d] = data[..., d]
+        return Encoded(found, (rows, n), {"data": noise.reshape(rows, -1)})
     parts = dict(e.parts)
     for name in ("codes", "zero"):
         if name in parts:

@@ -129,6 +129,15 @@ struct Bf16 {
         return (uint32_t)of(low(a) - low(b)) | (uint32_t)of(high(a) - high(b)) << 16;
 #endif
     }
+    QF_HD uint32_t plus(uint32_t a, uint32_t b) {
+#ifdef __CUDA_ARCH__
+        uint32_t d;
+        asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(0x3f803f80u), "r"(b));
+        return d;
+#else
+        return (uint32_t)of(low(a) + low(b)) | (uint32_t)of(high(a) + high(b)) << 16;
+#endif
+    }
     QF_HD uint32_t times(uint32_t a, uint32_t b) {
 #ifdef __CUDA_ARCH__
         uint32_t d;
@@ -147,6 +156,15 @@ struct F16 {
     QF_HD float high(uint32_t w) { return float_of_half(w >> 16); }
     QF_HD uint16_t of(float x) { return half_of(x); }
     QF_HD uint32_t pair(float x) { return half_of(x) * 0x10001u; }
+    QF_HD uint32_t plus(uint32_t a, uint32_t b) {
+#ifdef __CUDA_ARCH__
+        uint32_t d;
+        asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(0x3c003c00u), "r"(b));
+        return d;
+#else
+        return (uint32_t)of(low(a) + low(b)) | (uint32_t)of(high(a) + high(b)) << 16;
+#endif
+    }
     QF_HD uint32_t times(uint32_t a, uint32_t b) {
 #ifdef __CUDA_ARCH__
         uint32_t d;

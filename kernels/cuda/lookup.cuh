@@ -1,6 +1,7 @@
 // Types whose codes are entries of a table: 16 numbers, two codes to an index byte (IQ4, FP4, NF4), or
-// a codebook of 4 or 8 neighbours, with signs apart (IQ3, IQ2). Either way an index stands for 1, 2 or
-// 4 pairs of numbers, which lie ready in the table. Of indices with more than 8 bits, those above are a plane of their own.
+// a codebook of 4 or 8 neighbours, with signs apart (IQ3, IQ2) or moved by an eighth (IQ1). Either way an index stands for 1, 2 or
+// 4 pairs of numbers, which lie ready in the table. Of indices with more than 8 bits, those above are a plane of their own;
+// with IQ1's a bit above them, set where the levels are moved down.
 //
 // The table plane, the last one: u32[ENTRIES · ENTRY] pairs of bf16, the same of f16 (NF4, FP4: times RAISED), and for
 // ENTRY = 1 f32[512], exact.
@@ -109,25 +110,29 @@ struct Nested : Scales {
 
 // ---- families: index bytes, what indices have above 8 bits, signs, parameters, table
 
-template <class S, int N, int HIGH = 0, bool SIGNED = false>
+template <class S, int N, int HIGH = 0, bool SIGNED = false, bool MOVED = false>
 struct Lookup : S {
     static constexpr int CHUNK = S::CHUNK, SUB = S::SUB, TILES = 1, WARPS = 16, ENTRY = N, ENTRIES = 256 << HIGH;
     static constexpr int LOADED = N * 8 > SUB ? SUB / 8 : N;                    // of an entry that two lanes share, each loads half
     static constexpr int EACH = SUB / 8 / LOADED, INDICES = CHUNK / SUB * EACH;  // of a lane, in a sub-block and in a chunk
-    static constexpr int HIGHS = INDICES / 4, SIGNS = HIGHS + (INDICES * HIGH + 31) / 32, PARAMS = SIGNS + (SIGNED ? CHUNK / 128 : 0);
+    static constexpr int ABOVE = HIGH + MOVED;                                   // bits of an index beside its byte
+    static constexpr int HIGHS = INDICES / 4, SIGNS = HIGHS + (INDICES * ABOVE + 31) / 32, PARAMS = SIGNS + (SIGNED ? CHUNK / 128 : 0);
     static constexpr int WORDS = PARAMS + S::WORDS;
     static constexpr bool MIN = false;
     template <class T> QF_HD constexpr float offset() { return 0; }
     template <class T, class Entries>
     QF_HD void codes(const uint32_t *w, int s, const Entries &table, uint32_t *a) {
         QF_UNROLL for (int i = 0; i < EACH; i++) {
-            const int at = s * EACH + i, high = at * HIGH % 32;
+            const int at = s * EACH + i, high = at * ABOVE % 32;
+            const uint32_t above = ABOVE ? w[HIGHS + at * ABOVE / 32] : 0;
             uint32_t index = prmt(w[at / 4], 0, 0x4440u | (uint32_t)(at % 4));
-            if constexpr (HIGH > 0) {
-                const uint32_t above = w[HIGHS + at * HIGH / 32];
-                index = and_or(high < 8 ? above << (8 - high) : above >> (high - 8), ENTRIES - 256, index);
-            }
+            if constexpr (HIGH > 0) index = and_or(high < 8 ? above << (8 - high) : above >> (high - 8), ENTRIES - 256, index);
             Entries::template get<LOADED>(table, index, a + i * LOADED);
+            if constexpr (MOVED) {
+                const int sign = high + HIGH;
+                const uint32_t down = (sign < 15 ? above << (15 - sign) : above >> (sign - 15)) & 0x8000;
+                QF_UNROLL for (int p = 0; p < LOADED; p++) a[i * LOADED + p] = T::plus(a[i * LOADED + p], down * 0x10001u + T::pair(1));
+            }
         }
         if constexpr (SIGNED)
             QF_UNROLL for (int p = 0; p < SUB / 8; p++) {
@@ -174,6 +179,13 @@ struct Iq2_xs : Lookup<Nibbles<2, 16>, 4, 1, true> {
 struct Iq2_s : Lookup<Nibbles<2, 16>, 4, 2, true> {
     static constexpr Plane PLANES[] = {{16, PAIR}, {4, PAIR}, {8, OWN}, {8, ROW}, {2, ROW}, WHOLE};
 };
+// levels are eighths: IQ1's own, times eight
+struct Iq1_s : Lookup<Nibbles<2, 8>, 4, 3, false, true> {
+    static constexpr Plane PLANES[] = {{8, OWN}, {4, OWN}, {4, ROW}, {2, ROW}, WHOLE};
+};
+struct Iq1_m : Lookup<Nibbles<2, 16>, 4, 3, false, true> {
+    static constexpr Plane PLANES[] = {{16, PAIR}, {8, PAIR}, {8, ROW}, {2, ROW}, WHOLE};
+};
 struct Mxfp4 : Lookup<E8m0, 1> { static constexpr Plane PLANES[] = {{16, OWN}, {4, ROW}, WHOLE}; };
 struct Nvfp4 : Lookup<Ue4m3, 1> { static constexpr Plane PLANES[] = {{16, OWN}, {8, ROW}, {4, ONE}, WHOLE}; };
 struct Nf4 : Lookup<FloatPer64, 1> { static constexpr Plane PLANES[] = {{16, OWN}, {8, ROW}, WHOLE}; };
@@ -184,4 +196,5 @@ struct Nf4Dq : Lookup<Nested, 1> { static constexpr Plane PLANES[] = {{16, OWN},
         QF_FAMILY("nf4", Nf4), QF_FAMILY("nf4-dq", Nf4Dq)
 #define CODEBOOK_FAMILIES                                                                                        \
     QF_FAMILY("iq3_xxs", Iq3_xxs), QF_FAMILY("iq3_s", Iq3_s), QF_FAMILY("iq2_xxs", Iq2_xxs),                     \
-        QF_FAMILY("iq2_xs", Iq2_xs), QF_FAMILY("iq2_s", Iq2_s)
+        QF_FAMILY("iq2_xs", Iq2_xs), QF_FAMILY("iq2_s", Iq2_s), QF_FAMILY("iq1_s", Iq1_s),                    \
+        QF_FAMILY("iq1_m", Iq1_m)

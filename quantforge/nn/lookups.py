@@ -39,7 +39,7 @@ class Lookup:
     sub: int = 32
     """Columns that share a scale in the kernels; a lane has a quarter of them."""
     high: int = 0
-    """Bits of an index above its byte."""
+    """Bits of an index above its byte; in IQ1 the highest says that the levels are moved down."""
     signs: bool = False
     whole: Callable[[Encoded], list[torch.Tensor]] = field(default=lambda e: [])
     """Planes of the whole matrix."""
@@ -155,11 +155,18 @@ def _read_iq(e: Encoded, pairs: int) -> Numbers:
         return [_pair(codes), _join_scales(d, params["sc"]) if "sc" in params else d]
     bits, per = _index_bits(e.codec), e.codec.vector // (2 * pairs)
     indices = torch.stack([codes >> bits * i & ((1 << bits) - 1) for i in range(per)], -1).flatten(1)
+    rest = [_nibbles(params["sc"], d.shape[1]), d]
+    if "shift" in params:  # IQ1_S: of four indices
+        indices = indices | params["shift"].int().repeat_interleave(4, 1) << bits
+    elif e.codec.fields.moved:
+        indices = codes
     first, n = e.codec.fields.signs
+    if not n:
+        return [indices, *rest]
     signs = codes >> first & ((1 << n) - 1)
     if n == 7:
         signs = torch.from_numpy(KSIGNS.copy())[signs]
-    return [indices, _pair(signs) if n == 4 else signs.to(torch.uint8), _nibbles(params["sc"], d.shape[1]), d]
+    return [indices, _pair(signs) if n == 4 else signs.to(torch.uint8), *rest]
 
 
 def _write_iq(codec: Codec, found: Numbers, _: list[torch.Tensor], shape: tuple[int, ...], pairs: int) -> Encoded:
@@ -171,12 +178,17 @@ def _write_iq(codec: Codec, found: Numbers, _: list[torch.Tensor], shape: tuple[
         if codec.fields.sc:
             d, params["sc"] = _split_scales(d)
     else:
-        signs, sc, d = rest
+        *signs, sc, d = rest
         first, n = codec.fields.signs
-        codes = ((_unpair(signs) if n == 4 else signs).int() & ((1 << n) - 1)) << first
+        codes = torch.zeros((), dtype=torch.int32)
+        if n:
+            codes = ((_unpair(signs[0]) if n == 4 else signs[0]).int() & ((1 << n) - 1)) << first
         bits, per = _index_bits(codec), codec.vector // (2 * pairs)
         for i, part in enumerate(indices.int().reshape(shape[0], -1, per).unbind(-1)):
             codes = codes | part << bits * i
+        if codec.fields.shift:
+            params["shift"] = (codes[:, ::4] >> bits).to(torch.uint8)
+            codes = codes & ((1 << bits) - 1)
         params["sc"] = torch.stack([sc & 15, sc >> 4], -1).reshape(shape[0], -1)
     params["d"] = d.contiguous().view(torch.float16).squeeze(-1)
     return Encoded(codec, shape, codec.pack(codes, params))
@@ -262,7 +274,8 @@ def _write_table(codec: Codec, found: Numbers, whole: list[torch.Tensor], shape:
 
 def _iq_levels(codec: Codec) -> F32:
     assert isinstance(codec, IQCodec)
-    return codec.entries.astype(np.float32)
+    eighths = codec.fields.shift or codec.fields.moved
+    return codec.entries.astype(np.float32) * np.float32(8 if eighths else 1)
 
 
 def _table_levels(codec: Codec) -> F32:
@@ -289,6 +302,8 @@ FAMILIES = {
     "IQ2_XXS": _iq("iq2_xxs", 256, 4, 256, 256),
     "IQ2_XS": _iq("iq2_xs", 256, 4, 256, 256, sub=16, high=1),
     "IQ2_S": _iq("iq2_s", 256, 4, 256, 256, sub=16, high=2),
+    "IQ1_S": _iq("iq1_s", 256, 4, 256, 256, high=4, signs=False),
+    "IQ1_M": _iq("iq1_m", 256, 4, 256, 256, sub=16, high=4, signs=False),
     "MXFP4": Lookup("mxfp4", 128, 1, _read_mxfp4, _write_mxfp4, lambda c: _FP4, (32,)),
     "NVFP4": Lookup("nvfp4", 128, 1, _read_nvfp4, _write_nvfp4, lambda c: _FP4, (64,), sub=16, whole=_whole_nvfp4),
     "nf4": Lookup("nf4", 128, 1, _read_table, _write_table, _table_levels, (64,), raised=RAISED),

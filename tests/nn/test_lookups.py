@@ -28,6 +28,10 @@ def random_matrix(codec: str, rows: int, n: int, seed: int) -> Encoded:
         noise = rng.integers(0, 256, data.shape, np.uint8)
         keep = {"MXFP4": 1, "NVFP4": 0}.get(codec, 2)
         noise[..., :keep] = data[..., :keep]
+        if codec == "IQ1_M":  # its f16 lies in the upper halves of four bytes
+            noise[..., 49::2] = noise[..., 49::2] & 15 | data[..., 49::2] & 240
+        if codec == "IQ1_M":  # its f16 lies in the upper halves of four bytes
+            noise[..., 49::2] = noise[..., 49::2] & 15 | data[..., 49::2] & 240
         parts["data"] = noise.reshape(rows, -1)
     return Encoded(found, (rows, n), parts)
 
@@ -57,7 +61,8 @@ def test_bytes_are_the_files():
         own = sum(t.nbytes for k, t in packed.tensors.items() if k not in ("table", "whole1"))
         stored = sum(p.nbytes for k, p in e.parts.items() if k != "nested_offset")
         parity = f.signs and codecs.get(codec).fields.signs[1] == 7
-        assert own == stored + parity * 32 * 512 // 64 + (4 if codec == "NVFP4" else 0)  # a scale of each tile
+        more = {"NVFP4": 4, "IQ1_S": 32 * 2 * 4, "IQ1_M": 32 * 2 * 2}.get(codec, 0)  # a scale of each tile; bits to nibbles
+        assert own == stored + parity * 32 * 512 // 64 + more
         assert planes.pack(e).tensors["table"] is packed.tensors["table"]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ def load(path: str | Path, *, device: str = "cpu", dtype: str | torch.dtype | No
     """
     import torch
 
+    from .nn.linear import Packed
     from .runtime import Model
 
     if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
@@ -49,18 +51,40 @@ def load(path: str | Path, *, device: str = "cpu", dtype: str | torch.dtype | No
             m.__dict__.pop("_replaced", None)  # what it stood for, on the meta device
         module.tokenizer = _tokenizer(path, source)
         _generation(module, path)
+    if any(isinstance(m, Packed) for m in module.modules()):
+        module.save_pretrained = partial(_no_file, str(path))
     return module
 
 
-def answer(
-    path: str | Path, prompt: str, max_tokens: int = 64, *, device: str = "cpu", activations: str = "int8"
-) -> Iterator[str]:
-    """What a model greedily says after a prompt, in pieces as they come.
+def _no_file(path: str, *_: Any, **__: Any) -> None:
+    raise UnsupportedError(
+        f"{path}: a loaded model cannot be saved by transformers: its weights are the file's own bytes. Copy the file, or make "
+        "another with `quantforge convert`; adapters (PEFT) and state_dict() can be saved"
+    )
 
+
+def answer(
+    path: str | Path,
+    prompt: str,
+    max_tokens: int = 64,
+    *,
+    device: str = "cpu",
+    activations: str = "int8",
+    temperature: float = 0,
+    top_k: int = 0,
+    top_p: float = 1,
+    seed: int | None = None,
+) -> Iterator[str]:
+    """What a model says after a prompt, in pieces as they come.
+
+    temperature: 0 for the likeliest token at every step; else tokens are drawn, from the top_k likeliest (0: from all) and
+    the likeliest that together have a probability of top_p. The prompt is taken as it is: no chat template is applied.
     Raises what `load` raises, and RecipeError for a model without a tokenizer.
     """
     import torch
 
+    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+        raise RecipeError(f"temperature {temperature:g}, top_k {top_k}, top_p {top_p:g}: from 0 on; from 0 on; above 0, up to 1")
     model = load(path, device=device, activations=activations)
     if model.tokenizer is None:
         raise RecipeError(f"{path}: no tokenizer, so that a text cannot be read; see `quantforge -v generate`")
@@ -70,19 +94,50 @@ def answer(
     ids = [tokenizer.bos, *ids] if tokenizer.adds_bos and tokenizer.bos is not None else ids
     if not ids:
         raise RecipeError("--prompt: an empty text, and this model has no token for the beginning of one")
-    cache: Any = None
-    step, made, said = torch.tensor([ids], device=device), list[int](), ""
-    with torch.inference_mode():
-        while len(made) < max_tokens:
-            out = model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache, step = out.past_key_values, out.logits[:, -1:].argmax(-1)
-            if int(step) in tokenizer.eos:
-                break
-            made.append(int(step))
-            text = tokenizer.decode(made)
-            if not text.endswith("\ufffd"):  # part of a character: the rest is in the next token
-                yield text[len(said) :]
-                said = text
+    ends = model.generation_config.eos_token_id
+    ends = {*tokenizer.eos, *(ends if isinstance(ends, list) else [] if ends is None else [ends])}
+    draw = torch.Generator(device)
+    draw.manual_seed(seed) if seed is not None else draw.seed()
+
+    def tokens() -> Iterator[int]:
+        cache: Any = None
+        step = torch.tensor([ids], device=device)
+        for _ in range(max_tokens):
+            with torch.inference_mode():
+                out = model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                cache, logits = out.past_key_values, out.logits[:, -1]
+                step = (
+                    _drawn(logits.float() / temperature, top_k, top_p, draw) if temperature else logits.argmax(-1, keepdim=True)
+                )
+            if int(step) in ends:
+                return
+            yield int(step)
+
+    return _pieces(tokenizer, tokens())
+
+
+def _drawn(logits: torch.Tensor, top_k: int, top_p: float, generator: torch.Generator) -> torch.Tensor:
+    """A token by its probability: f32[1, vocabulary] -> i64[1, 1]."""
+    chances, which = logits.softmax(-1).sort(-1, descending=True)
+    before = chances.cumsum(-1) - chances
+    chances[before >= top_p] = 0
+    chances[:, top_k or chances.shape[-1] :] = 0
+    return which.gather(-1, chances.multinomial(1, generator=generator))
+
+
+def _pieces(tokenizer: Tokenizer, tokens: Iterator[int]) -> Iterator[str]:
+    """The text of tokens, as soon as it is certain: a character may be in several."""
+    made, start, shown = list[int](), 0, 0  # decoded from a token before those that are new: it says if a space is due
+    before = text = ""
+    for token in tokens:
+        made.append(token)
+        before, text = tokenizer.decode(made[start:shown]), tokenizer.decode(made[start:])
+        if len(text) > len(before) and not text.endswith("\ufffd"):
+            yield text[len(before) :]
+            start, shown = shown, len(made)
+            before = text
+    if len(text) > len(before):
+        yield text[len(before) :]
 
 
 def _tokenizer(path: Path, source: Source) -> Any:

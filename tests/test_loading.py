@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
+import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_model, save_model
 
 import quantforge as qf
-from quantforge import evaluation
+from quantforge import evaluation, loading
 from quantforge.cli import group
 from quantforge.demo import MODEL
-from quantforge.errors import FormatError, RecipeError
+from quantforge.errors import FormatError, RecipeError, ShapeError, UnsupportedError
 from quantforge.nn import QuantEmbedding, QuantExperts, QuantLinear
 from quantforge.runtime import Model, advance, finish
 from quantforge.tokenizer import Tokenizer
@@ -54,8 +58,9 @@ def compare(path: Path, ids: torch.Tensor = IDS, tolerance: float = 2e-5, **opti
 
 
 def speak(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
-    made = model.generate(ids[:1, :4], max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
-    assert made.shape == (1, 10)
+    mask = torch.ones_like(ids[:1, :4])
+    made = model.generate(ids[:1, :4], attention_mask=mask, max_new_tokens=20, min_new_tokens=20, do_sample=False, pad_token_id=0)
+    assert made.shape == (1, 24)
     return made
 
 
@@ -85,16 +90,26 @@ def test_gguf(tmp_path: Path, kind: str) -> None:
     [
         ("gptq", {}),
         ("gptq", {"bits": 8}),
+        ("gptq", {"bits": 3, "version": "gptq_v2"}),
+        ("gptq", {"bits": 2, "group_size": 32}),
         ("awq", {}),
         ("compressed-tensors", {}),
+        ("compressed-tensors", {"type": "W8A8"}),
+        ("compressed-tensors", {"type": "FP8_DYNAMIC"}),
+        ("compressed-tensors", {"type": "FP8_BLOCK"}),
+        ("compressed-tensors", {"type": "NVFP4A16"}),
         ("bitsandbytes", {}),
+        ("bitsandbytes", {"type": "nf4-dq"}),
+        ("bitsandbytes", {"type": "fp4"}),
         ("bitsandbytes", {"bits": 8}),
+        ("safetensors", {"type": "Q5_K_S", "max_shard_size": 1_500_000}),
     ],
 )
 def test_checkpoints_of_other_libraries(tmp_path: Path, format: str, options: dict[str, Any]) -> None:
-    qf.convert(MODEL, tmp_path / "m", format=format, **options)
+    kind = (options.pop("type"),) if "type" in options else ()
+    qf.convert(MODEL, tmp_path / "m", *kind, format=format, **options)
     model = compare(tmp_path / "m")
-    speak(model)
+    assert torch.equal(speak(model), speak(decoded(tmp_path / "m")))
     with qf.open(tmp_path / "m") as source:
         stored = sum(s.nbytes for s in source.weights.values())
     assert 0.97 * stored < in_memory(model) < 1.03 * stored
@@ -203,6 +218,103 @@ def test_command_line(tmp_path: Path) -> None:
     assert CliRunner().invoke(group, options).exit_code == 0
     empty = CliRunner().invoke(group, ["generate", str(tmp_path / "none"), "--prompt", "x"])
     assert isinstance(empty.exception, FormatError)
+
+
+def test_generate_as_a_user_would(tmp_path: Path) -> None:
+    qf.convert(MODEL, tmp_path / "m.gguf", "Q4_0")
+    run = ["generate", str(tmp_path / "m.gguf"), "--max-new-tokens", "8"]
+    invoke = CliRunner().invoke
+    said = invoke(group, [*run, "--prompt", "To open a file"]).output
+    assert invoke(group, run, input="To open a file\n").output == said
+    assert invoke(group, [*run, "--temperature", "0.9", "--top-k", "1"], input="To open a file").output == said
+    drawn = [
+        invoke(group, [*run, "--temperature", "3", "--top-p", "0.99", "--seed", seed], input="To open a file").output
+        for seed in ("1", "1", "2")
+    ]
+    assert drawn[0] == drawn[1] and len({*drawn, said}) == 3
+    assert invoke(group, [*run, "--temperature", "-1"], input="x").exit_code == 2
+    assert isinstance(invoke(group, [*run, "--device", "tpu"], input="x").exception, RecipeError)
+    assert isinstance(invoke(group, ["generate", str(tmp_path / "none.gguf")], input="x").exception, FormatError)
+
+
+class Letters:
+    """A tokenizer whose tokens are bytes."""
+
+    @staticmethod
+    def decode(ids: list[int]) -> str:
+        return bytes(ids).decode(errors="replace")
+
+
+def test_characters_come_whole() -> None:
+    text = "aé€😀 z"
+    pieces = list(loading._pieces(Letters(), iter(text.encode())))  # type: ignore[arg-type]
+    assert pieces == list(text)
+    assert list(loading._pieces(Letters(), iter("né".encode()[:-1]))) == ["n", "\ufffd"]  # type: ignore[arg-type]
+    assert list(loading._pieces(Letters(), iter(()))) == []  # type: ignore[arg-type]
+
+
+def test_what_transformers_does_to_models(tmp_path: Path) -> None:
+    qf.convert(MODEL, tmp_path / "m.gguf", "Q4_K_M")
+    model = qf.load(tmp_path / "m.gguf")
+    assert model.generation_config.eos_token_id == 1
+    assert model.get_memory_footprint() == in_memory(model)
+    with pytest.raises(UnsupportedError, match="`quantforge convert`") as raised:
+        model.save_pretrained(tmp_path / "copy")
+    assert "\n" not in str(raised.value) and not (tmp_path / "copy").exists()
+    with pytest.raises(UnsupportedError, match="cannot be saved"):
+        copy.deepcopy(model).save_pretrained(tmp_path / "copy")
+    save_model(model, tmp_path / "state")
+    again = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in (*again.parameters(), *again.buffers()):
+            p.zero_()
+    again = pickle.loads(pickle.dumps(again))
+    assert load_model(again, tmp_path / "state") == (set(), [])
+    for name, buffer in model.named_buffers():  # what no state holds
+        again.get_buffer(name).copy_(buffer)
+    with torch.no_grad():
+        assert torch.equal(again(IDS).logits, model(IDS).logits)
+    # a prompt that is learned, through all layers
+    prompt = model.get_input_embeddings()(IDS[:1]).requires_grad_()
+    model(inputs_embeds=prompt, labels=IDS[:1]).loss.backward()
+    want = decoded(tmp_path / "m.gguf")
+    other = prompt.detach().clone().requires_grad_()
+    want(inputs_embeds=other, labels=IDS[:1]).loss.backward()
+    assert prompt.grad is not None and (prompt.grad - other.grad).norm() < 1e-4 * other.grad.norm()
+    plain = qf.load(MODEL, dtype="bfloat16")  # nothing is packed: an ordinary model
+    plain.save_pretrained(tmp_path / "plain")
+    with torch.no_grad():
+        assert torch.equal(qf.load(tmp_path / "plain", dtype="bfloat16")(IDS).logits, plain(IDS).logits)
+
+
+def test_what_does_not_load_says_so_in_a_line(tmp_path: Path) -> None:
+    def changed(name: str, **changes: Any) -> Path:
+        shutil.copytree(MODEL, tmp_path / name)
+        config = json.loads((MODEL / "config.json").read_text()) | changes
+        (tmp_path / name / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+        return tmp_path / name
+
+    cut = changed("cut") / "model.safetensors"
+    cut.write_bytes(cut.read_bytes()[:100_000])
+    vision = {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "vision_config": {}}
+    for path, error, message in (
+        (changed("unknown", architectures=["FooForCausalLM"]), UnsupportedError, r"\['FooForCausalLM'\]: not a model class"),
+        (changed("nothing", architectures=None), UnsupportedError, "no architectures in config.json"),
+        (changed("vision", **vision), FormatError, "tensor model.vision_tower.* is missing"),
+        (changed("bert", architectures=["BertModel"]), UnsupportedError, "BertModel"),
+        (changed("layers", num_hidden_layers=8), FormatError, r"tensor model.layers.6.* is missing"),
+        (changed("width", hidden_size=128), ShapeError, r"shape \[4096, 256\], config says \[4096, 128\]"),
+        (cut, FormatError, "truncated"),
+    ):
+        with pytest.raises(error, match=message) as raised:
+            qf.load(path)
+        assert "\n" not in str(raised.value)
+    mute = changed("mute")
+    for file in mute.glob("*token*"):
+        file.unlink()
+    assert qf.load(mute).tokenizer is None
+    with pytest.raises(RecipeError, match="no tokenizer"):
+        loading.answer(mute, "x")
 
 
 def test_errors(tmp_path: Path) -> None:

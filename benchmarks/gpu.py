@@ -118,6 +118,12 @@ class Session:
         self.run.save(self.path)
 
 
+def stopped(*_: Any) -> None:
+    """Leave with what was found; `timeout` says so twice, to the process and to its group."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(1)
+
+
 def main() -> None:
     a = options()
     if a.readme:
@@ -127,7 +133,7 @@ def main() -> None:
 
     run = Run()
     session = Session(run, a.json, a.minutes)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    signal.signal(signal.SIGTERM, stopped)
     try:
         try:
             run.machine = next(iter(list(session.worker.run(harness.machine, a.device))))

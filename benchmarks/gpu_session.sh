@@ -16,7 +16,7 @@ cd "$(dirname "$0")/.." || exit 1
 PY=${PY:-python3}
 LIMIT=${LIMIT:-540}
 DEVICE=${DEVICE:-cuda}
-[ "$DEVICE" = cpu ] && SMALL=--smoke || SMALL=
+[ "$DEVICE" = cpu ] && SMALL=--smoke TUNE="--m 9" || SMALL='' TUNE="--shapes 8192x8192 --m 8,16,32,64,128,256,512,1024"
 BUILT=$PWD/build/peers
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 ARCH=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 | tr -d .)
@@ -107,8 +107,9 @@ for step in "$@"; do
         run model "$PY" benchmarks/gpu.py --device "$DEVICE" $SMALL --minutes 7.5 --parts model --json "$OUT/model.json"
         ;;
     tune)
-        run tune "$PY" benchmarks/gpu.py --device "$DEVICE" $SMALL --tune --ways --no-peers --minutes 7.5 --parts products --shapes 8192x8192 \
-            --codecs Q8_0,Q4_0,Q4_K,Q6_K,IQ2_XXS --m 8,16,32,64,128,256,512,1024 --json "$OUT/tune.json"
+        # shellcheck disable=SC2086
+        run tune "$PY" benchmarks/gpu.py --device "$DEVICE" $SMALL $TUNE --tune --ways --no-peers --minutes 7.5 --parts products \
+            --codecs Q8_0,Q4_0,Q4_K,Q6_K,IQ2_XXS --json "$OUT/tune.json"
         ;;
     sanitize)
         command -v compute-sanitizer >/dev/null || { say "sanitize: no compute-sanitizer"; continue; }

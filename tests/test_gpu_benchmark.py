@@ -77,7 +77,9 @@ def test_what_a_stopped_run_has_found_is_kept(tmp_path):
             if "torch bf16" in line:
                 break
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=60)
+        os.killpg(process.pid, signal.SIGTERM)  # as `timeout` does
+        printed = process.communicate(timeout=60)[0]
+    assert "torch bf16" in printed and "µs" in printed  # the table, too
     found = load(file)
     assert not found.finished and any(r.name == "torch bf16" for r in found.rows)
     assert "unfinished" in "\n".join(report.readme(found))

@@ -22,6 +22,8 @@ from benchmarks.on_gpu.run import Limits, Row, Run, load, merged
 from benchmarks.on_gpu.worker import JobError, Worker
 from quantforge import codecs
 from quantforge.layouts import gptq
+from quantforge.nn import planes
+from quantforge.nn import products as ways
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks/gpu.py"
@@ -185,6 +187,40 @@ def test_triton_kernels_of_a_plan():
     assert all(kernels.Config(*config).tokens >= 64 for _, _, config in found)  # 1 and 16 go another way
     tuned = products.triton_jobs(["Q4_K"], [(8192, 8192)], [64, 128], CPU, True, True)
     assert {job for job in found if job[0] == "Q4_K" and job[2] in {c for _, _, c in tuned}} and len(tuned) > 4
+
+
+def test_every_way_and_configuration_is_timed(monkeypatch):
+    """The path of a GPU, with stand-ins that decode planes where its operators are."""
+    kernels = pytest.importorskip("quantforge.nn.triton_kernels")
+    taken = []
+
+    def decoded(p, codec, n, k, dtype=torch.float32):
+        return torch.from_numpy(planes.unpack(planes.restore(p, codec, (n, k))).decode()).to(dtype)
+
+    def linear(x, p, codec, n, k):
+        way = ways.choose(planes.kind(codec), len(x), k, x.dtype)
+        taken.append(way)
+        return ways.slabs(x, p, codec, n) if way == "slabs" else (x.float() @ decoded(p, codec, n, k).T).to(x.dtype)
+
+    def gemm(x, p, kind, n, config):
+        taken.append(config)
+        return (x.float() @ decoded(p, "Q4_K", n, x.shape[1]).T).to(x.dtype)
+
+    monkeypatch.setattr(harness, "gpu", lambda device: True)
+    monkeypatch.setattr(harness, "COLD", 1 << 18)
+    monkeypatch.setattr(products.ops, "linear", linear)
+    monkeypatch.setattr(products.ops, "dequantize", decoded)
+    monkeypatch.setattr(kernels, "gemm", gemm)
+    rows = list(products.rows("Q4_K", 512, 256, [1, 32, 160], "cpu", ways=True, tune=True))
+    few, some = ways.UP_TO[""]
+    assert few < 32 and some >= 160
+    assert {r.way for r in rows if r.m == 1} == {"matvec", "fused", "slabs"}
+    assert {r.way for r in rows if r.m == 160} == {"fused", "slabs"}  # matvec would not be worth it
+    configurations = {r.config for r in rows if r.m == 32 and r.config}
+    assert configurations == {str(c) for c in kernels.candidates("q4_k", 32, 512, 256)} and configurations
+    assert {f"{slab} MiB" for slab in products.SLABS} <= {r.config for r in rows if r.m == 160}
+    assert all(r.error < 3e-3 and r.nbytes == 512 * 144 for r in rows) and "matvec" in taken
+    assert report.chosen(rows)["Q4_K", 512, 256, 32].way == "fused"
 
 
 # ---- tables of made-up times

@@ -41,6 +41,11 @@ def of(device: str) -> torch.device:
     return torch.device("cuda", 0) if device == "cuda" else torch.device(device)
 
 
+def gpu(device: torch.device) -> bool:
+    """Whether products are the GPU's; a test says so of the CPU."""
+    return device.type == "cuda"
+
+
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -118,7 +123,7 @@ def relative_error(y: torch.Tensor, codec: str, columns: int) -> float:
 
 def copies_of(nbytes: int, device: torch.device) -> int:
     """How many copies of a matrix make COLD bytes."""
-    return max(2, math.ceil(COLD / nbytes)) if device.type == "cuda" else 2
+    return max(2, math.ceil(COLD / nbytes)) if gpu(device) else 2
 
 
 # ---- the machine

@@ -29,7 +29,7 @@ MOST = {"matvec": 64, "fused": 1024, "slabs": 1 << 30}
 
 def matrices(codec: str, n: int, k: int, device: torch.device) -> list[list[torch.Tensor]]:
     """Copies of one matrix as the operators take it, together COLD bytes."""
-    if device.type != "cuda":
+    if not harness.gpu(device):
         e = codecs.quantize(np.tile(harness.noise(BLOCK, k), (n // BLOCK, 1)), codec)
         return [[tensor(p) for p in e.parts.values()]] * 2
     packed = list(planes.pack(harness.block(codec, k)).tensors.values())
@@ -56,9 +56,9 @@ def rows(codec: str, n: int, k: int, ms: list[int], device: str, ways: bool = Fa
         def linear(p: list[torch.Tensor], x: torch.Tensor = x) -> torch.Tensor:
             return ops.linear(x, p, codec, n, k)
 
-        chosen = products.choose(kind, m, k, x.dtype) if here.type == "cuda" else "cpu"
+        chosen = products.choose(kind, m, k, x.dtype) if harness.gpu(here) else "cpu"
         yield timed(chosen, linear)
-        if here.type != "cuda":
+        if not harness.gpu(here):
             continue
         for way in products.WAYS if ways else ():
             if way != chosen and m <= MOST[way]:

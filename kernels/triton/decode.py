@@ -1,24 +1,28 @@
-"""Weights out of planes, in registers: what each family of codecs stores, and how a tile of it becomes numbers.
+"""Weights out of planes, in registers: what each family of codecs stores, and how a tile of it becomes exact numbers.
 
 Planes are those of quantforge/nn/planes.py: tiles of 16 rows by `chunk` columns; each of four lanes owns `sub`/4
-neighbouring columns of every `sub`. Codes pass through one form on their way: words of four codes, a byte each, in
-the order of the columns. From there on a weight costs a byte permutation, a multiply-add and half a conversion:
-the permutation puts the byte into the mantissa of 2¹⁵ (0x47000000), the multiply-add takes it out again.
+neighbouring columns of every `sub`. What the tensor cores multiply are codes (without their scale), which bf16 and f16
+hold exactly: pairs of neighbours in a word, as the planes have them, become pairs of numbers by an OR with a magic number,
+128 in bf16 or 1024 in f16, which an addition takes off again.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
-"""Triton's interpreter runs the kernels on the CPU: it knows neither libdevice nor products of bf16."""
+"""Triton's interpreter runs the kernels on the CPU: it knows neither libdevice and assembly nor products of bf16."""
 
-RAISED = tl.constexpr(32768.0)
-MAGIC = 0x47000000  # an argument of the kernel: ptxas would make a constant the permutation's immediate, and load its selector
+UNIT = {torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}
+"""What stands for 1 in products of integer codes, by the activations' type: see `numbers`."""
+BF16_UNIT, F16_UNIT = tl.constexpr(UNIT[torch.bfloat16]), tl.constexpr(UNIT[torch.float16])
+NF4_LEVEL = tl.constexpr(1.3920898)
+"""NF4's numbers over this are nearest to bf16's: their rounding adds 0.8e-3 of the norm, not 1.4e-3."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,41 +36,46 @@ class Family:
     scales: str
     """How scales are stored: a case of `scales`."""
     sub: int = 32
-    """Columns under one scale."""
+    """A lane has sub/4 neighbouring columns of every `sub`."""
+    span: int = 32
+    """Columns under one scale, which are one product of matrices."""
     zero: int = 0
     per: int = 0
     """Groups of parameters in a chunk where groups are what `scales` counts (1: of one chunk or more); else 0."""
-    tokens: int = 256
+    mins: bool = False
+    tokens: int = 64
     """The most activations of a program: registers end there."""
     table: str = ""
     """What codes stand for where they are no numbers: a case of `levels`."""
 
 
 FAMILIES = {
-    "q4_0": Family(128, (4,), "half", zero=8),
-    "q4_1": Family(128, (4,), "half_min"),
+    "q4_0": Family(128, (4,), "half", zero=8, tokens=128),
+    "q4_1": Family(128, (4,), "half_min", mins=True),
     "q5_0": Family(128, (4, 1), "half", zero=16),
-    "q5_1": Family(128, (4, 1), "half_min"),
-    "q8_0": Family(128, (8,), "half", zero=128),
-    "q4_k": Family(256, (4,), "k45", tokens=128),
-    "q5_k": Family(256, (4, 1), "k45", tokens=128),
-    "q6_k": Family(256, (4, 2), "k6", sub=16, zero=32, tokens=64),
-    "iq4_nl": Family(128, (4,), "half", zero=128, table="iq4"),
-    "iq4_xs": Family(256, (4,), "iq4_xs", zero=128, tokens=128, table="iq4"),
-    "mxfp4": Family(128, (4,), "e8m0", zero=128, table="mxfp4"),
-    "nf4": Family(128, (4,), "float64", table="floats"),
-    "nf4-dq": Family(128, (4,), "nested", table="floats"),
-    "iq3_xxs": Family(256, (2, 1), "eighths4", zero=128, tokens=64, table="iq3"),
-    "iq2_xxs": Family(256, (1, 1), "eighths2", zero=128, tokens=64, table="iq2"),
+    "q5_1": Family(128, (4, 1), "half_min", mins=True),
+    "q8_0": Family(128, (8,), "half", zero=128, tokens=128),
+    "q4_k": Family(256, (4,), "k45", mins=True),
+    "q5_k": Family(256, (4, 1), "k45", mins=True),
+    "q6_k": Family(256, (4, 2), "k6", sub=16, span=16, zero=32),
+    "iq4_nl": Family(128, (4,), "half", table="levels"),
+    "iq4_xs": Family(256, (4,), "iq4_xs", table="levels"),
+    "mxfp4": Family(128, (4,), "e8m0", table="levels"),
+    "nf4": Family(128, (4,), "float64", span=64, table="floats"),
+    "nf4-dq": Family(128, (4,), "nested", span=64, table="floats"),
+    "iq3_xxs": Family(256, (2, 1), "eighths4", table="iq3"),
+    "iq2_xxs": Family(256, (1, 1), "eighths2", table="iq2"),
     **{
-        f"int{bits}-p{per}-{scale}{z}": Family(128, (bits,), f"{scale}{z}", zero=1 << (bits - 1), per=per)
+        f"int{bits}-p{per}-{scale}{z}": Family(
+            128, (bits,), f"{scale}{z}", zero=1 << (bits - 1), per=per, span=128 // per, tokens=128
+        )
         for bits in (4, 8)
         for per in (1, 2, 4)
         for scale in ("f16", "bf16", "f32")
         for z in ("", "-z")
         if scale != "f32" or per == 1
     },
-    "int8-p1-row": Family(128, (8,), "row", zero=128, per=1),
+    "int8-p1-row": Family(128, (8,), "row", zero=128, per=1, span=128, tokens=128),
 }
 """By kind of planes."""
 
@@ -96,9 +105,47 @@ def rounded(v, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def apart(pairs, DTYPE: tl.constexpr):
+    """Words of two numbers [...] -> DTYPE[..., 2], the low half first."""
+    first = (pairs & 0xFFFF).to(tl.uint16).to(DTYPE, bitcast=True)
+    second = ((pairs >> 16) & 0xFFFF).to(tl.uint16).to(DTYPE, bitcast=True)
+    return tl.join(first, second)
+
+
+@triton.jit
+def together(numbers):
+    """Inverse of `apart`."""
+    first, second = tl.split(numbers.to(tl.uint16, bitcast=True).to(tl.int32))
+    return first | (second << 16)
+
+
+@triton.jit
+def numbers(codes, less, DTYPE: tl.constexpr):
+    """UNIT·code + less for pairs of codes below 256 and of DTYPE, in words: one instruction.
+
+    A small integer's bits are a tiny number, c·2⁻¹³³ in bf16, c·2⁻²⁴ in f16 (PTX: fma supports subnormal ones).
+    """
+    if INTERPRETED:
+        code = tl.join(codes & 0xFFFF, (codes >> 16) & 0xFFFF)
+        sign = tl.where(code > 0x7FFF, -1.0, 1.0)
+        tiny = (code & 0x7FFF).to(tl.float32) * sign
+        found = rounded(tiny * (BF16_UNIT if tl.bfloat16 == DTYPE else F16_UNIT) + apart(less, DTYPE).to(tl.float32), DTYPE)
+        first, second = tl.split(found.to(tl.uint16, bitcast=True).to(tl.int32))
+        return first | (second << 16)
+    elif tl.bfloat16 == DTYPE:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 k; mov.b32 k, 0x7F007F00; fma.rn.bf16x2 $0, $1, k, $2; }", "=r,r,r", [codes, less], tl.int32, True, 1
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 k; mov.b32 k, 0x78007800; fma.rn.f16x2 $0, $1, k, $2; }", "=r,r,r", [codes, less], tl.int32, True, 1
+        )
+
+
+@triton.jit
 def constant(like, value: tl.constexpr):
     """An i32 tensor of `value`, of like's shape."""
-    return tl.full(like.shape, value, tl.int32)
+    return tl.full(like.shape, (value & 0xFFFFFFFF) - ((value & 0x80000000) << 1), tl.int32)
 
 
 @triton.jit
@@ -113,6 +160,7 @@ def words(plane, tile, tiles, chunk, chunks, N: tl.constexpr, BN: tl.constexpr):
     half = tl.arange(0, 2 * TILES)
     step = tl.minimum(tile + half % TILES, tiles - 1) * chunks + chunk
     at = plane + (step * (64 * N) + half // TILES * (32 * V))[:, None] + tl.arange(0, 32 * V)[None, :]
+    at = tl.max_contiguous(at, (1, V))  # no vectors of several lanes
     found = tl.reshape(tl.load(at), (2, TILES, 8, 4, V))
     if N > V:
         found = tl.join(found, tl.reshape(tl.load(at + 64 * V), (2, TILES, 8, 4, V)))
@@ -121,31 +169,68 @@ def words(plane, tile, tiles, chunk, chunks, N: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
-def quad(w, WIDTH: tl.constexpr, M: tl.constexpr):
-    """Codes 4M to 4M + 3 of words of fields as bytes."""
-    if WIDTH == 8:
-        return pick(w, w, constant(w, 0x3120))
-    else:
-        PER: tl.constexpr = 8 // WIDTH
-        MASK: tl.constexpr = 0x01010101 * ((1 << WIDTH) - 1)
-        AT: tl.constexpr = 2 * M % PER * WIDTH
-        return pick((w >> AT) & MASK, (w >> (AT + WIDTH)) & MASK, constant(w, 0x6420 + 0x1111 * (2 * M // PER)))
+def column(t, AT: tl.constexpr, N: tl.constexpr):
+    """t[:, AT] of t[BN, N], N a power of two."""
+    for bit in tl.static_range(5):
+        if (N >> bit) > 1:
+            even, odd = tl.split(tl.reshape(t, (t.shape[0], N >> (bit + 1), 2)))
+            t = odd if (AT >> bit) & 1 else even
+    return tl.reshape(t, (t.shape[0],))
 
 
 @triton.jit
-def quads(w, WIDTH: tl.constexpr):
-    """Words of fields [BN, 4, N] -> words of four codes, a byte each: [BN, 4, N·8/WIDTH]."""
-    if WIDTH == 8:
-        found = quad(w, 8, 0)
-    elif WIDTH == 4:
-        found = tl.join(quad(w, 4, 0), quad(w, 4, 1))
-    elif WIDTH == 2:
-        found = tl.join(tl.join(quad(w, 2, 0), quad(w, 2, 2)), tl.join(quad(w, 2, 1), quad(w, 2, 3)))
+def block(t, AT: tl.constexpr, N: tl.constexpr):
+    """The AT-th of N equal shares of each lane's words [BN, 4, N·R], N a power of two: [BN, 4, R]."""
+    R: tl.constexpr = t.shape[2] // N
+    t = tl.permute(tl.reshape(t, (t.shape[0], 4, N, R)), (0, 1, 3, 2))
+    for bit in tl.static_range(5):
+        if (N >> bit) > 1:
+            even, odd = tl.split(tl.reshape(t, (t.shape[0], 4, R, N >> (bit + 1), 2)))
+            t = odd if (AT >> bit) & 1 else even
+    return tl.reshape(t, (t.shape[0], 4, R))
+
+
+@triton.jit
+def field(w, WIDTH: tl.constexpr, AT: tl.constexpr, UP: tl.constexpr):
+    """Pair AT of words of fields, times 2^UP."""
+    DOWN: tl.constexpr = AT * WIDTH - UP
+    return (w >> DOWN if DOWN >= 0 else w << -DOWN) & constant(w, ((1 << WIDTH) - 1) * (0x10001 << UP))
+
+
+@triton.jit
+def fields(w, WIDTH: tl.constexpr, G: tl.constexpr, PAIRS: tl.constexpr, UP: tl.constexpr):
+    """The G-th PAIRS pairs of a lane's words of fields [BN, 4, N], times 2^UP: i32[BN, 4, PAIRS]."""
+    PER: tl.constexpr = 16 // WIDTH
+    N: tl.constexpr = w.shape[2]
+    EACH: tl.constexpr = PAIRS if PAIRS < PER else PER
+    mine = block(w, G, N * PER // PAIRS) if PAIRS >= PER else block(w, G * PAIRS // PER, N)
+    AT: tl.constexpr = G * PAIRS % PER
+    if EACH == 2:
+        found = tl.join(field(mine, WIDTH, AT, UP), field(mine, WIDTH, AT + 1, UP))
     else:
-        even = tl.join(tl.join(quad(w, 1, 0), quad(w, 1, 4)), tl.join(quad(w, 1, 2), quad(w, 1, 6)))
-        odd = tl.join(tl.join(quad(w, 1, 1), quad(w, 1, 5)), tl.join(quad(w, 1, 3), quad(w, 1, 7)))
-        found = tl.join(even, odd)
-    return tl.reshape(found, (w.shape[0], 4, w.shape[2] * (8 // WIDTH)))
+        even = tl.join(field(mine, WIDTH, AT, UP), field(mine, WIDTH, AT + 2, UP))
+        found = tl.join(even, tl.join(field(mine, WIDTH, AT + 1, UP), field(mine, WIDTH, AT + 3, UP)))
+    return tl.reshape(found, (w.shape[0], 4, PAIRS))
+
+
+@triton.jit
+def integers(
+    w, high, zero, W0: tl.constexpr, W1: tl.constexpr, G: tl.constexpr, PAIRS: tl.constexpr, LESS: tl.constexpr,
+    ZEROS: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """The G-th PAIRS pairs of codes, plus LESS or less a row's zero i32[BN]: pairs of DTYPE, i32[BN, 4, PAIRS]."""
+    code = fields(w, W0, G, PAIRS, 0)
+    if W1:
+        code |= fields(high, W1, G, PAIRS, W0)
+    if ZEROS:
+        less = (
+            rounded(zero.to(tl.float32) * -(BF16_UNIT if tl.bfloat16 == DTYPE else F16_UNIT), DTYPE)
+            .to(tl.uint16, bitcast=True)
+            .to(tl.int32)
+        )
+        return numbers(code, constant(code, 0) + (less * 0x10001)[:, None, None], DTYPE)
+    else:
+        return numbers(code, constant(code, LESS), DTYPE)
 
 
 @triton.jit
@@ -154,96 +239,115 @@ def look_up(w, t0, t1, t2, t3):
 
     t0..t3: the table's sixteen bytes, four to a word.
     """
+    blank = constant(w, 0)
     high = w >> 16
-    low_half = pick(t0, t1, w & 0x7777)
-    high_half = pick(t2, t3, w & 0x7777)
+    low_half = pick(blank + t0, blank + t1, w & 0x7777)
+    high_half = pick(blank + t2, blank + t3, w & 0x7777)
     first = pick(low_half, high_half, ((w >> 1) & 0x4444) | 0x3210)
-    low_half = pick(t0, t1, high & 0x7777)
-    high_half = pick(t2, t3, high & 0x7777)
+    low_half = pick(blank + t0, blank + t1, high & 0x7777)
+    high_half = pick(blank + t2, blank + t3, high & 0x7777)
     second = pick(low_half, high_half, ((high >> 1) & 0x4444) | 0x3210)
     return tl.reshape(tl.join(first, second), (w.shape[0], 4, w.shape[2] * 2))
 
 
 @triton.jit
-def levels(w, TABLE: tl.constexpr):
-    """`look_up` in a table of integers by name, raised by 128."""
-    if TABLE == "iq4":  # −127 −104 −83 −65 −49 −35 −22 −10 1 13 25 38 53 69 89 113
-        found = look_up(
-            w, constant(w, 0x3F2D1801), constant(w, 0x766A5D4F), constant(w, 0xA6998D81 - (1 << 32)),
-            constant(w, 0xF1D9C5B5 - (1 << 32)),
-        )  # fmt: skip
-    else:  # mxfp4: 0 1 2 3 4 6 8 12 and their negatives
-        found = look_up(
-            w, constant(w, 0x83828180 - (1 << 32)), constant(w, 0x8C888684 - (1 << 32)), constant(w, 0x7D7E7F80),
-            constant(w, 0x74787A7C),
-        )  # fmt: skip
-    return found
-
-
-@triton.jit
-def fixed_point(table, FIRST: tl.constexpr, SHIFT: tl.constexpr):
-    """A byte of four levels from FIRST on, as 16-bit integers: 32768 + 32767·level. A word."""
+def pattern(table, FIRST: tl.constexpr, SHIFT: tl.constexpr, LEVEL: tl.constexpr, DTYPE: tl.constexpr):
+    """A byte of four levels over LEVEL from FIRST on, as DTYPE. A word."""
     word = 0
     for i in tl.static_range(4):
         # the table's f32 pairs follow those of bf16 and f16, a word each; codes below 16 are pairs of a code and 0
-        level = tl.load(table.to(tl.pointer_type(tl.float32)) + 512 + 2 * (FIRST + i))
-        word |= (((level * 32767.0 + 32768.5).to(tl.int32) >> SHIFT) & 255) << (8 * i)
+        level = tl.load(table.to(tl.pointer_type(tl.float32)) + 512 + 2 * (FIRST + i)) * (1.0 / LEVEL)
+        word |= ((rounded(level, DTYPE).to(tl.uint16, bitcast=True).to(tl.int32) >> SHIFT) & 255) << (8 * i)
     return word
 
 
 @triton.jit
-def fixed_points(table, TABLE: tl.constexpr):
-    """What `decode` needs of a table of floats: the low bytes of its sixteen levels, then the high ones, four to a word."""
-    if TABLE == "floats":
-        low = (fixed_point(table, 0, 0), fixed_point(table, 4, 0), fixed_point(table, 8, 0), fixed_point(table, 12, 0))
-        high = (fixed_point(table, 0, 8), fixed_point(table, 4, 8), fixed_point(table, 8, 8), fixed_point(table, 12, 8))
+def patterns(table, TABLE: tl.constexpr, DTYPE: tl.constexpr):
+    """The low bytes of a table's sixteen levels, then the high ones, four to a word."""
+    if TABLE == "levels" or TABLE == "floats":
+        LEVEL: tl.constexpr = NF4_LEVEL if TABLE == "floats" else 1.0
+        return (
+            pattern(table, 0, 0, LEVEL, DTYPE), pattern(table, 4, 0, LEVEL, DTYPE),
+            pattern(table, 8, 0, LEVEL, DTYPE), pattern(table, 12, 0, LEVEL, DTYPE),
+            pattern(table, 0, 8, LEVEL, DTYPE), pattern(table, 4, 8, LEVEL, DTYPE),
+            pattern(table, 8, 8, LEVEL, DTYPE), pattern(table, 12, 8, LEVEL, DTYPE),
+        )  # fmt: skip
     else:
-        low = (0, 0, 0, 0)
-        high = (0, 0, 0, 0)
-    return low, high
+        return 0
 
 
 @triton.jit
-def grid_bytes(w, table, TABLE: tl.constexpr):
-    """Words of four indices [BN, 4, N] -> magnitudes of a codebook's entries, four to a word: [BN, 4, 8·N] or [BN, 4, 4·N].
+def two(low, high, A: tl.constexpr, B: tl.constexpr):
+    """Words {low, high} permuted by A, and by B, neighbours: [BN, 4, N] -> [BN, 4, 2·N]."""
+    found = tl.join(pick(low, high, constant(low, A)), pick(low, high, constant(low, B)))
+    return tl.reshape(found, (low.shape[0], 4, low.shape[2] * 2))
+
+
+@triton.jit
+def codebook(w, negative, table, TABLE: tl.constexpr, G: tl.constexpr, DTYPE: tl.constexpr):
+    """The G-th eight columns of a lane from its words of four indices [BN, 4, N], with their signs: i32[BN, 4, 4].
 
     table: i32[256] of selectors, a nibble for each number of an entry: which of the few values it is.
     """
-    index = tl.join(tl.join(w & 255, (w >> 16) & 255), tl.join((w >> 8) & 255, (w >> 24) & 255))
-    index = tl.reshape(index, (w.shape[0], 4, w.shape[2] * 4))
-    found = tl.load(table + index)
     if TABLE == "iq2":
+        index = (block(w, G // 4, w.shape[2]) >> (G % 4 * 8)) & 255
+        found = tl.load(table + index)
         values = constant(found, 0x2B1908)  # 8 25 43
-        both = tl.join(pick(values, values, found & 0x3333), pick(values, values, (found >> 16) & 0x3333))
-        return tl.reshape(both, (w.shape[0], 4, w.shape[2] * 8))
-    else:  # 4 12 20 28 36 44 52 62
-        return pick(constant(found, 0x1C140C04), constant(found, 0x3E342C24), found)
-
-
-@triton.jit
-def signed(magnitudes, negative):
-    """Bytes 128 ± magnitude; negative: bytes 0 or 1."""
-    return ((magnitudes ^ ((negative << 8) - negative)) ^ (0x80808080 - (1 << 32))) + negative
-
-
-@triton.jit
-def byte(w, magic, AT: tl.constexpr):
-    """Byte AT of words, as f32 raised by RAISED."""
-    return pick(w, tl.full(w.shape, 0, tl.int32) + magic, constant(w, 0x7404 + AT * 16)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def number(codes, upper, magic, AT: tl.constexpr, WIDE: tl.constexpr):
-    """Code AT of words of bytes as f32, raised: by 2¹⁵, or where a code has an upper byte, by 2²³."""
-    if WIDE:
-        both = pick(codes, upper, constant(codes, AT + (4 + AT) * 16))
-        return ((both & 0xFFFF) | 0x4B000000).to(tl.float32, bitcast=True)
+        found = tl.join(pick(values, values, found & 0x3333), pick(values, values, (found >> 16) & 0x3333))
     else:
-        return byte(codes, magic, AT)
+        index = block(w, G // 2, w.shape[2]) >> (G % 2 * 16)
+        first, second = tl.load(table + (index & 255)), tl.load(table + ((index >> 8) & 255))
+        low, high = constant(first, 0x1C140C04), constant(first, 0x3E342C24)  # 4 12 20 28 36 44 52 62
+        found = tl.join(pick(low, high, first), pick(low, high, second))
+    found = tl.reshape(found, (w.shape[0], 4, 2))
+    found = two(found, constant(found, 0), 0x4140, 0x4342)
+    s = block(negative, G // 4, negative.shape[2])
+    AT: tl.constexpr = 15 - G % 4 * 4
+    s = tl.join(tl.join(s << AT, s << (AT - 2)), tl.join(s << (AT - 1), s << (AT - 3)))
+    found ^= tl.reshape(s, found.shape) & constant(found, 0x80008000)
+    return numbers(found, constant(found, 0), DTYPE)
 
 
 @triton.jit
-def k45(q1, q2, q3, magic, MINS: tl.constexpr):
+def codes(
+    w, high, zero, table, levels, G: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, SUB: tl.constexpr, SPAN: tl.constexpr,
+    LESS: tl.constexpr, ZEROS: tl.constexpr, TABLE: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """The G-th SPAN columns of BN rows without their scale, exact: DTYPE[BN, SPAN], columns in the order of `order`."""
+    PAIRS: tl.constexpr = SPAN // 8
+    if TABLE == "iq2" or TABLE == "iq3":
+        pairs = codebook(w, high, table, TABLE, G, DTYPE)
+    elif TABLE != "":
+        w = block(w, G, w.shape[2] * 4 // PAIRS)
+        low = look_up(w, levels[0], levels[1], levels[2], levels[3])
+        pairs = two(low, look_up(w, levels[4], levels[5], levels[6], levels[7]), 0x5140, 0x7362)
+    else:
+        pairs = integers(w, high, zero, W0, W1, G, PAIRS, LESS, ZEROS, DTYPE)
+    return tl.reshape(tl.permute(apart(pairs, DTYPE), (0, 2, 1, 3)), (w.shape[0], SPAN))
+
+
+@triton.jit
+def order(SUB: tl.constexpr, SPAN: tl.constexpr):
+    """Where the columns of `codes` are: lanes' pairs in turns, as the tensor cores want them from registers."""
+    k = tl.arange(0, SPAN)
+    at = k // SUB * SUB + k // 2 % 4 * (SUB // 4) + k % SUB // 8 * 2 + k % 2
+    return tl.max_contiguous(tl.multiple_of(at, 2), 2)
+
+
+@triton.jit
+def small(i):
+    """i32 below 2²² -> f32: what converts bytes is slow."""
+    return (i + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
+
+
+@triton.jit
+def byte(w, AT: tl.constexpr):
+    """Byte AT of words, as f32."""
+    return small((w >> (AT * 8)) & 255)
+
+
+@triton.jit
+def k45(q1, q2, q3, MINS: tl.constexpr):
     """The eight 6-bit scales (or mins) of a Q4_K or Q5_K block's twelve bytes, three words [BN]: f32[BN, 8]."""
     if MINS:
         first = q2 & 0x3F3F3F3F
@@ -251,20 +355,18 @@ def k45(q1, q2, q3, magic, MINS: tl.constexpr):
     else:
         first = q1 & 0x3F3F3F3F
         last = (q3 & 0x0F0F0F0F) | ((q1 >> 2) & 0x30303030)
-    even = tl.join(tl.join(byte(first, magic, 0), byte(last, magic, 0)), tl.join(byte(first, magic, 2), byte(last, magic, 2)))
-    odd = tl.join(tl.join(byte(first, magic, 1), byte(last, magic, 1)), tl.join(byte(first, magic, 3), byte(last, magic, 3)))
-    return tl.reshape(tl.join(even, odd), (q1.shape[0], 8)) - RAISED
+    even = tl.join(tl.join(byte(first, 0), byte(last, 0)), tl.join(byte(first, 2), byte(last, 2)))
+    odd = tl.join(tl.join(byte(first, 1), byte(last, 1)), tl.join(byte(first, 3), byte(last, 3)))
+    return tl.reshape(tl.join(even, odd), (q1.shape[0], 8))
 
 
 @triton.jit
-def scales(
-    p0, p1, p2, step, row, n, chunk, N, K, magic, KIND: tl.constexpr, ZERO: tl.constexpr, S: tl.constexpr, BN: tl.constexpr
-):
-    """(scale, offset) of a chunk's S sub-blocks: f32[BN, S] each; w = scale·code + offset."""
+def scales(p0, p1, p2, step, row, n, chunk, N, K, KIND: tl.constexpr, S: tl.constexpr, BN: tl.constexpr):
+    """(scale, offset) of a chunk's S groups of columns: f32[BN, S] each; w = scale·code + offset, if there are offsets."""
     s = tl.arange(0, S)
     if KIND == "half":
         d = tl.load(p0.to(tl.pointer_type(tl.float16)) + (step * (16 * S) + row * S)[:, None] + s[None, :]).to(tl.float32)
-        return d, d * -ZERO
+        return d, d
     elif KIND == "half_min":
         both = tl.load(p0 + (step * (16 * S) + row * S)[:, None] + s[None, :])
         d = (both & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
@@ -274,12 +376,12 @@ def scales(
         both, q1, q2, q3 = tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
         d = (both & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
         dmin = ((both >> 16) & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-        return d[:, None] * k45(q1, q2, q3, magic, 0), -dmin[:, None] * k45(q1, q2, q3, magic, 1)
+        return d[:, None] * k45(q1, q2, q3, 0), -dmin[:, None] * k45(q1, q2, q3, 1)
     elif KIND == "k6":
         sc = tl.load(p0.to(tl.pointer_type(tl.int8)) + (step * 256 + row * 16)[:, None] + s[None, :])
         d = tl.load(p1.to(tl.pointer_type(tl.float16)) + step * 16 + row).to(tl.float32)
-        d = d[:, None] * sc.to(tl.float32)
-        return d, d * -ZERO
+        d = d[:, None] * small(sc.to(tl.int32))
+        return d, d
     elif KIND == "iq4_xs":
         at = p0 + step * 32 + row * 2
         w0, w1 = tl.load(at), tl.load(at + 1)
@@ -290,35 +392,35 @@ def scales(
         last = ((w0 >> 26) & 0x3C) | ((w1 >> 30) & 3)
         sc = tl.where((s == 7)[None, :], last[:, None], sc & 63)
         d = (w0 & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-        d = d[:, None] * (sc - 32).to(tl.float32)
-        return d, d * -ZERO
+        d = d[:, None] * small(sc - 32)
+        return d, d
     elif KIND == "eighths2" or KIND == "eighths4":
         sc = (tl.load(p0 + step * 16 + row)[:, None] >> (4 * s)[None, :]) & 15
         d = tl.load(p1.to(tl.pointer_type(tl.float16)) + step * 16 + row).to(tl.float32)
-        d = d[:, None] * ((0.5 + sc.to(tl.float32)) * (0.25 if KIND == "eighths2" else 0.5))
-        return d, d * -ZERO
+        d = d[:, None] * ((0.5 + small(sc)) * (0.25 if KIND == "eighths2" else 0.5))
+        return d, d
     elif KIND == "float64":
-        absmax = tl.load(p0.to(tl.pointer_type(tl.float32)) + (step * 32 + row * 2)[:, None] + (s // 2)[None, :])
-        d = absmax * (1.0 / 32767)
-        return d, d * -32768.0
+        absmax = tl.load(p0.to(tl.pointer_type(tl.float32)) + (step * 32 + row * 2)[:, None] + s[None, :])
+        d = absmax * NF4_LEVEL
+        return d, d
     elif KIND == "nested":
-        code = tl.load(p0.to(tl.pointer_type(tl.uint8)) + (step * 32 + row * 2)[:, None] + (s // 2)[None, :]).to(tl.int32)
-        block = tl.minimum(n.to(tl.int64)[:, None] * (K // 64) + chunk * 2 + (s // 2)[None, :], N.to(tl.int64) * (K // 64) - 1)
+        code = tl.load(p0.to(tl.pointer_type(tl.uint8)) + (step * 32 + row * 2)[:, None] + s[None, :]).to(tl.int32)
+        block = tl.minimum(n.to(tl.int64)[:, None] * (K // 64) + chunk * 2 + s[None, :], N.to(tl.int64) * (K // 64) - 1)
         nested = tl.load(p1.to(tl.pointer_type(tl.float32)) + block // 256)
         map = p2.to(tl.pointer_type(tl.float32))
         absmax = tl.load(map + code) * nested + tl.load(map + 256)
-        d = tl.minimum(tl.maximum(absmax, -3.4028234e38), 3.4028234e38) * (1.0 / 32767)
-        return d, d * -32768.0
+        d = tl.minimum(tl.maximum(absmax, -3.4028234e38), 3.4028234e38) * NF4_LEVEL
+        return d, d
     else:  # e8m0: the exponent of an f32 that is twice the scale; below 2 it is a subnormal
         e = tl.load(p0.to(tl.pointer_type(tl.uint8)) + (step * (16 * S) + row * S)[:, None] + s[None, :]).to(tl.int32)
         d = tl.where(e < 2, 0x00200000 << e, (e - 1) << 23).to(tl.float32, bitcast=True)
-        return d, d * -ZERO
+        return d, d
 
 
 @triton.jit
-def grouped(p0, p1, at, s, KIND: tl.constexpr, ZERO: tl.constexpr, PER: tl.constexpr):
-    """`scales` of integers in groups, PER to a chunk; at: i32[BN], a row's first group there."""
-    at = at[:, None] * PER + (s * PER // 4)[None, :]
+def grouped(p0, p1, at, s, KIND: tl.constexpr, PER: tl.constexpr):
+    """(scale, zero) of integers in groups, PER to a chunk: f32 and i32[BN, PER]; at: i32[BN], a row's first group there."""
+    at = at[:, None] * PER + s[None, :]
     if KIND == "f16" or KIND == "f16-z":
         d = tl.load(p0.to(tl.pointer_type(tl.float16)) + at).to(tl.float32)
     elif KIND == "bf16" or KIND == "bf16-z":
@@ -328,57 +430,6 @@ def grouped(p0, p1, at, s, KIND: tl.constexpr, ZERO: tl.constexpr, PER: tl.const
         if KIND == "row":  # an absmax
             d = d * (1.0 / 127)
     if KIND == "f16-z" or KIND == "bf16-z" or KIND == "f32-z":
-        return d, d * -tl.load(p1.to(tl.pointer_type(tl.uint8)) + at).to(tl.float32)
+        return d, tl.load(p1.to(tl.pointer_type(tl.uint8)) + at).to(tl.int32)
     else:
-        return d, d * -ZERO
-
-
-@triton.jit
-def decode(
-    p0, p1, p2, p3, table, floats, tile, chunk, N, K, groups, magic,
-    CHUNK: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, SCALES: tl.constexpr, SUB: tl.constexpr,
-    ZERO: tl.constexpr, PER: tl.constexpr, TABLE: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """A chunk of the BN rows from tile `tile` on: DTYPE[BN, CHUNK]."""
-    S: tl.constexpr = CHUNK // SUB
-    R: tl.constexpr = SUB // 16  # words of four codes that a lane has under a scale
-    n = tl.arange(0, BN)
-    tiles, chunks = (N + 15) // 16, (K + CHUNK - 1) // CHUNK
-    step, row = tl.minimum(tile + n // 16, tiles - 1) * chunks + chunk, n % 16
-    n += tile * 16
-    w = words(p0, tile, tiles, chunk, chunks, CHUNK * W0 // 128, BN)
-    if PER:
-        # groups of one chunk or more: `groups` of a row
-        group = chunk // ((chunks + groups - 1) // groups)
-        at = (tl.minimum(tile + tl.arange(0, BN) // 16, tiles - 1) * groups + group) * 16 + row
-        scale, offset = grouped(p1, p2, at, tl.arange(0, S), SCALES, ZERO, PER)
-    elif W1:
-        high = quads(words(p1, tile, tiles, chunk, chunks, CHUNK * W1 // 128, BN), W1)
-        scale, offset = scales(p2, p3, p3, step, row, n, chunk, N, K, magic, SCALES, ZERO, S, BN)
-    else:
-        scale, offset = scales(p1, p2, p3, step, row, n, chunk, N, K, magic, SCALES, ZERO, S, BN)
-    WIDE: tl.constexpr = TABLE == "floats"
-    upper = w
-    if WIDE:
-        low_bytes, high_bytes = floats
-        blank = constant(w, 0)
-        codes = look_up(w, blank + low_bytes[0], blank + low_bytes[1], blank + low_bytes[2], blank + low_bytes[3])
-        upper = look_up(w, blank + high_bytes[0], blank + high_bytes[1], blank + high_bytes[2], blank + high_bytes[3])
-        upper = tl.reshape(upper, (BN, 4, S, R))
-    elif TABLE == "iq2" or TABLE == "iq3":
-        codes = signed(grid_bytes(w, table, TABLE), high)
-    elif TABLE != "":
-        codes = levels(w, TABLE)
-    elif W1:
-        codes = quads(w, W0) | (high << W0)
-    else:
-        codes = quads(w, W0)
-    offset -= scale * (8388608.0 if WIDE else RAISED)
-    scale, offset = scale[:, None, :, None], offset[:, None, :, None]
-    codes = tl.reshape(codes, (BN, 4, S, R))
-    first = rounded(number(codes, upper, magic, 0, WIDE) * scale + offset, DTYPE)
-    second = rounded(number(codes, upper, magic, 1, WIDE) * scale + offset, DTYPE)
-    third = rounded(number(codes, upper, magic, 2, WIDE) * scale + offset, DTYPE)
-    fourth = rounded(number(codes, upper, magic, 3, WIDE) * scale + offset, DTYPE)
-    w = tl.join(tl.join(first, third), tl.join(second, fourth))
-    return tl.reshape(tl.permute(w, (0, 2, 1, 3, 4, 5)), (BN, CHUNK))
+        return d, d

@@ -1,64 +1,85 @@
-"""y = x wᵀ for 8 < M <= 256: weights become numbers in registers, tensor cores multiply them with x from shared memory."""
+"""y = x wᵀ for 8 < M <= 256: weights become exact numbers in registers, tensor cores multiply them with x from shared memory."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .decode import INTERPRETED, decode, fixed_points, rounded
+from .decode import INTERPRETED, codes, column, grouped, order, patterns, rounded, scales, words
 
 
-@triton.jit(do_not_specialize=["M", "groups", "magic"])
+@triton.jit
+def product(a, b, acc):
+    """acc + a b, in f32."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+    else:
+        return tl.dot(a, b, acc)
+
+
+@triton.jit(do_not_specialize=["M", "groups"])
 def gemm_kernel(
-    x, p0, p1, p2, p3, table, y, partial, arrived, M, N, K, groups, x_stride, magic,
-    CHUNK: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, SCALES: tl.constexpr, SUB: tl.constexpr,
-    ZERO: tl.constexpr, PER: tl.constexpr, TABLE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr,
+    x, p0, p1, p2, p3, table, y, partial, arrived, M, N, K, groups, x_stride,
+    CHUNK: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, SCALES: tl.constexpr, SUB: tl.constexpr, SPAN: tl.constexpr,
+    UNIT: tl.constexpr, LESS: tl.constexpr, ZEROS: tl.constexpr, MINS: tl.constexpr, PER: tl.constexpr, TABLE: tl.constexpr,
+    EVEN: tl.constexpr,     BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A program computes BN rows of w by BM rows of x over every SPLIT-th chunk of columns.
 
+    Columns under one scale are a product of their own, of exact codes with x; scales enter the sums in f32. Mins are 16
+    columns more: each group's as two bf16, for x's sum over the group. x_stride: in eights.
     The last of SPLIT programs to arrive adds their results, in their order: the same bits in every run.
     """
     DTYPE: tl.constexpr = x.dtype.element_ty
-    at_n, at_m, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    n = at_n * BN + tl.arange(0, BN)
+    GROUPS: tl.constexpr = CHUNK // SPAN
+    at_n, at_m, parted = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    n = tl.arange(0, BN)
     m = at_m * BM + tl.arange(0, BM)
-    chunks = (K + CHUNK - 1) // CHUNK
-    k = tl.arange(0, CHUNK)
+    tile, tiles, chunks = at_n * (BN // 16), (N + 15) // 16, (K + CHUNK - 1) // CHUNK
+    k = order(SUB, SPAN)
     inside = m[None, :] < M
-    x_at = x + m[None, :].to(tl.int64) * x_stride + k[:, None]
+    # rows beyond the last are computed like it, and not stored
+    x_at = x + tl.minimum(m, M - 1)[None, :].to(tl.int64) * (x_stride * 8) + k[:, None]
     acc = tl.zeros((BN, BM), tl.float32)
-    floats = fixed_points(table, TABLE)
-    for c in range(part, chunks, SPLIT):
-        w = decode(
-            p0,
-            p1,
-            p2,
-            p3,
-            table,
-            floats,
-            at_n * (BN // 16),
-            c,
-            N,
-            K,
-            groups,
-            magic,
-            CHUNK,
-            W0,
-            W1,
-            SCALES,
-            SUB,
-            ZERO,
-            PER,
-            TABLE,
-            BN,
-            DTYPE,
-        )
-        xs = tl.load(x_at + c * CHUNK, mask=inside & (k[:, None] < K - c * CHUNK), other=0.0)
-        if INTERPRETED:  # noqa: SIM108
-            acc = tl.dot(w.to(tl.float32), xs.to(tl.float32), acc)
+    levels = patterns(table, TABLE, DTYPE)
+    tile_of, row = tl.minimum(tile + n // 16, tiles - 1), n % 16
+    n += at_n * BN
+    s = tl.arange(0, GROUPS)
+    for c in tl.range(parted, chunks, SPLIT, num_stages=STAGES):
+        w = words(p0, tile, tiles, c, chunks, CHUNK * W0 // 128, BN)
+        high = w
+        step = tile_of * chunks + c
+        if PER:
+            # groups of one chunk or more: `groups` of a row
+            scale, offset = grouped(
+                p1, p2, (tile_of * groups + c // ((chunks + groups - 1) // groups)) * 16 + row, s, SCALES, PER
+            )
+        elif W1:
+            high = words(p1, tile, tiles, c, chunks, CHUNK * W1 // 128, BN)
+            scale, offset = scales(p2, p3, p3, step, row, n, c, N, K, SCALES, GROUPS, BN)
         else:
-            acc = tl.dot(w, xs, acc)
+            scale, offset = scales(p1, p2, p3, step, row, n, c, N, K, SCALES, GROUPS, BN)
+        sums = tl.zeros((16, BM), tl.float32)
+        for g in tl.static_range(GROUPS):
+            at = c * CHUNK + g * SPAN
+            xs = tl.load(x_at + at) if EVEN else tl.load(x_at + at, mask=k[:, None] < K - at, other=0.0)
+            zero = column(offset, g, GROUPS) if ZEROS else row
+            a = codes(w, high, zero, table, levels, g, W0, W1, SUB, SPAN, LESS, ZEROS, TABLE, DTYPE)
+            acc += column(scale, g, GROUPS)[:, None] * product(a, xs, tl.zeros((BN, BM), tl.float32))
+            if MINS:
+                ones = (tl.arange(0, 16) % GROUPS == g)[:, None] & (k >= 0)[None, :]
+                sums = product((ones.to(tl.float32) * UNIT).to(DTYPE), xs, sums)
+        if MINS:
+            first = rounded(offset, tl.bfloat16)
+            second = rounded(offset - first.to(tl.float32), tl.bfloat16)
+            both = tl.permute(tl.join(first, second), (0, 2, 1))
+            if GROUPS == 4:
+                both = tl.permute(tl.join(both, tl.zeros_like(both)), (0, 3, 1, 2))
+            mins = tl.reshape(both, (BN, 16))
+            first = rounded(sums, tl.bfloat16)
+            acc = product(mins, first, acc)
+            acc = product(mins, rounded(sums - first.to(tl.float32), tl.bfloat16), acc)
+    acc *= 1.0 / UNIT
     stored = inside & (n[:, None] < N)
     out = m[None, :].to(tl.int64) * N + n[:, None]
     if SPLIT == 1:
@@ -67,7 +88,7 @@ def gemm_kernel(
         tile = at_m * tl.num_programs(0) + at_n
         block = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
         mine = partial + tile.to(tl.int64) * (SPLIT * BN * BM) + block
-        tl.store(mine + part * (BN * BM), acc)
+        tl.store(mine + parted * (BN * BM), acc)
         tl.debug_barrier()
         if tl.atomic_add(arrived + tile, 1, sem="acq_rel") == SPLIT - 1:
             acc = tl.zeros((BN, BM), tl.float32)

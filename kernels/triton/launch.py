@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import triton
 
-from .decode import FAMILIES, MAGIC, Family
+from .decode import FAMILIES, UNIT, Family
 from .gemm import gemm_kernel
 
 
@@ -38,8 +38,8 @@ SHARED = 220 * 1024
 
 def _fits(f: Family, tokens: int, rows: int, stages: int, shared: int) -> bool:
     codes = rows * f.chunk * (sum(f.widths) + 1) // 8
-    # activations wait one stage longer than codes; numbers pass through shared memory on their way to the tensor cores
-    return stages * tokens * f.chunk * 2 + (stages - 1) * codes + 64 * f.chunk * 2 <= shared
+    # activations wait one stage longer than codes
+    return stages * (tokens * f.chunk * 2 + codes) + 8 * 1024 <= shared
 
 
 @cache
@@ -50,7 +50,7 @@ def candidates(kind: str, m: int, n: int, k: int, shared: int = SHARED) -> tuple
 
 def _candidates(f: Family, m: int, chunks: int, shared: int) -> Iterator[Config]:
     tokens = min(max(16, 1 << (m - 1).bit_length()), f.tokens)
-    for rows, warps in ((64, 4), (128, 8)) if tokens < 256 else ((128, 8),):
+    for rows, warps in ((64, 4), (128, 8)):
         stages = next((s for s in (4, 3, 2) if _fits(f, tokens, rows, s, shared)), 1)
         for split in (1, 2, 4, 8):
             if split == 1 or chunks >= 4 * split:
@@ -149,12 +149,15 @@ def default(device: torch.device, kind: str, m: int, n: int, k: int) -> Config:
     return choose(kind, m, n, k, *_device(device))
 
 
-def constants(f: Family, c: Config) -> dict[str, int | str]:
-    """The kernel's constants."""
+def constants(f: Family, c: Config, dtype: torch.dtype, even: bool = True) -> dict[str, int | float | str]:
+    """The kernel's constants. even: columns fill the last chunk."""
+    unit = UNIT[dtype] if f.table in ("", *_CODEBOOKS) else 1.0
+    less = torch.tensor([-f.zero * unit] * 2).to(dtype).view(torch.int32).item()
     low, high = (*f.widths, 0)[:2]
     return {
-        "CHUNK": f.chunk, "W0": low, "W1": high, "SCALES": f.scales, "SUB": f.sub, "ZERO": f.zero, "PER": f.per, "TABLE": f.table,
-        "BM": c.tokens, "BN": c.rows, "SPLIT": c.split,
+        "CHUNK": f.chunk, "W0": low, "W1": high, "SCALES": f.scales, "SUB": f.sub, "SPAN": f.span, "UNIT": unit, "LESS": less,
+        "ZEROS": f.scales.endswith("-z"), "MINS": f.mins, "PER": f.per, "TABLE": f.table,
+        "BM": c.tokens, "BN": c.rows, "SPLIT": c.split, "STAGES": c.stages, "EVEN": even,
     }  # fmt: skip
 
 
@@ -163,7 +166,7 @@ def gemm(
 ) -> torch.Tensor:
     """x wᵀ for a matrix in planes of `kind`: x bf16 or f16 [m, in], in a multiple of 8 -> [m, out_features] of x's dtype.
 
-    Weights enter the product rounded to x's dtype, sums are f32. On the current stream; deterministic.
+    Weights enter the product as exact codes (NF4's levels rounded), sums are f32. On the current stream; deterministic.
     """
     family, (m, k) = FAMILIES[kind], x.shape
     if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
@@ -186,7 +189,7 @@ def gemm(
         partial = arrived = words[0]
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         gemm_kernel[grid](
-            x, *words, table, y, partial, arrived, m, out_features, k, planes[1].shape[1], x.stride(0), MAGIC,
-            **constants(family, c), num_warps=c.warps, num_stages=c.stages,
+            x, *words, table, y, partial, arrived, m, out_features, k, planes[1].shape[1], x.stride(0) // 8,
+            **constants(family, c, x.dtype, k % family.chunk == 0), num_warps=c.warps, num_stages=c.stages,
         )  # fmt: skip
     return y

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,8 @@ kernels = pytest.importorskip("quantforge.nn.triton_kernels")
 ROOT = Path(__file__).parents[2]
 INTEGERS = ["int4-g128-sym", "int4-g128-asym-bf16", "int8-g64-asym", "int8-g32-sym", "int4-channel-asym-f32", "int8-row"]
 CODECS = [name for name in (*planes.FAMILIES, *INTEGERS) if planes.kind(name) in kernels.FAMILIES]
-BOUND = {"0": 2.6e-3, "1": 6e-4}  # of interpreted.CASES: weights and the result are rounded to bf16 or f16
+BOUND = {"0": 2e-3, "1": 4e-4, "2": 1.9e-3}
+"""Of interpreted.CASES. What is left is the result's rounding, 1.65e-3 in bf16, and that of NF4's levels."""
 
 
 @pytest.fixture(scope="module")
@@ -34,15 +35,15 @@ def errors() -> dict[str, float]:
     return dict(json.loads(done.stdout))
 
 
-@pytest.mark.parametrize("case", BOUND)
 @pytest.mark.parametrize("codec", CODECS)
-def test_the_product_is_right(codec, case, errors):
-    assert errors[f"{codec}-{case}"] <= BOUND[case]
+def test_the_product_is_right(codec, errors):
+    found = {case: e for case, e in errors.items() if case.rpartition("-")[0] == codec}
+    assert len(found) >= 2 and all(e <= BOUND[case[-1]] for case, e in found.items())
 
 
 @pytest.mark.parametrize(
     ("kind", "m"),
-    [*((k, 16) for k in sorted({planes.kind(c) for c in CODECS if c not in INTEGERS[2:]})), ("q4_0", 256), ("q6_k", 256)],
+    [*((k, 32) for k in sorted({planes.kind(c) for c in CODECS if c not in INTEGERS[2:]})), ("q4_0", 256), ("q5_k", 64)],
 )
 def test_compiles_for_hopper_without_spills(kind, m, tmp_path):
     from triton.backends.compiler import GPUTarget
@@ -52,36 +53,26 @@ def test_compiles_for_hopper_without_spills(kind, m, tmp_path):
 
     if triton.knobs.runtime.interpret:
         pytest.skip("TRITON_INTERPRET is set")
-    config = kernels.choose(kind, m, 4096, 4096)
-    constants = kernels.constants(kernels.FAMILIES[kind], config)
-    types = {
-        "x": "*bf16",
-        "y": "*bf16",
-        "partial": "*fp32",
-        "M": "i32",
-        "N": "i32",
-        "K": "i32",
-        "x_stride": "i32",
-        "groups": "i32",
-        "magic": "i32",
-    }
+    config = replace(kernels.choose(kind, m, 4096, 4096), stages=2)  # more of them only take Triton longer
+    constants = kernels.constants(kernels.FAMILIES[kind], config, torch.bfloat16)
+    types = {"x": "*bf16", "y": "*bf16", "partial": "*fp32", **dict.fromkeys(("M", "N", "K", "groups", "x_stride"), "i32")}
     names = gemm_kernel.arg_names
     signature = {n: "constexpr" if n in constants else types.get(n, "*i32") for n in names}
-    aligned = {
-        (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in constants and n not in ("M", "groups", "magic")
-    }
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in constants and n not in ("M", "groups")}
     compiled = triton.compile(
         ASTSource(gemm_kernel, signature, constexprs=constants, attrs=aligned),
         target=GPUTarget("cuda", 90, 32), options={"num_warps": config.warps, "num_stages": config.stages},
     )  # fmt: skip
     assert "wgmma.mma_async" in compiled.asm["ptx"]
     assert compiled.metadata.shared <= kernels.launch.SHARED
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    used = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
-    registers, stack, local = (int(re.search(rf"{what}:(\d+)", used)[1]) for what in ("REG", "STACK", "LOCAL"))
-    assert stack == local == 0 and registers <= 255
+    source, cubin = tmp_path / "kernel.ptx", tmp_path / "kernel.cubin"
+    source.write_text(compiled.asm["ptx"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+    said = subprocess.run(
+        [tool, "-v", "--gpu-name=sm_90a", source, "-o", cubin], capture_output=True, text=True, check=True
+    ).stderr
+    assert "0 bytes stack frame, 0 bytes spill stores" in said
+    assert "serialized" not in said  # tensor cores' instructions that wait for each other
 
 
 def test_candidates_fit_the_chip_and_are_few():
@@ -149,7 +140,7 @@ def test_on_a_gpu(codec):
                 poison = torch.full((m, rows), float("nan"), dtype=dtype, device="cuda")
                 del poison
                 y = ops.linear(x, tensors, codec, rows, n)
-                bound = 2.6e-3 if dtype == bf16 else 1e-3
+                bound = (2.6e-3 if name == "slabs" else 2e-3) if dtype == bf16 else 1e-3
                 assert (y.double() - exact).norm() <= bound * exact.norm(), (codec, name, m, rows, n, dtype)
                 again = ops.linear(x, tensors, codec, rows, n)
                 graph = torch.cuda.CUDAGraph()

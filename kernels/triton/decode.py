@@ -21,8 +21,8 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 UNIT = {torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}
 """What stands for 1 in products of integer codes, by the activations' type: see `numbers`."""
 BF16_UNIT, F16_UNIT = tl.constexpr(UNIT[torch.bfloat16]), tl.constexpr(UNIT[torch.float16])
-NF4_LEVEL = tl.constexpr(1.3920898)
-"""NF4's numbers over this are nearest to bf16's: their rounding adds 0.8e-3 of the norm, not 1.4e-3."""
+LOWERED = tl.constexpr(1 / 1.43670654296875)
+"""NF4's and FP4's tables are raised by this much (quantforge/nn/lookups.py)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +61,8 @@ FAMILIES = {
     "iq4_nl": Family(128, (4,), "half", table="levels"),
     "iq4_xs": Family(256, (4,), "iq4_xs", table="levels"),
     "mxfp4": Family(128, (4,), "e8m0", table="levels"),
-    "nf4": Family(128, (4,), "float64", span=64, table="floats"),
-    "nf4-dq": Family(128, (4,), "nested", span=64, table="floats"),
+    "nf4": Family(128, (4,), "float64", span=64, table="levels"),
+    "nf4-dq": Family(128, (4,), "nested", span=64, table="levels"),
     "iq3_xxs": Family(256, (2, 1), "eighths4", table="iq3"),
     "iq2_xxs": Family(256, (1, 1), "eighths2", table="iq2"),
     **{
@@ -251,26 +251,23 @@ def look_up(w, t0, t1, t2, t3):
 
 
 @triton.jit
-def pattern(table, FIRST: tl.constexpr, SHIFT: tl.constexpr, LEVEL: tl.constexpr, DTYPE: tl.constexpr):
-    """A byte of four levels over LEVEL from FIRST on, as DTYPE. A word."""
+def pattern(table, FIRST: tl.constexpr, SHIFT: tl.constexpr, DTYPE: tl.constexpr):
+    """A byte of four of a table's levels from FIRST on, as DTYPE. A word."""
+    AT: tl.constexpr = FIRST + (0 if tl.bfloat16 == DTYPE else 256)
     word = 0
     for i in tl.static_range(4):
-        # the table's f32 pairs follow those of bf16 and f16, a word each; codes below 16 are pairs of a code and 0
-        level = tl.load(table.to(tl.pointer_type(tl.float32)) + 512 + 2 * (FIRST + i)) * (1.0 / LEVEL)
-        word |= ((rounded(level, DTYPE).to(tl.uint16, bitcast=True).to(tl.int32) >> SHIFT) & 255) << (8 * i)
+        # pairs of levels, of bf16 and then of f16: a word's low half is the level of its number's lowest four bits
+        word |= ((tl.load(table + AT + i) >> SHIFT) & 255) << (8 * i)
     return word
 
 
 @triton.jit
 def patterns(table, TABLE: tl.constexpr, DTYPE: tl.constexpr):
     """The low bytes of a table's sixteen levels, then the high ones, four to a word."""
-    if TABLE == "levels" or TABLE == "floats":
-        LEVEL: tl.constexpr = NF4_LEVEL if TABLE == "floats" else 1.0
+    if TABLE == "levels":
         return (
-            pattern(table, 0, 0, LEVEL, DTYPE), pattern(table, 4, 0, LEVEL, DTYPE),
-            pattern(table, 8, 0, LEVEL, DTYPE), pattern(table, 12, 0, LEVEL, DTYPE),
-            pattern(table, 0, 8, LEVEL, DTYPE), pattern(table, 4, 8, LEVEL, DTYPE),
-            pattern(table, 8, 8, LEVEL, DTYPE), pattern(table, 12, 8, LEVEL, DTYPE),
+            pattern(table, 0, 0, DTYPE), pattern(table, 4, 0, DTYPE), pattern(table, 8, 0, DTYPE), pattern(table, 12, 0, DTYPE),
+            pattern(table, 0, 8, DTYPE), pattern(table, 4, 8, DTYPE), pattern(table, 8, 8, DTYPE), pattern(table, 12, 8, DTYPE),
         )  # fmt: skip
     else:
         return 0
@@ -401,7 +398,7 @@ def scales(p0, p1, p2, step, row, n, chunk, N, K, KIND: tl.constexpr, S: tl.cons
         return d, d
     elif KIND == "float64":
         absmax = tl.load(p0.to(tl.pointer_type(tl.float32)) + (step * 32 + row * 2)[:, None] + s[None, :])
-        d = absmax * NF4_LEVEL
+        d = absmax * LOWERED
         return d, d
     elif KIND == "nested":
         code = tl.load(p0.to(tl.pointer_type(tl.uint8)) + (step * 32 + row * 2)[:, None] + s[None, :]).to(tl.int32)
@@ -409,7 +406,7 @@ def scales(p0, p1, p2, step, row, n, chunk, N, K, KIND: tl.constexpr, S: tl.cons
         nested = tl.load(p1.to(tl.pointer_type(tl.float32)) + block // 256)
         map = p2.to(tl.pointer_type(tl.float32))
         absmax = tl.load(map + code) * nested + tl.load(map + 256)
-        d = tl.minimum(tl.maximum(absmax, -3.4028234e38), 3.4028234e38) * NF4_LEVEL
+        d = tl.minimum(tl.maximum(absmax, -3.4028234e38), 3.4028234e38) * LOWERED
         return d, d
     else:  # e8m0: the exponent of an f32 that is twice the scale; below 2 it is a subnormal
         e = tl.load(p0.to(tl.pointer_type(tl.uint8)) + (step * (16 * S) + row * S)[:, None] + s[None, :]).to(tl.int32)

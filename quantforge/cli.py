@@ -252,7 +252,9 @@ def _print_plan(plan: Plan) -> None:
 @click.option(
     "--static-groups/--no-static-groups", default=None, help="GPTQ: fit all scales beforehand; then --act-order needs no g_idx."
 )
-@click.option("--clip/--no-clip", default=None, help="AWQ: also search how much of each group's largest weight to cut off.")
+@click.option(
+    "--clip/--no-clip", default=None, help="AWQ: search how much of each group's largest weight to cut off; default with awq."
+)
 @click.option("--damping", metavar="X", type=float, help="GPTQ: part of the Hessian's mean diagonal added to it; default 0.01.")
 @click.option(
     "--device", metavar="D", default="cpu", show_default=True, help="Where tensors are encoded and --method runs: cpu or cuda."

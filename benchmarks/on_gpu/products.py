@@ -42,13 +42,14 @@ def rows(codec: str, n: int, k: int, ms: list[int], device: str, ways: bool = Fa
     """Times of one codec and shape: the way that is taken; `ways`: every other; `tune`: every configuration."""
     here = harness.of(device)
     copies = matrices(codec, n, k, here)
+    kernels = products.kernels()
     kind, nbytes = planes.kind(codec), math.ceil(codecs.get(codec).nbytes((n, k)))
     for m in ms:
         x = harness.activations(m, k, here)
-        if (kernels := products.kernels()) is not None:
-            kernels.forget()  # the last graphs are gone
 
         def timed(way: str, call: Callable[[list[torch.Tensor]], torch.Tensor], config: str = "", m: int = m) -> Row:
+            if kernels is not None:
+                kernels.forget()  # the last graph is gone
             error = harness.relative_error(call(copies[-1]), codec, k)
             us = harness.microseconds([lambda p=p: call(p) for p in copies], here)
             return Row(codec, n, k, m, us, nbytes, error, way, config)
@@ -74,12 +75,11 @@ def rows(codec: str, n: int, k: int, ms: list[int], device: str, ways: bool = Fa
                     yield timed("slabs", lambda p, s=slab, x=x: products.slabs(x, p, codec, n, s << 20), f"{slab} MiB")
 
 
-def _compile(codec: str, kind: str, config: tuple[int, ...]) -> str:
+def _compile(codec: str, kind: str, k: int, config: tuple[int, ...]) -> str:
     """Compile one Triton kernel into Triton's cache, in a process of its own. Returns what went wrong."""
     try:
         kernels = products.kernels()
         assert kernels is not None
-        k = kernels.FAMILIES[kind].chunk * 16
         p = [t.cuda() for t in planes.pack(codecs.quantize(harness.noise(16, k), codec)).tensors.values()]
         c = kernels.Config(*config)
         w = [t.repeat(16, 1, 1) if t.dim() == 3 else t for t in p]
@@ -92,16 +92,18 @@ def _compile(codec: str, kind: str, config: tuple[int, ...]) -> str:
 
 def triton_jobs(
     names: list[str], shapes: list[tuple[int, int]], ms: list[int], device: torch.device, ways: bool, tune: bool
-) -> set[tuple[str, str, tuple[int, ...]]]:
-    """(codec, kind, configuration) of every Triton kernel of a plan."""
+) -> set[tuple[str, str, int, tuple[int, ...]]]:
+    """(codec, kind, columns, configuration) of every Triton kernel of a plan."""
     kernels, jobs = products.kernels(), set()
     for codec in names if kernels is not None else ():
         kind = planes.kind(codec)
         for m in ms:
             if kind in kernels.FAMILIES and (ways or tune or products.choose(kind, m, 4096, torch.bfloat16) == "fused"):
                 for n, k in shapes if 8 < m <= MOST["fused"] else ():
+                    chunk = kernels.FAMILIES[kind].chunk
+                    few = chunk * (8 if k // chunk % 16 else 16)  # Triton's code depends on what 16 divides
                     found = {kernels.default(device, kind, m, n, k), *(kernels.candidates(kind, m, n, k) if tune else ())}
-                    jobs |= {(codec, kind, astuple(c)) for c in found}
+                    jobs |= {(codec, kind, few, astuple(c)) for c in found}
     return jobs
 
 

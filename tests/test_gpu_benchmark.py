@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -178,6 +180,33 @@ def test_marlins_own_packing_has_our_numbers():
 
 
 # ---- what is measured
+
+
+@pytest.mark.slow
+def test_a_step_of_a_loaded_model_waits_for_nothing(tmp_path):
+    """No number of a tensor decides what the host does: a CUDA graph has all of it."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from transformers import StaticCache
+
+    import quantforge as qf
+    from quantforge.demo import MODEL
+
+    class Watch(TorchDispatchMode):
+        seen: ClassVar[list[str]] = []
+
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            self.seen.append(str(function))
+            return function(*arguments, **(options or {}))
+
+    qf.convert(MODEL, tmp_path / "model.gguf", recipe="Q4_K_M")
+    model = qf.load(tmp_path / "model.gguf", dtype="bfloat16")
+    cache, ids = StaticCache(config=model.config, max_cache_len=32), torch.tensor([[5]])
+    with torch.inference_mode():
+        model(torch.arange(1, 9)[None], past_key_values=cache)
+        with Watch():
+            model(ids, past_key_values=cache, position_ids=torch.full((1, 1), 8))
+    assert "quantforge.linear.default" in Watch.seen and "aten.index_copy_.default" in Watch.seen
+    assert not [name for name in Watch.seen if re.search("local_scalar|nonzero|masked_select|unique", name)]
 
 
 def test_triton_kernels_of_a_plan():

@@ -21,20 +21,21 @@ def _serve(pipe: Connection) -> None:
         except EOFError:  # nobody there any more
             return
         function, arguments = job
+        why = ""
         try:
             for found in function(*arguments):
                 pipe.send(("found", found))
-            pipe.send(("done", ""))
         except Exception as e:
-            lines = str(e).strip().splitlines() or [""]
-            lost = _lost()
-            pipe.send(("failed", f"{type(e).__name__}: {lines[0]}"[:300] + (" (the device was lost)" if lost else "")))
-            if lost:
-                return
+            why = f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[0]}"[:300]
+        if lost := _lost():
+            why += " (the device was lost)"
+        pipe.send(("failed", why) if why else ("done", ""))
+        if lost:
+            return
 
 
 def _lost() -> bool:
-    """After an illegal access, nothing more runs in this process."""
+    """Whether nothing more runs in this process, after an illegal access. Gives memory back."""
     torch: Any = sys.modules.get("torch")
     try:
         if torch is not None and torch.cuda.is_initialized():

@@ -37,7 +37,7 @@ GPU_PY ?= python3
 
 # on a machine with a GPU, with its own torch: make gpu-test PY=python3
 gpu-test: quantforge/_cuda.so
-	$(PY) -m pytest -rs -m gpu tests/nn tests/test_device.py tests/codecs/test_grid.py
+	$(PY) -m pytest -rs -m gpu $$(grep -rl 'mark\.gpu' tests --include='*.py')
 
 demo: setup
 	$(VENV)/bin/quantforge demo

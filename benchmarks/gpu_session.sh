@@ -90,12 +90,9 @@ for step in "$@"; do
     test)
         workers=$("$PY" -c 'import xdist; print("-n 8 --max-worker-restart 40")' 2>/dev/null
             "$PY" -c 'import pytest_timeout; print("--timeout 200 --timeout-method thread")' 2>/dev/null)
-        if [ "$DEVICE" = cpu ]; then
-            run test "$PY" -m pytest -rs -m gpu --collect-only -q --continue-on-collection-errors tests/nn tests/test_device.py tests/codecs/test_grid.py
-        else
-            # shellcheck disable=SC2086
-            run test "$PY" -m pytest $workers -rs -m gpu --durations 10 --continue-on-collection-errors tests/nn tests/test_device.py tests/codecs/test_grid.py
-        fi
+        [ "$DEVICE" = cpu ] && workers=--collect-only
+        # shellcheck disable=SC2046,SC2086
+        run test "$PY" -m pytest $workers -rs -m gpu --durations 10 --continue-on-collection-errors $(grep -rl 'mark\.gpu' tests --include='*.py')
         ;;
     bench)
         wait

@@ -59,9 +59,14 @@ def nvcc() -> str:
 
 
 def nvcc_flags() -> list[str]:
-    """Machine code for each of QUANTFORGE_CUDA_ARCH (such as 90, or 80,86), and PTX of the last one."""
+    """Machine code for each of QUANTFORGE_CUDA_ARCH (such as 90, or 80,86), and PTX of the last one.
+
+    What is older than sm_90 comes from one PTX, the oldest's: the compiler's first half, most of its time, runs once for all.
+    """
     archs = os.environ.get("QUANTFORGE_CUDA_ARCH", CUDA_ARCHS).replace(".", "").split(",")
-    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+    old = sorted((a for a in archs if int(a.rstrip("af")) < 90), key=int)
+    groups = [group for group in (old, *([a] for a in archs if a not in old)) if group]
+    codes = [f"-gencode=arch=compute_{group[0]},code=[{','.join(f'sm_{a}' for a in group)}]" for group in groups]
     return [*NVCCFLAGS, *codes, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
 
 

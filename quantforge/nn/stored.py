@@ -1,6 +1,6 @@
 """Numbers of codecs without planes, on a GPU: from the stored parts, without a copy to the CPU.
 
-ggml types by the decode kernels of kernels/cuda, the rest by torch's own: fp8, integers of any width, plain numbers, NVFP4.
+ggml types by the decode kernels of kernels/cuda, the rest by torch's own: fp8, integers of any width, plain numbers.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import torch
 
 from .. import codecs, native
 from ..codecs.base import Codec, GgmlCodec
-from ..codecs.fp4 import NVFP4
 from ..codecs.fp8 import Fp8Codec
 from ..codecs.integers import ActOrderCodec, IntegerCodec
 from ..codecs.iquants import KSIGNS, IQCodec
@@ -23,7 +22,6 @@ _TORCH = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "U8": torch.uint8,
 }  # fmt: skip
-LEVELS = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)  # E2M1's, doubled
 
 
 def _bytes(t: torch.Tensor) -> torch.Tensor:
@@ -45,20 +43,6 @@ def _ggml(codec: Codec, parts: list[torch.Tensor], shape: tuple[int, int]) -> to
     with torch.cuda.device(out.device):
         native.cuda_call(codec.name, "decode", [data, *tables], [out], torch.cuda.current_stream().cuda_stream)
     return out
-
-
-def _nvfp4(codec: Codec, parts: list[torch.Tensor], shape: tuple[int, int]) -> torch.Tensor | None:
-    data = _bytes(parts[0]).reshape(-1, 36)
-    scales = data[:, :4] & 127
-    # 127 is E4M3's NaN
-    d = scales.where(scales < 127, torch.zeros_like(scales)).view(torch.float8_e4m3fn).float() * 0.5
-    packed = data[:, 4:].reshape(-1, 4, 8)
-    codes = torch.cat([packed & 15, packed >> 4], -1).int()
-    levels = torch.zeros(codes.shape, device=data.device)
-    for i, level in enumerate(LEVELS):  # a table's copy to the device would wait for it
-        levels = torch.where(codes & 7 == i, level, levels)
-    levels = torch.where(codes > 7, -levels, levels)
-    return (levels * d.unsqueeze(-1) * parts[1].float().reshape(1, 1, 1)).reshape(shape)
 
 
 def _fp8(codec: Codec, parts: list[torch.Tensor], shape: tuple[int, int]) -> torch.Tensor | None:
@@ -95,7 +79,6 @@ def _integers(codec: Codec, parts: list[torch.Tensor], shape: tuple[int, int]) -
 
 
 _WAYS: dict[type[Codec], Callable[[Codec, list[torch.Tensor], tuple[int, int]], torch.Tensor | None]] = {
-    NVFP4: _nvfp4,
     Fp8Codec: _fp8,
     PlainCodec: _plain,
     IntegerCodec: _integers,

@@ -96,6 +96,18 @@ def test_linear_is_the_product(codec, rows, n, seed, dtype):
             assert (out - exact).norm() <= 1e-3 * exact.norm()  # so that rounding to bf16 makes it no more than 2e-3
 
 
+@pytest.mark.parametrize("codec", ["IQ4_NL", "IQ2_S", "IQ1_S", "NVFP4"])
+def test_tiles_side_by_side(codec):
+    """Many rows: blocks of several tiles share a table, the last one has too few."""
+    e = random_matrix(codec, 16 * 21 + 3, 512, 5)
+    packed = planes.pack(e)
+    x = torch.randn((3, 512), generator=torch.Generator().manual_seed(5)).half()
+    out = torch.full((3, e.shape[0]), float("nan"))
+    assert cuda_host.call(packed.kind, "linear", [x, *packed.tensors.values()], out) == native.OK
+    w = torch.from_numpy(e.decode()).double()
+    assert ((out - x.double() @ w.T).abs() <= 1e-5 * (x.double().abs() @ w.abs().T)).all()
+
+
 def test_wrong_arguments_are_refused():
     tensors = list(planes.pack(random_matrix("IQ2_XXS", 16, 256, 0)).tensors.values())
     x, out = torch.zeros(1, 256).bfloat16(), torch.empty((1, 16))

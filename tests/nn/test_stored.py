@@ -12,7 +12,7 @@ from quantforge.nn.base import tensor
 
 CODECS = [
     *("F32", "F16", "BF16", "F64", "F8_E4M3", "F8_E5M2"),
-    *("fp8-tensor", "fp8-channel-bf16", "fp8-block128", "NVFP4"),
+    *("fp8-tensor", "fp8-channel-bf16", "fp8-block128"),
     *("int2-g64-sym", "int3-g64-asym", "int4-g64-asym", "int5-channel-asym", "int6-tensor-sym", "int8-g48-asym-bf16"),
     *("int3-g64-asym-act", "int7-g24-sym-act"),
 ]

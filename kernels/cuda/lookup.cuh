@@ -18,12 +18,12 @@ QF_HD float one_and(uint32_t w, int at) {
 }
 
 struct Scales : Chunked {
-    static constexpr int SUB = 32;
+    static constexpr int SUB = 32, TILES = 1;
     QF_HD float last(const uint32_t *) { return 1; }  // a second factor, which the CPU multiplies by after the first
 };
 
 struct HalfPer32 : Scales {  // d f16
-    static constexpr int CHUNK = 128, PARAMS = 1, WORDS = 2, SLOTS = 3;
+    static constexpr int CHUNK = 128, PARAMS = 1, WORDS = 2, TILES = 2, SLOTS = 2;
     QF_HD float exact(const uint32_t *w, int s) { return half_at(w, s); }
     QF_HD float fast(const uint32_t *w, int s) { return half_at(w, s); }
 };
@@ -55,7 +55,7 @@ struct Nibbles : Scales {  // u4[N]; d f16 per 256: d · (1/2 + nibble) · EIGHT
 };
 
 struct E8m0 : Scales {  // a power of two, for doubled levels
-    static constexpr int CHUNK = 128, PARAMS = 1, WORDS = 1, SLOTS = 3;
+    static constexpr int CHUNK = 128, PARAMS = 1, WORDS = 1, TILES = 2, SLOTS = 2;
     QF_HD float exact(const uint32_t *w, int s) {
         const uint32_t e = w[0] >> 8 * s & 255;
         return float_of(e < 2 ? 0x00200000u << e : (e - 1) << 23);
@@ -66,7 +66,7 @@ struct E8m0 : Scales {  // a power of two, for doubled levels
 };
 
 struct Ue4m3 : Scales {  // E4M3 per 16, for doubled levels; an f32 of the tile. NaN is 0
-    static constexpr int CHUNK = 128, SUB = 16, PARAMS = 2, WORDS = 3, SLOTS = 3;
+    static constexpr int CHUNK = 128, SUB = 16, PARAMS = 2, WORDS = 3, TILES = 2, SLOTS = 2;
     QF_HD int64_t steps(const Planes &planes, int i) { return i == 2 ? 1 : planes.chunks; }
     QF_HD int step(const Planes &, int i, int chunk) { return i == 2 ? 0 : chunk; }
     // A code's exponent and mantissa are the lowest and highest of a float's; 2^119: the biases' difference, and a half.
@@ -83,7 +83,7 @@ struct Ue4m3 : Scales {  // E4M3 per 16, for doubled levels; an f32 of the tile.
 constexpr float RAISED = 1.43670654296875f, LOWERED = 1 / RAISED;
 
 struct FloatPer64 : Scales {  // absmax f32
-    static constexpr int CHUNK = 128, PARAMS = 1, WORDS = 2, SLOTS = 3;
+    static constexpr int CHUNK = 128, PARAMS = 1, WORDS = 2, TILES = 2, SLOTS = 2;
     QF_HD float exact(const uint32_t *w, int s) { return float_of(w[s / 2]); }
     QF_HD float fast(const uint32_t *w, int s) { return mul(float_of(w[s / 2]), LOWERED); }
 };
@@ -112,7 +112,7 @@ struct Nested : Scales {
 
 template <class S, int N, int HIGH = 0, bool SIGNED = false, bool MOVED = false>
 struct Lookup : S {
-    static constexpr int CHUNK = S::CHUNK, SUB = S::SUB, TILES = 1, WARPS = 16, ENTRY = N, ENTRIES = 256 << HIGH;
+    static constexpr int CHUNK = S::CHUNK, SUB = S::SUB, WARPS = 16, ENTRY = N, ENTRIES = 256 << HIGH;
     static constexpr int LOADED = N * 8 > SUB ? SUB / 8 : N;                    // of an entry that two lanes share, each loads half
     static constexpr int EACH = SUB / 8 / LOADED, INDICES = CHUNK / SUB * EACH;  // of a lane, in a sub-block and in a chunk
     static constexpr int ABOVE = HIGH + MOVED;                                   // bits of an index beside its byte

@@ -28,7 +28,7 @@ struct Q4_1 : Chunked {
 // d · (code − 16), in two planes
 struct Q5_0 : Chunked {
     static constexpr Plane PLANES[] = {{16, OWN}, {4, OWN}, {8, ROW}};
-    static constexpr int WORDS = 7, CHUNK = 128, SUB = 32, TILES = 1, SLOTS = 3, WARPS = 16;
+    static constexpr int WORDS = 7, CHUNK = 128, SUB = 32, TILES = 2, SLOTS = 2, WARPS = 16;
     static constexpr bool MIN = false;
     template <class T> QF_HD constexpr float offset() { return T::RAISE + 16; }
     template <class T> QF_HD void codes(const uint32_t *w, int s, uint32_t *a) {

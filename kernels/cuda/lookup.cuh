@@ -91,7 +91,7 @@ struct FloatPer64 : Scales {  // absmax f32
 // absmax u8 per 64, an index of map: map[it] · nested + offset. Planes of the whole matrix: nested f32, of 256 absmax
 // each, row after row, and f32[257]: map, offset.
 struct Nested : Scales {
-    static constexpr int CHUNK = 128, PARAMS = 3, WORDS = 5, SLOTS = 2;
+    static constexpr int CHUNK = 128, PARAMS = 3, WORDS = 5, TILES = 2, SLOTS = 2;
     QF_HD void gather(const Planes &planes, int64_t row, int chunk, uint32_t *w) {
         const int blocks = planes.n_in / 64;
         const int64_t last = (int64_t)planes.n_out * blocks - 1, block = row * blocks + 2 * chunk;  // padding has codes, too

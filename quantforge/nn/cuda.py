@@ -22,8 +22,8 @@ COLUMNS = 16
 
 
 @cache
-def _warn_once(reason: str) -> None:
-    _log.warning("%s: quantized weights on the GPU are decoded by the CPU", reason)
+def _warn_once(reason: str, instead: str) -> None:
+    _log.warning("%s: quantized weights on the GPU %s", reason, instead)
 
 
 def _run(kind: str, op: str, inputs: list[torch.Tensor], out: torch.Tensor) -> None:
@@ -54,7 +54,7 @@ def dequantize(planes: list[torch.Tensor], codec: str, out_features: int, in_fea
         w = stored.decode(codec, planes, shape) if layouts.family(codec) is None else None
         if w is not None:
             return w.to(dtype)
-        _warn_once(native.cuda_missing() or f"no kernel for {codec}")
+        _warn_once(native.cuda_missing() or f"no kernel for {codec}", "are decoded by the CPU")
         weights = layouts.unpack(layouts.restore(planes, codec, shape).to("cpu"))
         return torch.from_numpy(weights.decode(threads=torch.get_num_threads())).to(device, dtype)
     out = torch.empty(shape, dtype=dtype if dtype in _FLOATS else torch.float32, device=device)
@@ -76,7 +76,13 @@ def linear(
     rows = x.reshape(-1, in_features)
     if plain := _plain(codec):
         rows, planes, codec = rows.index_select(1, planes[-1]), planes[:-1], plain
-    way = products.choose(kind, rows.shape[0], in_features, x.dtype) if native.cuda_has(kind, "linear") else "slabs"
+    if native.cuda_has(kind, "linear"):
+        way = products.choose(kind, rows.shape[0], in_features, x.dtype)
+    elif products.fusible(kind, in_features, x.dtype):
+        _warn_once(native.cuda_missing(), "are multiplied by Triton's kernels alone")
+        way = "fused"
+    else:
+        way = "slabs"
     if not rows.shape[0]:
         y = x.new_empty((0, out_features))
     elif way == "matvec":

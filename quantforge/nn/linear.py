@@ -34,7 +34,7 @@ class Packed(nn.Module):
     """Of the numbers that come out; None: of what comes in."""
 
     def __init__(self, encoded: Encoded) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # nn.Linear's and nn.Embedding's would make a matrix of numbers
         self.codec_name = encoded.codec.name
         self.shape = tuple(int(n) for n in encoded.shape)
         self._parts: tuple[str, ...] = tuple(f"weight_{k}" for k in encoded.codec.layout(encoded.shape))
@@ -119,8 +119,9 @@ class Packed(nn.Module):
         return f"in_features={n}, out_features={out}, codec={self.codec_name}, bpw={bpw:.4g}"
 
 
-class QuantLinear(Packed):
-    """y = x wᵀ + bias with w as it is stored, in any codec; see `Packed`.
+class QuantLinear(Packed, nn.Linear):
+    """y = x wᵀ + bias with w as it is stored, in any codec; see `Packed`. Activations get gradients, so that adapters
+    (PEFT) and prompts can be trained; what is stored gets none.
 
     activations: "float": x enters in float (error below 2e-3 of the result's norm; on the CPU about 1e-6); "int8": x is
     rounded to 8 bits, where the codec has a kernel for that (error below 1.2e-2), which is faster.
@@ -136,7 +137,7 @@ class QuantLinear(Packed):
         self.activations = activations
         if bias is not None and tuple(bias.shape) != self.shape[:1]:
             raise ShapeError(f"QuantLinear: a bias of {list(bias.shape)} does not fit {self.out_features} outputs")
-        self.bias: nn.Parameter | None
+        self.bias: nn.Parameter | None  # type: ignore[assignment]
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
 
     @classmethod
@@ -148,6 +149,11 @@ class QuantLinear(Packed):
     def from_encoded(cls, encoded: Encoded, bias: torch.Tensor | None = None, *, activations: str = "float") -> Self:
         """A layer of a stored matrix [out, in], whose parts are copied. Raises ShapeError."""
         return cls(encoded, bias, activations=activations)
+
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
+        """The first of the stored parts, no numbers (those: `dequantize`): says where the layer is."""
+        return self.planes[0]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., in] of any float dtype -> [..., out] of that dtype."""

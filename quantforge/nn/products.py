@@ -62,12 +62,13 @@ def choose(kind: str, m: int, n_in: int, dtype: torch.dtype) -> str:
     if found not in WAYS:
         few, some = UP_TO.get(kind) or UP_TO[""]
         found = "matvec" if m <= few else "fused" if m <= some else "slabs"
-    if found == "fused":
-        half = dtype in (torch.bfloat16, torch.float16)
-        triton = kernels() if half and n_in % 8 == 0 else None
-        if triton is None or kind not in triton.FAMILIES:
-            return "slabs"
-    return found
+    return "slabs" if found == "fused" and not fusible(kind, n_in, dtype) else found
+
+
+def fusible(kind: str, n_in: int, dtype: torch.dtype) -> bool:
+    """True if Triton has the product: of that kind of planes, with activations of that length and dtype, however many."""
+    triton = kernels() if dtype in (torch.bfloat16, torch.float16) and n_in % 8 == 0 else None
+    return triton is not None and kind in triton.FAMILIES
 
 
 def fused(x: torch.Tensor, planes: list[torch.Tensor], kind: str, out_features: int) -> torch.Tensor:

@@ -212,6 +212,19 @@ def test_an_adapter_learns() -> None:
     assert all(torch.equal(p, q) for p, q in zip(layer.planes, before, strict=True))
 
 
+def test_peft_attaches() -> None:
+    layer = QuantLinear.from_encoded(encoded("Q4_K", 64, 256))
+    assert isinstance(layer, nn.Linear)
+    assert layer.weight is layer.planes[0] and not list(layer.parameters())
+    peft = pytest.importorskip("peft")
+    layer = QuantLinear.from_encoded(encoded("Q4_K", 64, 256), torch.randn(64))
+    model = peft.get_peft_model(nn.Sequential(layer, nn.ReLU()), peft.LoraConfig(r=4, target_modules=["0"]))
+    x = activations(2, 256)
+    assert torch.equal(model(x), layer(x).relu())
+    model(x).sum().backward()
+    assert any(p.grad is not None and bool(p.grad.any()) for p in model.parameters())
+
+
 def test_autocast_and_inference_mode() -> None:
     layer, plain = QuantLinear.from_encoded(encoded("Q4_K", 32, 256), torch.randn(32)), nn.Linear(256, 32)
     for dtype in (torch.float32, torch.float16, torch.float64, torch.bfloat16):

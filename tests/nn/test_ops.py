@@ -171,3 +171,33 @@ def test_whoever_listens_to_operators_hears_of_them():
     y = layer(x.requires_grad_())
     y.sum().backward()
     assert torch.equal(y, want) and x.grad is not None
+
+
+def test_without_the_library(launches, monkeypatch, caplog):
+    """On a device whose quantforge has no CUDA kernels: Triton's, or the CPU decodes; a line in the log says which, once."""
+    monkeypatch.setattr(native, "cuda_has", lambda kind, op: False)
+    monkeypatch.setattr(native, "cuda_missing", lambda: "none were built")
+    cuda._warn_once.cache_clear()
+    e = matrix("Q4_0", 70, 160)
+    given, w = list(planes.pack(e).tensors.values()), torch.from_numpy(e.decode())
+    seen = []
+
+    def fused(x, planes_, kind, out_features):
+        seen.append((len(x), kind, out_features))
+        return x @ w.to(x.dtype).T
+
+    monkeypatch.setattr(products, "fused", fused)
+    monkeypatch.setattr(products, "fusible", lambda kind, n_in, dtype: dtype == torch.bfloat16)
+    for m in (1, 20, 300):
+        x = torch.randn(m, 160)
+        for dtype, tolerance in ((torch.bfloat16, 1e-2), (torch.float32, 1e-5)):
+            y = cuda.linear(x.to(dtype), given, "Q4_0", 70, 160)
+            exact = x.to(dtype).double() @ w.double().T
+            assert y.dtype == dtype and (y - exact).norm() < tolerance * exact.norm()
+    assert seen == [(m, "q4_0", 70) for m in (1, 20, 300)] and not launches
+    said = [r.getMessage() for r in caplog.records]
+    assert said == [
+        "none were built: quantized weights on the GPU are multiplied by Triton's kernels alone",
+        "none were built: quantized weights on the GPU are decoded by the CPU",
+    ]
+    cuda._warn_once.cache_clear()

@@ -2,8 +2,8 @@
 
 Planes are those of quantforge/nn/planes.py: tiles of 16 rows by `chunk` columns; each of four lanes owns `sub`/4
 neighbouring columns of every `sub`. What the tensor cores multiply are codes (without their scale), which bf16 and f16
-hold exactly: pairs of neighbours in a word, as the planes have them, become pairs of numbers by an OR with a magic number,
-128 in bf16 or 1024 in f16, which an addition takes off again.
+hold exactly: pairs of neighbours in a word, as the planes have them, are pairs of tiny numbers, which one instruction makes
+larger (`numbers`); for many activations another one multiplies them with their scale (`scaled`).
 """
 
 from __future__ import annotations
@@ -43,20 +43,21 @@ class Family:
     per: int = 0
     """Groups of parameters in a chunk where groups are what `scales` counts (1: of one chunk or more); else 0."""
     mins: bool = False
-    tokens: int = 64
-    """The most activations of a program: registers end there."""
+    """Whether w = scale·code − min; `zero` is then the middle, which keeps scaled weights precise in f16."""
+    exact: int = 64
+    """The most activations of a program that multiplies codes: its scales take an instruction for each of them."""
     table: str = ""
     """What codes stand for where they are no numbers: a case of `levels`."""
 
 
 FAMILIES = {
-    "q4_0": Family(128, (4,), "half", zero=8, tokens=128),
-    "q4_1": Family(128, (4,), "half_min", mins=True),
+    "q4_0": Family(128, (4,), "half", zero=8),
+    "q4_1": Family(128, (4,), "half_min", zero=8, mins=True),
     "q5_0": Family(128, (4, 1), "half", zero=16),
-    "q5_1": Family(128, (4, 1), "half_min", mins=True),
-    "q8_0": Family(128, (8,), "half", zero=128, tokens=128),
-    "q4_k": Family(256, (4,), "k45", mins=True),
-    "q5_k": Family(256, (4, 1), "k45", mins=True),
+    "q5_1": Family(128, (4, 1), "half_min", zero=16, mins=True),
+    "q8_0": Family(128, (8,), "half", zero=128),
+    "q4_k": Family(256, (4,), "k45", zero=8, mins=True),
+    "q5_k": Family(256, (4, 1), "k45", zero=16, mins=True),
     "q6_k": Family(256, (4, 2), "k6", sub=16, span=16, zero=32),
     "iq4_nl": Family(128, (4,), "half", table="levels"),
     "iq4_xs": Family(256, (4,), "iq4_xs", table="levels"),
@@ -67,7 +68,7 @@ FAMILIES = {
     "iq2_xxs": Family(256, (1, 1), "eighths2", table="iq2"),
     **{
         f"int{bits}-p{per}-{scale}{z}": Family(
-            128, (bits,), f"{scale}{z}", zero=1 << (bits - 1), per=per, span=128 // per, tokens=128
+            128, (bits,), f"{scale}{z}", zero=1 << (bits - 1), per=per, span=128 // per, exact=128 if per == 1 else 64
         )
         for bits in (4, 8)
         for per in (1, 2, 4)
@@ -75,7 +76,7 @@ FAMILIES = {
         for z in ("", "-z")
         if scale != "f32" or per == 1
     },
-    "int8-p1-row": Family(128, (8,), "row", zero=128, per=1, span=128, tokens=128),
+    "int8-p1-row": Family(128, (8,), "row", zero=128, per=1, span=128, exact=128),
 }
 """By kind of planes."""
 
@@ -130,8 +131,7 @@ def numbers(codes, less, DTYPE: tl.constexpr):
         sign = tl.where(code > 0x7FFF, -1.0, 1.0)
         tiny = (code & 0x7FFF).to(tl.float32) * sign
         found = rounded(tiny * (BF16_UNIT if tl.bfloat16 == DTYPE else F16_UNIT) + apart(less, DTYPE).to(tl.float32), DTYPE)
-        first, second = tl.split(found.to(tl.uint16, bitcast=True).to(tl.int32))
-        return first | (second << 16)
+        return together(found)
     elif tl.bfloat16 == DTYPE:
         return tl.inline_asm_elementwise(
             "{ .reg .b32 k; mov.b32 k, 0x7F007F00; fma.rn.bf16x2 $0, $1, k, $2; }", "=r,r,r", [codes, less], tl.int32, True, 1
@@ -140,6 +140,30 @@ def numbers(codes, less, DTYPE: tl.constexpr):
         return tl.inline_asm_elementwise(
             "{ .reg .b32 k; mov.b32 k, 0x78007800; fma.rn.f16x2 $0, $1, k, $2; }", "=r,r,r", [codes, less], tl.int32, True, 1
         )
+
+
+@triton.jit
+def twice(v):
+    """f32 -> words of two equal numbers of f16."""
+    if INTERPRETED:
+        return v.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.int32) * 0x10001
+    else:
+        return tl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $1, $1;", "=r,f", [v], tl.int32, True, 1)
+
+
+@triton.jit
+def scaled(pairs, scale, offset, MINS: tl.constexpr):
+    """scale·pairs, + offset if MINS: pairs of f16 in words [BN, 4, N], f32[BN]; one instruction."""
+    s, o = constant(pairs, 0) + twice(scale)[:, None, None], constant(pairs, 0)
+    if MINS:
+        o += twice(offset)[:, None, None]
+    if INTERPRETED:
+        found = apart(pairs, tl.float16).to(tl.float32) * apart(s, tl.float16).to(tl.float32)
+        return together((found + apart(o, tl.float16).to(tl.float32)).to(tl.float16))
+    elif MINS:
+        return tl.inline_asm_elementwise("fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", [pairs, s, o], tl.int32, True, 1)
+    else:
+        return tl.inline_asm_elementwise("mul.rn.f16x2 $0, $1, $2;", "=r,r,r", [pairs, s], tl.int32, True, 1)
 
 
 @triton.jit
@@ -310,22 +334,27 @@ def codes(
     w, high, zero, table, levels, G: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, SUB: tl.constexpr, SPAN: tl.constexpr,
     LESS: tl.constexpr, ZEROS: tl.constexpr, TABLE: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """The G-th SPAN columns of BN rows without their scale, exact: DTYPE[BN, SPAN], columns in the order of `order`."""
+    """The G-th SPAN columns of BN rows without their scale, exact: pairs of DTYPE, i32[BN, 4, SPAN / 8]."""
     PAIRS: tl.constexpr = SPAN // 8
     if TABLE == "iq2" or TABLE == "iq3":
-        pairs = codebook(w, high, table, TABLE, G, DTYPE)
+        return codebook(w, high, table, TABLE, G, DTYPE)
     elif TABLE != "":
         w = block(w, G, w.shape[2] * 4 // PAIRS)
         low = look_up(w, levels[0], levels[1], levels[2], levels[3])
-        pairs = two(low, look_up(w, levels[4], levels[5], levels[6], levels[7]), 0x5140, 0x7362)
+        return two(low, look_up(w, levels[4], levels[5], levels[6], levels[7]), 0x5140, 0x7362)
     else:
-        pairs = integers(w, high, zero, W0, W1, G, PAIRS, LESS, ZEROS, DTYPE)
-    return tl.reshape(tl.permute(apart(pairs, DTYPE), (0, 2, 1, 3)), (w.shape[0], SPAN))
+        return integers(w, high, zero, W0, W1, G, PAIRS, LESS, ZEROS, DTYPE)
+
+
+@triton.jit
+def operand(pairs, DTYPE: tl.constexpr):
+    """The tensor cores' first operand, as it is in registers: DTYPE[BN, SPAN], columns in the order of `order`."""
+    return tl.reshape(tl.permute(apart(pairs, DTYPE), (0, 2, 1, 3)), (pairs.shape[0], pairs.shape[2] * 8))
 
 
 @triton.jit
 def order(SUB: tl.constexpr, SPAN: tl.constexpr):
-    """Where the columns of `codes` are: lanes' pairs in turns, as the tensor cores want them from registers."""
+    """Where an operand's columns are: lanes' pairs in turns, as the tensor cores want them from registers."""
     k = tl.arange(0, SPAN)
     at = k // SUB * SUB + k // 2 % 4 * (SUB // 4) + k % SUB // 8 * 2 + k % 2
     return tl.max_contiguous(tl.multiple_of(at, 2), 2)

@@ -14,7 +14,7 @@ import torch
 import triton
 
 from .decode import FAMILIES, UNIT, Family
-from .gemm import gemm_kernel
+from .gemm import gemm_kernel, prepare_kernel
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ def candidates(kind: str, m: int, n: int, k: int, shared: int = SHARED) -> tuple
 
 
 def _candidates(f: Family, m: int, chunks: int, shared: int) -> Iterator[Config]:
-    tokens = min(max(16, 1 << (m - 1).bit_length()), f.tokens)
+    tokens = min(max(16, 1 << (m - 1).bit_length()), 128)
     for rows, warps in ((64, 4), (128, 8)):
         stages = next((s for s in (4, 3, 2) if _fits(f, tokens, rows, s, shared)), 1)
         for split in (1, 2, 4, 8):
@@ -149,16 +149,32 @@ def default(device: torch.device, kind: str, m: int, n: int, k: int) -> Config:
     return choose(kind, m, n, k, *_device(device))
 
 
+def is_scaled(f: Family, c: Config) -> bool:
+    """Whether a product's weights are scaled, as f16, before they are multiplied, and not the sums."""
+    return c.tokens > f.exact
+
+
 def constants(f: Family, c: Config, dtype: torch.dtype, even: bool = True) -> dict[str, int | float | str]:
-    """The kernel's constants. even: columns fill the last chunk."""
+    """The kernel's constants. dtype: of the x that it gets; even: columns fill the last chunk."""
     unit = UNIT[dtype] if f.table in ("", *_CODEBOOKS) else 1.0
-    less = torch.tensor([-f.zero * unit] * 2).to(dtype).view(torch.int32).item()
+    zero = f.zero if not f.mins or is_scaled(f, c) else 0
+    less = torch.tensor([-zero * unit] * 2).to(dtype).view(torch.int32).item()
     low, high = (*f.widths, 0)[:2]
     return {
-        "CHUNK": f.chunk, "W0": low, "W1": high, "SCALES": f.scales, "SUB": f.sub, "SPAN": f.span, "UNIT": unit, "LESS": less,
-        "ZEROS": f.scales.endswith("-z"), "MINS": f.mins, "PER": f.per, "TABLE": f.table,
-        "BM": c.tokens, "BN": c.rows, "SPLIT": c.split, "STAGES": c.stages, "EVEN": even,
+        "CHUNK": f.chunk, "W0": low, "W1": high, "SCALES": f.scales, "SUB": f.sub, "SPAN": f.span, "UNIT": unit, "ZERO": zero,
+        "LESS": less, "ZEROS": f.scales.endswith("-z"), "MINS": f.mins, "PER": f.per, "TABLE": f.table, "EVEN": even,
+        "SCALED": is_scaled(f, c), "BM": c.tokens, "BN": c.rows, "SPLIT": c.split, "STAGES": c.stages,
     }  # fmt: skip
+
+
+def _prepared(x: torch.Tensor, f: Family) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [m, in] as products of scaled weights want it: f16 [m, whole chunks], and f32[m]."""
+    m, k = x.shape
+    found = torch.empty((m, -(-k // f.chunk) * f.chunk), dtype=torch.float16, device=x.device)
+    factor = torch.empty(m, dtype=torch.float32, device=x.device)
+    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+        prepare_kernel[(m,)](x, found, factor, k, x.stride(0), found.stride(0), SUB=f.sub, BLOCK=4096, num_warps=8)
+    return found, factor
 
 
 def gemm(
@@ -166,7 +182,8 @@ def gemm(
 ) -> torch.Tensor:
     """x wᵀ for a matrix in planes of `kind`: x bf16 or f16 [m, in], in a multiple of 8 -> [m, out_features] of x's dtype.
 
-    Weights enter the product as exact codes (NF4's levels rounded), sums are f32. On the current stream; deterministic.
+    Up to `Family.exact` activations weights are exact codes (NF4's levels rounded), beyond that f16; sums are f32. On the
+    current stream; deterministic.
     """
     family, (m, k) = FAMILIES[kind], x.shape
     if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
@@ -176,6 +193,10 @@ def gemm(
     grid = (triton.cdiv(out_features, c.rows), triton.cdiv(m, c.tokens), c.split)
     if not m or not out_features:
         return y
+    factor, even = y, k % family.chunk == 0
+    if is_scaled(family, c):
+        x, factor = _prepared(x, family)
+        even = True
     words = [p.view(torch.int32) for p in planes]
     table = words.pop() if family.table else words[0]
     if family.table in _CODEBOOKS:
@@ -189,7 +210,7 @@ def gemm(
         partial = arrived = words[0]
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         gemm_kernel[grid](
-            x, *words, table, y, partial, arrived, m, out_features, k, planes[1].shape[1], x.stride(0) // 8,
-            **constants(family, c, x.dtype, k % family.chunk == 0), num_warps=c.warps, num_stages=c.stages,
+            x, factor, *words, table, y, partial, arrived, m, out_features, k, planes[1].shape[1], x.stride(0) // 8,
+            **constants(family, c, x.dtype, even), num_warps=c.warps, num_stages=c.stages,
         )  # fmt: skip
     return y

@@ -17,7 +17,10 @@ from types import ModuleType
 
 import torch
 
+from .. import codecs
+from ..codecs.fp8 import Fp8Codec
 from . import ops
+from . import planes as layouts
 from .tiles import TILE
 
 _log = logging.getLogger(__name__)
@@ -79,21 +82,35 @@ def fused(x: torch.Tensor, planes: list[torch.Tensor], kind: str, out_features: 
     return y
 
 
+def _rows_of(planes: list[torch.Tensor], codec: str, shape: tuple[int, int]) -> list[int]:
+    """Rows of the matrix to an index of each plane's first axis, or 0 where a plane is of the whole matrix.
+
+    A slice of planes is a matrix of its own, unless rows know their number: then, as without anything to cut, none.
+    """
+    if layouts.family(codec) is not None:
+        found = [TILE if p.dim() == 3 else 0 for p in planes]
+        return found if found[0] and found.count(0) <= 1 else []
+    kind = codecs.get(codec)
+    if isinstance(kind, Fp8Codec) and kind.tile:
+        return [1, kind.tile]
+    return [0 if name in kind.shared else 1 for name in kind.layout(shape)] if kind.sliceable else []
+
+
 def numbers(
     planes: list[torch.Tensor], codec: str, shape: tuple[int, int], dtype: torch.dtype, slab: int | None = None
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """A matrix as numbers, some rows at a time: which, and [rows, in] of `dtype`. slab: bytes of numbers at a time."""
-    out, k = shape
-    rows = max(1, (slab or SLAB) // (TILE * max(1, k) * dtype.itemsize)) * TILE
-    # a slice of tiles is a matrix of its own, unless rows know their number: planes of the whole matrix besides a table
-    if rows >= out or sum(p.dim() < 3 for p in planes) > 1 or planes[0].dim() != 3:
+    (out, k), rows_of = shape, _rows_of(planes, codec, shape)
+    tile = max(rows_of, default=1)
+    rows = max(1, (slab or SLAB) // (tile * max(1, k) * dtype.itemsize)) * tile
+    if rows >= out or not rows_of:
         yield slice(0, out), ops.dequantize(planes, codec, out, k, dtype)
         return
-    rows = -(-out // (-(-out // rows) * TILE)) * TILE  # of one size, but for the last
+    rows = -(-out // (-(-out // rows) * tile)) * tile  # of one size, but for the last
     for at in range(0, out, rows):
         n = min(rows, out - at)
-        tiles = slice(at // TILE, -(-(at + n) // TILE))
-        yield slice(at, at + n), ops.dequantize([p[tiles] if p.dim() == 3 else p for p in planes], codec, n, k, dtype)
+        some = [p[at // of : -(-(at + n) // of)] if of else p for p, of in zip(planes, rows_of, strict=True)]
+        yield slice(at, at + n), ops.dequantize(some, codec, n, k, dtype)
 
 
 def slabs(x: torch.Tensor, planes: list[torch.Tensor], codec: str, out_features: int, slab: int | None = None) -> torch.Tensor:

@@ -19,13 +19,15 @@ from quantforge.nn import planes
 from quantforge.nn.triton_kernels import FAMILIES, Config, gemm
 
 CASES = [
-    # rows, columns, activations, dtype, configuration
+    # rows, columns, activations, dtype, configuration: up to 64 activations (some: 128) sums are scaled, beyond that weights
     (37, 768, 17, torch.bfloat16, Config(32, 64, 2, 4, 2)),
     (71, 256, 45, torch.float16, Config(64, 64, 1, 4, 2)),
+    (45, 512, 130, torch.bfloat16, Config(128, 64, 2, 4, 2)),
     (129, 512, 150, torch.bfloat16, Config(64, 128, 1, 8, 2)),
+    (71, 256, 256, torch.float16, Config(128, 64, 1, 4, 2)),
 ]
-MANY = ("Q4_K", "nf4", "int4-g128-asym-bf16")
-"""Codecs that take the last case too: it is slow."""
+MANY = ("Q4_K", "nf4", "int4-g32-asym-bf16")
+"""Codecs that take all cases; the others three, as the interpreter is slow."""
 
 
 def random_matrix(codec: codecs.Codec, rows: int, n: int) -> codecs.Encoded:
@@ -37,7 +39,7 @@ def main(names: list[str]) -> None:
     found = []
     for name in names:
         codec, kind = codecs.get(name), planes.kind(name)
-        for i, (rows, n, m, dtype, config) in enumerate(CASES if name in MANY else CASES[:2]):
+        for i, (rows, n, m, dtype, config) in enumerate(CASES if name in MANY else CASES[:3]):
             if codec.block_size < FAMILIES[kind].chunk:
                 n -= max(8, codec.block_size)  # K is a multiple of the block only
             e = random_matrix(codec, rows, n)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from quantforge import codecs
-from quantforge.nn import stored
+from quantforge.nn import planes, products, stored
 from quantforge.nn.base import tensor
 
 CODECS = [
@@ -29,3 +29,16 @@ def test_equals_the_codec(codec):
         e = codecs.Encoded(e.codec, shape, parts)
     found = stored.decode(codec, [tensor(parts[k]) for k in e.codec.layout(shape)], shape)
     assert found is not None and torch.equal(found, torch.from_numpy(e.decode()))
+
+
+@pytest.mark.parametrize("codec", [*CODECS, "fp8-block96", "IQ1_S", "TQ2_0"])
+def test_slabs_of_stored_parts(codec):
+    """Rows become numbers a slab at a time, so that no matrix is on the device as a whole in bf16."""
+    shape = (200, 768)
+    e = codecs.quantize((np.random.default_rng(5).standard_normal(shape) * 0.1).astype(np.float32), codec)
+    if planes.family(codec) is not None:
+        pytest.skip("has planes")
+    parts = [tensor(e.parts[k]) for k in e.codec.layout(shape)]
+    found = list(products.numbers(parts, codec, shape, torch.float32, slab=40 * 768 * 4))
+    assert len(found) >= 2 and [rows.start for rows, _ in found[1:]] == [rows.stop for rows, _ in found[:-1]]
+    assert torch.equal(torch.cat([w for _, w in found]), torch.from_numpy(e.decode()))

@@ -42,7 +42,7 @@ def _together(first: torch.Tensor, others: list[torch.Tensor]) -> None:
 def _plain(codec: str) -> str:
     """Of a codec whose last plane says in which order columns are stored (act-order), the one without; else empty."""
     found = codecs.get(codec)
-    return found.plain.name if isinstance(found, ActOrderCodec) else ""
+    return found.plain.name if isinstance(found, ActOrderCodec) and layouts.family(codec) else ""
 
 
 @ops.dequantize.register_kernel("cuda")

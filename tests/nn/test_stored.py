@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from quantforge import codecs
-from quantforge.nn import planes, products, stored
+from quantforge.nn import cuda, planes, products, stored
 from quantforge.nn.base import tensor
 
 CODECS = [
@@ -42,3 +42,15 @@ def test_slabs_of_stored_parts(codec):
     found = list(products.numbers(parts, codec, shape, torch.float32, slab=40 * 768 * 4))
     assert len(found) >= 2 and [rows.start for rows, _ in found[1:]] == [rows.stop for rows, _ in found[:-1]]
     assert torch.equal(torch.cat([w for _, w in found]), torch.from_numpy(e.decode()))
+
+
+@pytest.mark.parametrize("codec", ["int3-g64-asym-act", "int3-g64-asym", "IQ1_S"])
+def test_products_of_stored_parts(codec):
+    """As the operator on a GPU computes them: act-order without planes has its columns in the model's order."""
+    shape = (40, 256)
+    e = codecs.quantize(np.random.default_rng(5).standard_normal(shape).astype(np.float32), codec)
+    if "group" in e.parts:
+        e = codecs.Encoded(e.codec, shape, dict(e.parts) | {"group": np.random.default_rng(6).permutation(e.parts["group"])})
+    x = torch.randn(20, 256)
+    y = cuda.linear(x, [tensor(e.parts[k]) for k in e.codec.layout(shape)], codec, *shape)
+    assert torch.allclose(y, x @ torch.from_numpy(e.decode()).T, atol=1e-3)

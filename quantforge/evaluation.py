@@ -1,7 +1,7 @@
 """Compare models with a reference on text: what did quantization cost?
 
-All models advance together, a decoder block at a time; the head is applied to slices of tokens,
-whose logits go into `metrics.Score` and are dropped. Whatever quantforge reads can be compared.
+Whatever quantforge reads can be compared. `comparison` runs all models together on the text, `similarity` and `tasks` ask
+them; here they are opened, checked against each other, and what came out is put together.
 """
 
 from __future__ import annotations
@@ -14,48 +14,39 @@ import resource
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from importlib.metadata import version
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import gguf
-import numpy as np
 
 from . import metrics as stats
 from . import overlap, similarity
 from . import tasks as harness
-from .arrays import F32
+from .comparison import Comparison, Progress
 from .corpus import BUILTIN, Corpus, Windows, cut
-from .errors import NonFiniteError, RecipeError, ShapeError, nearest
+from .errors import RecipeError, ShapeError, nearest
 from .formats import open_path
-from .report import Evaluation, ModelResult, TensorError
+from .report import Evaluation, ModelResult
 from .report.base import check_path
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
     from .runtime import Model
 
 logger = logging.getLogger(__name__)
 
 METRICS = ("ppl", "kld", "flips", "similarity")
 CTX = 512
-_LOGITS_AT_ONCE = 1 << 19
-"""Logits of one model that exist together: 2 MB, which stay in a core's cache."""
 _LEAST = 64 << 20
 """Bytes that answering may always take; else no more than the text took, so that memory does not depend on depth."""
 _PACKED_ON = {"cuda"}
 """Devices on which the models that are compared compute from what is stored; elsewhere a block is decoded once for all tokens."""
-_OBSERVED = 16384
-"""Tokens from which input statistics and the error of hidden states are taken."""
 
 PathLike: TypeAlias = str | os.PathLike[str]
-Progress = Callable[[str, int, int], None]
 
 
 def evaluate(
@@ -110,7 +101,8 @@ def evaluate(
         corpus = Corpus.read(text, party.tokenizer)
         party.check_text(corpus)
         windows = cut(corpus, party.tokenizer, _context(ctx, party.reference), stride, chunks)
-        run = _Run(party.running(wanted), windows, tell)
+        before = _memory("VmRSS")
+        run = Comparison(party.running(wanted), windows, tell)
         run.go()
         loss = time.perf_counter() - began
         results = [_result(m, i, run, wanted) for i, m in enumerate(run.models)]
@@ -140,7 +132,7 @@ def evaluate(
             intervals=_differences(run, n),
             similarity=answers,
             tasks=found,
-            run=_about_run(run, windows, device, loss, seconds, answers),
+            run=_about_run(run, windows, device, loss, seconds, before, answers),
         )
     for path in reports:
         evaluation.save(path)
@@ -240,196 +232,14 @@ def _context(ctx: int | None, reference: Model) -> int:
     return min(CTX, own) if ctx is None else ctx
 
 
-class _Run:
-    """One pass of all models over all windows, with what was seen on the way."""
-
-    def __init__(self, models: list[Model], windows: Windows, tell: Progress) -> None:
-        self.models, self.windows, self.tell = models, windows, tell
-        self.score = stats.Score([m.name for m in models], windows.targets, str(models[0].device))
-        self.hidden_error: list[list[float]] = [[] for _ in models]
-        self.tensors: list[list[TensorError]] = [[] for _ in models]
-        self.block_bytes = self.hidden_bytes = self.head_bytes = self.logit_bytes = 0
-        self.bytes_before = _memory("VmRSS")
-        self._inputs: dict[str, F32] = {}
-        self._hooks: list[Any] = []
-        self._roles = models[0].roles()
-
-    @property
-    def held_bytes(self) -> int:
-        """What is held by design: hidden states, and one block or a slice of the head of each model."""
-        return self.hidden_bytes + max(self.block_bytes, self.head_bytes + self.logit_bytes)
-
-    def go(self) -> None:
-        """Advance, then score."""
-        import torch
-
-        from .runtime import advance, finish
-
-        ids, scored = torch.from_numpy(self.windows.ids), torch.from_numpy(self.windows.scored)
-        hidden = advance(
-            self.models, ids, before=self._before, after=self._after, progress=lambda done, of: self.tell("blocks", done, of)
-        )
-        self.hidden_bytes = sum(h.nbytes for h in hidden)
-        with torch.inference_mode():
-            states = finish(self.models, hidden, scored)
-            del hidden
-            self._apply_heads(states)
-
-    # ---- around each block
-
-    def _before(self, i: int, blocks: Sequence[nn.Module], hidden: Sequence[torch.Tensor]) -> None:
-        """Have the reference's linears note the mean square of their inputs."""
-        import torch
-
-        self.block_bytes = max(self.block_bytes, sum(p.nbytes for b in blocks for p in (*b.parameters(), *b.buffers())))
-        self._inputs.clear()
-        seen: dict[str, int] = defaultdict(int)
-
-        def note(name: str) -> Callable[..., None]:
-            def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-                x = args[0].detach().reshape(-1, args[0].shape[-1])
-                if seen[name] < _OBSERVED:
-                    seen[name] += len(x)
-                    self._inputs[name] = self._inputs.get(name, np.float32(0)) + _square(x)
-
-            return hook
-
-        self._hooks = [
-            m.register_forward_pre_hook(note(k)) for k, m in blocks[0].named_modules() if isinstance(m, torch.nn.Linear)
-        ]
-
-    def _after(self, i: int, blocks: Sequence[nn.Module], hidden: Sequence[torch.Tensor]) -> None:
-        """Compare hidden states and weights with the reference's."""
-        for hook in self._hooks:
-            hook.remove()
-        rows = max(1, _OBSERVED // hidden[0].shape[1])
-        ref = hidden[0][:rows]
-        norm = float(ref.norm())
-        stem = f"{self.models[0].prefix}.{i}"
-        for k in range(1, len(self.models)):
-            if hidden[k].shape == hidden[0].shape:
-                self.hidden_error[k].append(float((hidden[k][:rows].float() - ref).norm()) / norm)
-            if self.models[k].source is self.models[0].source:
-                continue
-            for name, w in blocks[0].named_parameters():
-                if (other := _weight(blocks[k], name)) is not None and other.shape == w.shape:
-                    difference = _Difference()
-                    difference.add(w, other)
-                    self._note(k, f"{stem}.{name}", i, w.shape, difference, self._inputs.get(name.removesuffix(".weight")))
-
-    def _note(
-        self, k: int, name: str, layer: int | None, shape: Sequence[int], difference: _Difference, square: F32 | None
-    ) -> None:
-        if not (parts := self.models[k].parts(name)):
-            return
-        codec, stored = self.models[k].stored(parts[0])
-        role = self._roles.get(name, name.removesuffix(".weight").split(f"{self.models[0].prefix}.{layer}.")[-1])
-        bits = 8 * codec.nbytes(stored) / max(1, int(np.prod(stored)))
-        error = TensorError(name, role, layer, codec.name, list(shape), bits, difference.relative(), difference.relative(square))
-        self.tensors[k].append(error if square is not None else replace(error, weighted_error=None))
-
-    # ---- the head
-
-    def _apply_heads(self, states: list[torch.Tensor]) -> None:
-        """Slices of the vocabulary, decoded once for every model, meet slices of all scored tokens."""
-        from .runtime import rows_at_once
-
-        with ExitStack() as stack:
-            heads = [stack.enter_context(m.head()) for m in self.models]
-            self._compare_outer({heads[0].name: _square(states[0][:_OBSERVED])})
-            vocabulary, tokens = heads[0].vocabulary, len(states[0])
-            slices = 1 if any(h.whole for h in heads) else -(-vocabulary // rows_at_once(heads[0].width, len(heads)))
-            step = -(-vocabulary // slices)
-            some = min(tokens, max(16, _LOGITS_AT_ONCE // step))
-            for n, a in enumerate(range(0, vocabulary, step)):
-                for h in heads:
-                    h.take(slice(a, min(a + step, vocabulary)))
-                self.head_bytes = max(self.head_bytes, sum(h.nbytes for h in heads))
-                self.logit_bytes = max(self.logit_bytes, 4 * 4 * some * step)
-                for t in range(0, tokens, some):
-                    at = slice(t, min(t + some, tokens))
-                    try:
-                        self.score.add((h(s[at]) for h, s in zip(heads, states, strict=True)), at, a)
-                    except NonFiniteError as e:
-                        raise NonFiniteError(
-                            f"{e}, though weights are: {heads[e.index[0]].name} makes it overflow", e.index
-                        ) from None
-                    self.tell("tokens", n * tokens + at.stop, slices * tokens)
-
-    def _compare_outer(self, squares: Mapping[str, F32]) -> None:
-        """Embedding, head and final norm against the reference's, some rows at a time."""
-        import torch
-
-        from .runtime import rows_at_once
-
-        ref = self.models[0]
-        for name, shape in ref.outer_parameters().items():
-            for k, m in enumerate(self.models):
-                if m.source is ref.source or name not in m.places or m.stored(name)[1] != shape:
-                    continue
-                difference, step = _Difference(), rows_at_once(shape[-1], 8) if len(shape) > 1 else shape[0]
-                for a in range(0, shape[0], step):
-                    rows = slice(a, min(a + step, shape[0]))
-                    difference.add(*(torch.from_numpy(x.decode(name, rows)) for x in (ref, m)))
-                self._note(k, name, None, shape, difference, squares.get(name))
-
-    def bootstrap(self) -> tuple[stats.Bootstrap, str]:
-        """Clusters in the order of the scored tokens, and what they are."""
-        clusters, what = self.windows.clusters()
-        return stats.Bootstrap(clusters), what
-
-
-class _Difference:
-    """Sums over rows of a tensor's squares and of those of its difference from another, column by column."""
-
-    def __init__(self) -> None:
-        self.difference: Any = 0
-        self.whole: Any = 0
-
-    def add(self, w: torch.Tensor, other: torch.Tensor) -> None:
-        """Rows of the reference, and the same rows of the other."""
-        w, other = (x.float().reshape(-1, x.shape[-1]) for x in (w, other))
-        self.difference += (other - w).square_().sum(0).double()
-        self.whole += w.square().sum(0).double()
-
-    def relative(self, weight: F32 | None = None) -> float | None:
-        """Relative root mean square error; weight: of each column."""
-        import torch
-
-        q = 1 if weight is None else torch.from_numpy(weight).to(self.whole)
-        whole = float((self.whole * q).sum())
-        return float((self.difference * q).sum() / whole) ** 0.5 if whole else None
-
-
-def _square(x: torch.Tensor) -> F32:
-    """Sum of squares of each column."""
-    return np.asarray((x.float() ** 2).sum(0).cpu().numpy(), np.float32)
-
-
-def _weight(block: nn.Module, name: str) -> torch.Tensor | None:
-    """A block's parameter by its name, decoded where it is stored otherwise; None if it has none of that name."""
-    import torch
-
-    from .nn import QuantExperts, QuantLinear
-
-    path, _, leaf = name.rpartition(".")
-    owner = dict(block.named_modules()).get(path)
-    if isinstance(owner, QuantLinear) and leaf == "weight":
-        return owner.dequantize()
-    found = getattr(owner, leaf, None)
-    if isinstance(found, QuantExperts):
-        return torch.stack([found[i] for i in range(len(found))])
-    return found if isinstance(found, torch.Tensor) else None
-
-
 # ---- results
 
 
-def _result(m: Model, i: int, run: _Run, wanted: set[str]) -> ModelResult:
+def _result(m: Model, i: int, run: Comparison, wanted: set[str]) -> ModelResult:
     source = m.source
     names = m.outer_names()
     bits = {k: 8 * s.nbytes for k, s in source.weights.items()}
-    count = {k: int(np.prod(s.shape, dtype=object)) for k, s in source.weights.items()}
+    count = {k: prod(s.shape) for k, s in source.weights.items()}
     body = [k for k in bits if k not in names] or list(bits)
     types: dict[str, int] = defaultdict(int)
     for k, s in source.weights.items():
@@ -466,7 +276,7 @@ def _result(m: Model, i: int, run: _Run, wanted: set[str]) -> ModelResult:
     return r
 
 
-def _differences(run: _Run, n: int) -> dict[str, Any]:
+def _differences(run: Comparison, n: int) -> dict[str, Any]:
     boot, what = run.bootstrap()
     ref = run.score.tokens(0)
     tokens = {i: run.score.tokens(i) for i in range(1, n)}
@@ -508,7 +318,7 @@ def _about_text(corpus: Corpus, windows: Windows) -> dict[str, Any]:
 
 
 def _about_run(
-    run: _Run, windows: Windows, device: str, loss: float, seconds: float, answers: Mapping[str, Any] | None
+    run: Comparison, windows: Windows, device: str, loss: float, seconds: float, before: int, answers: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     from . import __version__
 
@@ -523,10 +333,10 @@ def _about_run(
         "peak_rss_bytes": peak,
         "block_bytes": run.block_bytes,
         "hidden_bytes": run.hidden_bytes,
-        "rss_before_bytes": run.bytes_before,
+        "rss_before_bytes": before,
         "head_bytes": run.head_bytes,
         "logit_bytes": run.logit_bytes,
-        "memory": f"peak {peak / 1e9:.2f} GB of the process, {run.bytes_before / 1e9:.2f} GB of it there before the first token; "
+        "memory": f"peak {peak / 1e9:.2f} GB of the process, {before / 1e9:.2f} GB of it there before the first token; "
         f"held at a time: hidden states of all {len(run.models)} models ({run.hidden_bytes / 1e6:.1f} MB), and one block of each "
         f"({run.block_bytes / 1e6:.1f} MB) or a slice of each head ({run.head_bytes / 1e6:.1f} MB) with its logits "
         f"({run.logit_bytes / 1e6:.1f} MB)"

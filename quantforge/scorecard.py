@@ -13,9 +13,10 @@ from typing import Any
 
 from . import importance
 from .calibration import calibrate
+from .comparison import Progress
 from .conversion import convert
 from .errors import CalibrationError, RecipeError
-from .evaluation import PathLike, Progress, evaluate
+from .evaluation import PathLike, evaluate
 from .report import Choice, Evaluation, ModelResult
 from .report.base import check_path
 

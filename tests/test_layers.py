@@ -21,7 +21,7 @@ LAYERS = [
     {"recipes", "calibration", "importance", "report", "similarity", "tasks", "loading", "backends"},
     {"contents", "linears", "blockwise"},
     {"planning"},
-    {"tiles"},
+    {"tiles", "comparison"},
     {"conversion", "evaluation"},
     {"scorecard", "inspection"},
     {"__init__"},

@@ -112,6 +112,7 @@ def _arrived(n: int, device: torch.device) -> torch.Tensor:
     key = (device.index, torch.cuda.current_stream(device).cuda_stream)
     if key not in _counters or _counters[key].numel() < n:
         _counters[key] = _lasting(lambda: torch.zeros(max(n, 4096), dtype=torch.int32, device=device), device)
+        _counters[key].record_stream(torch.cuda.current_stream(device))  # it was made on another
     return _counters[key]
 
 

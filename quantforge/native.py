@@ -205,6 +205,18 @@ def matmul(codec: str, op: str, x: Array, parts: Sequence[Array], out: F32, thre
         done.result()
 
 
+def product(codec: str, x: F32, parts: Sequence[Array], rows: int, threads: int = 1, int8: bool = False) -> F32:
+    """x wᵀ for a matrix w of `rows` rows: f32[m, in] -> f32[m, rows]. int8: x is rounded to 8 bits, where there is a kernel
+    for that. See `matmul`.
+    """
+    out = empty((len(x), rows), np.float32)
+    if int8 and has(codec, "matmul_int8"):
+        matmul(codec, "matmul_int8", round_activations(x, threads), parts, out, threads)
+    else:
+        matmul(codec, "matmul", x, parts, out, threads)
+    return out
+
+
 def round_activations(x: F32, threads: int = 1) -> Array:
     """x: f32[m, in] as 8-bit integers under a scale for each 16, in the order that the op matmul_int8 wants: u8[m, bytes]."""
     out = empty((len(x), -(-x.shape[1] // 256) * 384), np.uint8)

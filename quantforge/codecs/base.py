@@ -357,12 +357,7 @@ class GgmlCodec(Codec):
     def matmul(self, x: F32, parts: Parts, shape: tuple[int, ...], *, threads: int = 1, activations: str = "float") -> F32:
         """x wᵀ with the compiled kernels; see `Codec.matmul`. int8: sixteen of x share a scale, absmax / 127."""
         found = check_parts(parts, shape, self)
-        y = empty((len(x), shape[0]), np.float32)
-        op, rows = "matmul", x
-        if activations == "int8" and native.has(self.name, "matmul_int8"):
-            op, rows = "matmul_int8", native.round_activations(x, threads)
-        native.matmul(self.name, op, rows, [*found, *self.tables], y, threads)
-        return y
+        return native.product(self.name, x, [*found, *self.tables], shape[0], threads, activations == "int8")
 
 
 class AffineCodec(GgmlCodec, GridCodec):

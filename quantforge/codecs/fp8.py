@@ -7,6 +7,7 @@ import re
 
 import numpy as np
 
+from .. import native
 from ..arrays import BF16, F8_E4M3, F32, Array, Parts, TensorInfo
 from ..errors import ShapeError
 from .base import Codec, check_parts, check_weights, raise_non_finite, register_family
@@ -61,6 +62,12 @@ class Fp8Codec(Codec):
         """f32[shape]."""
         codes, scale = check_parts(parts, shape, self)
         return np.asarray(codes.astype(np.float32) * self._spread(scale.astype(np.float32), shape), np.float32)
+
+    def matmul(self, x: F32, parts: Parts, shape: tuple[int, ...], *, threads: int = 1, activations: str = "float") -> F32:
+        """x wᵀ; see `Codec.matmul`. Activations stay floats, as the codes are."""
+        codes, scale = check_parts(parts, shape, self)
+        cut = np.array([shape[1], self.tile or int(self.row_local), self.tile], np.int64)
+        return native.product("F8_E4M3", x, [codes.view(np.uint8), scale, cut], shape[0], threads)
 
     def _spread(self, scale: Array, shape: tuple[int, ...]) -> Array:
         """Scales in a shape that broadcasts to the weights'."""

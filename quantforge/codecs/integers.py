@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .. import native
 from ..arrays import BF16, F32, Array, Parts, TensorInfo, to_numpy
 from ..errors import ShapeError
 from .base import (
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 _NAME = re.compile(r"int([2-8])-(tensor|channel|g([1-9]\d{0,8}))(?:-(a?sym))?(?:-(f16|bf16|f32))?(-act)?")
 _DTYPES = {"f16": np.dtype(np.float16), "bf16": BF16, "f32": np.dtype(np.float32)}
 _LARGEST = {"f16": 65504.0, "bf16": 3.38e38, "f32": 3.4e38}
+_NONE = np.empty(0, np.uint8)  # zero points that are all in the middle
 _BELOW_HALF = np.float32(0.49999997)  # added before truncation: rounds halves away from zero, and nothing else up
 
 
@@ -183,6 +185,13 @@ class IntegerCodec(GridCodec):
         x -= zeros[0].astype(np.float32)[..., None] if zeros else np.float32(self.middle)
         x *= scale.astype(np.float32)[..., None]
         return x.reshape(shape)
+
+    def matmul(self, x: F32, parts: Parts, shape: tuple[int, ...], *, threads: int = 1, activations: str = "float") -> F32:
+        """x wᵀ; see `Codec.matmul`. "int8" needs groups of a multiple of 16 columns, and is "float" for others."""
+        codes, scale, *zero = check_parts(parts, shape, self)
+        cut = np.array([shape[1], int(self.row_local), self.group], np.int64)
+        sources = [codes, scale, zero[0] if zero else _NONE, cut]
+        return native.product(f"int{self.bits}", x, sources, shape[0], threads, activations == "int8" and self.group % 16 == 0)
 
     # ---- the grid, on torch tensors
 
@@ -331,12 +340,25 @@ class ActOrderCodec(Codec):
         parts = self.plain.encode(w, importance, threads=threads)
         return parts | {"group": np.arange(w.shape[-1], dtype=np.int32) // np.int32(self.plain.group)}
 
+    def _parts(self, parts: Parts, shape: tuple[int, ...]) -> list[Array]:
+        found = check_parts(parts, shape, self)
+        scale, group = found[1], found[-1]
+        if group.size and not 0 <= int(group.min()) <= int(group.max()) < scale.shape[-1]:
+            raise ShapeError(
+                f"{self.name}: a column belongs to group {int(group.max())} or {int(group.min())} of {scale.shape[-1]}"
+            )
+        return found
+
+    def matmul(self, x: F32, parts: Parts, shape: tuple[int, ...], *, threads: int = 1, activations: str = "float") -> F32:
+        """x wᵀ; see `Codec.matmul`. Activations stay floats: columns that share a scale are not neighbours."""
+        codes, scale, *zero, group = self._parts(parts, shape)
+        cut = np.array([shape[1], 1, self.plain.group], np.int64)
+        sources = [codes, scale, zero[0] if zero else _NONE, cut, group]
+        return native.product(f"int{self.plain.bits}-act", x, sources, shape[0], threads)
+
     def decode(self, parts: Parts, shape: tuple[int, ...], *, threads: int = 1) -> F32:
         """f32[shape]."""
-        codes, scale, *zeros, group = check_parts(parts, shape, self)
-        groups = scale.shape[-1]
-        if group.size and not 0 <= int(group.min()) <= int(group.max()) < groups:
-            raise ShapeError(f"{self.name}: a column belongs to group {int(group.max())} or {int(group.min())} of {groups}")
+        codes, scale, *zeros, group = self._parts(parts, shape)
         x = unpack_bits(codes, self.plain.bits, shape[-1]).astype(np.float32)
         x -= zeros[0].astype(np.float32)[..., group] if zeros else np.float32(self.plain.middle)
         x *= scale.astype(np.float32)[..., group]
@@ -386,6 +408,12 @@ class RowInt8(Codec):
         """f32[shape]."""
         codes, absmax = check_parts(parts, shape, self)
         return np.asarray(codes.astype(np.float32) * (absmax / np.float32(127)), np.float32)
+
+    def matmul(self, x: F32, parts: Parts, shape: tuple[int, ...], *, threads: int = 1, activations: str = "float") -> F32:
+        """x wᵀ; see `Codec.matmul`, and `mixed_product` for what bitsandbytes does."""
+        codes, absmax = check_parts(parts, shape, self)
+        sources = [codes, np.asarray(absmax / np.float32(127), np.float32), _NONE, np.array([shape[1], 1, 0], np.int64)]
+        return native.product("int8", x, sources, shape[0], threads, activations == "int8")
 
     def mixed_product(self, x: F32, parts: Parts, shape: tuple[int, ...], threshold: float = 6.0) -> F32:
         """LLM.int8()'s product x·wᵀ: f32[tokens, out] of x: f32[tokens, in].

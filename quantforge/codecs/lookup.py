@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from .. import native
 from ..arrays import F32, Array, Parts, TensorInfo
 from .base import Codec, check_block, check_parts, check_weights, raise_non_finite, register
 
@@ -106,6 +107,12 @@ class LookupCodec(Codec):
                 absmax = np.clip(DYNAMIC[absmax] * nested + found["nested_offset"], -_MAX, _MAX)
         codes = np.stack([found["codes"] >> 4, found["codes"] & 15], -1).reshape(*absmax.shape, self.block_size)
         return np.asarray((self.table[codes] * absmax[..., None]).reshape(shape), np.float32)
+
+    def matmul(self, x: F32, parts: Parts, shape: tuple[int, ...], *, threads: int = 1, activations: str = "float") -> F32:
+        """x wᵀ; see `Codec.matmul`. Activations stay floats, as the table's numbers are."""
+        codes, absmax, *nested = check_parts(parts, shape, self)
+        sources = [codes, self.table, absmax, *([DYNAMIC] if nested else []), *nested]
+        return native.product("nibbles", x, sources, shape[0], threads)
 
 
 for _name, _table in (("nf4", NF4), ("fp4", FP4)):

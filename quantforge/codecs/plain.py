@@ -56,12 +56,13 @@ class PlainCodec(Codec):
 
     def matmul(self, x: F32, parts: Parts, shape: tuple[int, ...], *, threads: int = 1, activations: str = "float") -> F32:
         """x wᵀ; see `Codec.matmul`."""
+        (data,) = check_parts(parts, shape, self)
         if not native.has(self.name, "matmul"):
             return super().matmul(x, parts, shape, threads=threads, activations=activations)
-        (data,) = check_parts(parts, shape, self)
-        y = empty((len(x), shape[0]), np.float32)
-        native.matmul(self.name, "matmul", x, [data.view(np.uint8)], y, threads)
-        return y
+        sources: list[Array] = [data.view(np.uint8)]
+        if self.dtype.itemsize == 1:  # their kernels are those of scaled ones
+            sources += [np.ones(1, np.float32), np.array([shape[1], 0, 0], np.int64)]
+        return native.product(self.name, x, sources, shape[0], threads)
 
 
 def _rows(w: Array) -> Array:

@@ -28,12 +28,7 @@ from tests import checkpoints
 IDS = torch.tensor([[0, 5, 900, 77, 1234, 42, 8, 300, 2500, 11], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def decoded(path: Path, dtype: torch.dtype = torch.float32) -> Any:

@@ -410,6 +410,14 @@ METADATA: dict[str, tuple[str, type]] = {
 }
 """What nearly every decoder states; an architecture adds its own after these."""
 
+LLAMA_METADATA = METADATA | {
+    _att.KEY_LENGTH: ("key_length", int),
+    _att.VALUE_LENGTH: ("key_length", int),
+    _llm.VOCAB_SIZE: ("vocab_size", int),
+    _rp.DIMENSION_COUNT: ("key_length", int),
+}
+"""What all models state that llama.cpp runs as llama."""
+
 DECODER: dict[str, Tensor] = {
     "token_embd": Tensor(("vocab", "embd")),
     "output_norm": Tensor(("embd",)),

@@ -2,7 +2,7 @@
 
 import gguf
 
-from .base import DECODER, DECODER_SCALE_GROUPS, METADATA, Arch, Tensor, interleave_rope, rope_freqs
+from .base import DECODER, DECODER_SCALE_GROUPS, LLAMA_METADATA, Arch, Tensor, interleave_rope, rope_freqs
 
 ARCH = Arch(
     hf=("LlamaForCausalLM", "LLaMAForCausalLM"),
@@ -19,13 +19,7 @@ ARCH = Arch(
     },
     scale_groups=DECODER_SCALE_GROUPS,
     defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-6},
-    metadata_keys=METADATA
-    | {
-        gguf.Keys.Attention.KEY_LENGTH: ("key_length", int),
-        gguf.Keys.Attention.VALUE_LENGTH: ("key_length", int),
-        gguf.Keys.LLM.VOCAB_SIZE: ("vocab_size", int),
-        gguf.Keys.Rope.DIMENSION_COUNT: ("key_length", int),
-    },
+    metadata_keys=LLAMA_METADATA,
     required={"hidden_act": "silu"},
     rope_types=frozenset({"default", "linear", "dynamic", "yarn", "llama3"}),
     generated=rope_freqs,

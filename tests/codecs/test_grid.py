@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from importlib.resources import files
 
 import gguf
@@ -20,13 +19,7 @@ GRIDS = [c for c in map(codecs.get, codecs.names()) if isinstance(c, GridCodec)]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """These matrices are small, and torch's threads wait for each other on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")  # torch's threads wait for each other on a busy machine
 
 
 def ggml(codec: GridCodec, op: str) -> GgmlCodec:

@@ -26,6 +26,8 @@ def parts_of(planes: list[torch.Tensor], codec: codecs.Codec, shape: tuple[int, 
     """The parts as NumPy arrays, which share the tensors' memory."""
     found: Parts = {}
     for (k, info), p in zip(codec.layout(shape).items(), planes, strict=True):
+        if not p.is_cpu:
+            raise UnsupportedError(f"{codec.name}: weights are on {p.device}, activations on the CPU; move them to one device")
         if p.nbytes != info.nbytes:
             raise ShapeError(f"{codec.name}: part {k} of weights {list(shape)} has {p.nbytes} bytes, needs {info.nbytes}")
         found[k] = p.reshape(-1).view(torch.uint8).numpy().view(info.dtype).reshape(info.shape)

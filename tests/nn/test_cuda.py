@@ -189,3 +189,5 @@ def test_two_devices_are_an_error():
         layer(torch.ones(1, 256, device="cuda").bfloat16())
     with pytest.raises(UnsupportedError, match="move them to one device"):
         layer.cuda()(torch.ones(1, 256).bfloat16())
+    with pytest.raises(UnsupportedError, match="move them to one device"), torch.no_grad():
+        layer(torch.ones(1, 256).bfloat16())

@@ -320,6 +320,8 @@ def test_errors() -> None:
     for where in ("cpu", "meta"):
         with pytest.raises(UnsupportedError, match=r"activations of torch.int64 .*x.float\(\)"):
             copy.deepcopy(layer).to(where)(torch.ones(1, 64, dtype=torch.int64, device=where))
+    with pytest.raises(UnsupportedError, match="move them to one device"), torch.no_grad():
+        copy.deepcopy(layer).to("meta")(torch.ones(1, 64))
     with pytest.raises(UnsupportedError):
         torch.ops.quantforge.linear(torch.ones(1, 64), [torch.zeros(8, 68, dtype=torch.uint8)], "Q9_9", 8, 64)
     with pytest.raises(ShapeError):

@@ -3,9 +3,9 @@
 #include "tile.cuh"
 
 // d · sc · code − dmin · m, in 16s; sc and m of 4 bits
-struct Q2_K : Chunked {
+struct Q2_K : SuperBlocks {
     static constexpr Plane PLANES[] = {{16, OWN}, {16, ROW}, {4, ROW}};
-    static constexpr int WORDS = 9, CHUNK = 256, SUB = 16, TILES = 1, SLOTS = 3, WARPS = 16;
+    static constexpr int WORDS = 9, SUB = 16, TILES = 1, SLOTS = 3, WARPS = 16;
     static constexpr bool MIN = true;
     template <class T> QF_HD constexpr float offset() { return T::RAISE; }
     template <class T> QF_HD void codes(const uint32_t *w, int s, uint32_t *a) { spread<T, 2>(w[s >> 2], 2 * (s & 3), a, 2); }
@@ -15,9 +15,9 @@ struct Q2_K : Chunked {
 };
 
 // d · (sc − 32) · (code − 4), in 16s; sc of 6 bits, whose upper two lie apart
-struct Q3_K : Chunked {
+struct Q3_K : SuperBlocks {
     static constexpr Plane PLANES[] = {{16, OWN}, {8, OWN}, {12, ROW}, {2, ROW}};
-    static constexpr int WORDS = 10, CHUNK = 256, SUB = 16, TILES = 1, SLOTS = 3, WARPS = 16;
+    static constexpr int WORDS = 10, SUB = 16, TILES = 1, SLOTS = 3, WARPS = 16;
     static constexpr bool MIN = false;
     template <class T> QF_HD constexpr float offset() { return T::RAISE + 4; }
     template <class T> QF_HD void codes(const uint32_t *w, int s, uint32_t *a) {
@@ -33,7 +33,7 @@ struct Q3_K : Chunked {
 };
 
 // Q4_K's and Q5_K's parameters: the 16 bytes {d, dmin, 6-bit scales and mins}.
-struct Super : Chunked {
+struct Super : SuperBlocks {
     static constexpr bool MIN = true;
     template <class T> QF_HD constexpr float offset() { return T::RAISE; }
     // Four of the eight scales (mins: second) as bytes.
@@ -48,7 +48,7 @@ struct Super : Chunked {
 // d · sc · code − dmin · m, in 32s
 struct Q4_K : Super {
     static constexpr Plane PLANES[] = {{32, OWN}, {16, ROW}};
-    static constexpr int WORDS = 12, CHUNK = 256, SUB = 32, TILES = 1, SLOTS = 2, WARPS = 16;
+    static constexpr int WORDS = 12, SUB = 32, TILES = 1, SLOTS = 2, WARPS = 16;
     template <class T> QF_HD void codes(const uint32_t *w, int s, uint32_t *a) { spread<T, 4>(w[s], 0, a); }
     QF_HD float scale(const uint32_t *w, int s) { return scale_of(w + 8, s); }
     QF_HD float min(const uint32_t *w, int s) { return min_of(w + 8, s); }
@@ -58,7 +58,7 @@ struct Q4_K : Super {
 // the same with a fifth bit
 struct Q5_K : Super {
     static constexpr Plane PLANES[] = {{32, OWN}, {8, OWN}, {16, ROW}};
-    static constexpr int WORDS = 14, CHUNK = 256, SUB = 32, TILES = 1, SLOTS = 2, WARPS = 16;
+    static constexpr int WORDS = 14, SUB = 32, TILES = 1, SLOTS = 2, WARPS = 16;
     template <class T> QF_HD void codes(const uint32_t *w, int s, uint32_t *a) {
         spread<T, 4>(w[s], 0, a);
         spread_high<1, 4>(w[8 + (s >> 2)], 4 * (s & 3), 4, a);
@@ -69,9 +69,9 @@ struct Q5_K : Super {
 };
 
 // d · sc · (code − 32), in 16s; sc is signed
-struct Q6_K : Chunked {
+struct Q6_K : SuperBlocks {
     static constexpr Plane PLANES[] = {{32, OWN}, {16, OWN}, {16, ROW}, {2, ROW}};
-    static constexpr int WORDS = 17, CHUNK = 256, SUB = 16, TILES = 1, SLOTS = 2, WARPS = 12;
+    static constexpr int WORDS = 17, SUB = 16, TILES = 1, SLOTS = 2, WARPS = 12;
     static constexpr bool MIN = false;
     template <class T> QF_HD constexpr float offset() { return T::RAISE + 32; }
     template <class T> QF_HD void codes(const uint32_t *w, int s, uint32_t *a) {

@@ -17,10 +17,13 @@ QF_HD float one_and(uint32_t w, int at) {
     return float_of(and_or(up >= 0 ? w << up : w >> -up, ((1u << N) - 1) << (23 - N), 0x3f800000u));
 }
 
-struct Scales : Chunked {
+template <class Base>
+struct ScalesOf : Base {
     static constexpr int SUB = 32, TILES = 1;
     QF_HD float last(const uint32_t *) { return 1; }  // a second factor, which the CPU multiplies by after the first
 };
+using Scales = ScalesOf<Chunked>;
+using SuperScales = ScalesOf<SuperBlocks>;
 
 struct HalfPer32 : Scales {  // d f16
     static constexpr int CHUNK = 128, PARAMS = 1, WORDS = 2, TILES = 2, SLOTS = 2;
@@ -28,8 +31,8 @@ struct HalfPer32 : Scales {  // d f16
     QF_HD float fast(const uint32_t *w, int s) { return half_at(w, s); }
 };
 
-struct Iq4Xs : Scales {  // {d f16; u6 l5, l6; u4 l7 >> 2}, {u6 l0 .. l4; u2 l7 & 3} per 256: d · (l − 32)
-    static constexpr int CHUNK = 256, PARAMS = 1, WORDS = 2, SLOTS = 2;
+struct Iq4Xs : SuperScales {  // {d f16; u6 l5, l6; u4 l7 >> 2}, {u6 l0 .. l4; u2 l7 & 3} per 256: d · (l − 32)
+    static constexpr int PARAMS = 1, WORDS = 2, SLOTS = 2;
     QF_HD uint32_t eighth(const uint32_t *w) { return (w[0] >> 26 & 0x3c) | w[1] >> 30; }
     QF_HD float exact(const uint32_t *w, int s) {
         const uint32_t l = s < 5 ? w[1] >> 6 * s & 63 : s < 7 ? w[0] >> (16 + 6 * (s - 5)) & 63 : eighth(w);
@@ -43,8 +46,8 @@ struct Iq4Xs : Scales {  // {d f16; u6 l5, l6; u4 l7 >> 2}, {u6 l0 .. l4; u2 l7 
 };
 
 template <int EIGHTHS, int N>
-struct Nibbles : Scales {  // u4[N]; d f16 per 256: d · (1/2 + nibble) · EIGHTHS/8
-    static constexpr int CHUNK = 256, SUB = 256 / N, PARAMS = 2, WORDS = N / 8 + 1, SLOTS = N == 8 ? 3 : 2;
+struct Nibbles : SuperScales {  // u4[N]; d f16 per 256: d · (1/2 + nibble) · EIGHTHS/8
+    static constexpr int SUB = 256 / N, PARAMS = 2, WORDS = N / 8 + 1, SLOTS = N == 8 ? 3 : 2;
     QF_HD float exact(const uint32_t *w, int s) {
         return mul(mul(float_of_half(w[N / 8]), 0.5f + (float)(w[s / 8] >> s % 8 * 4 & 15)), EIGHTHS / 8.0f);
     }

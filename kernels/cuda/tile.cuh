@@ -94,11 +94,19 @@ QF_HD void lane_load(const Planes &planes, const uint8_t *const *at, int64_t row
 // What most families inherit: every plane has all chunks.
 struct Chunked {
     static constexpr int SHARED = 1;
+    static constexpr bool PARTIAL = true;                                     // the last chunk of a row
     static bool fits(const qf_array *, Planes *) { return true; }             // the planes beyond their sizes
     QF_HD int64_t steps(const Planes &planes, int) { return planes.chunks; }  // of a tile in plane i
     QF_HD int step(const Planes &, int, int chunk) { return chunk; }          // of a chunk
     QF_HD float min(const uint32_t *, int) { return 0; }
     QF_HD void gather(const Planes &, int64_t, int, uint32_t *) {}            // words of planes of the whole matrix
+};
+
+// Of types with blocks of 256 weights, which are chunks.
+struct SuperBlocks : Chunked {
+    static constexpr int CHUNK = 256;
+    static constexpr bool PARTIAL = false;
+    static bool fits(const qf_array *, Planes *planes) { return planes->n_in % CHUNK == 0; }
 };
 
 // Of planes with parameters of groups of columns, as many chunks each; how many groups, the second plane's shape says.
@@ -165,10 +173,11 @@ QF_WARP void lane_codes(const uint32_t *w, int s, Copies table, int l, uint32_t 
 
 // x[column][k .. k+N) as pairs; zeros beyond the matrix. p: x[column] or, if there is no such column, null;
 // k and n_in are multiples of N.
-template <int N>
-QF_WARP void load_x(const uint16_t *p, int k, int n_in, uint32_t *b) {
-    QF_UNROLL for (int i = 0; i < N / 2; i++) b[i] = 0;
-    if (p && k < n_in) load_words<N / 2>(p + k, b);
+template <class F>
+QF_WARP void load_x(const uint16_t *p, int k, [[maybe_unused]] int n_in, uint32_t *b) {
+    constexpr int N = F::SUB / 8;
+    QF_UNROLL for (int i = 0; i < N; i++) b[i] = 0;
+    if (p && (!F::PARTIAL || k < n_in)) load_words<N>(p + k, b);
 }
 
 // A lane's sums for TILES tiles and G groups of 8 activations.
@@ -186,7 +195,7 @@ QF_WARP void chunk_dot(const uint32_t (*w)[F::TILES][2][F::WORDS], const uint16_
         QF_UNROLL for (int l = 0; l < LANES; l++)
             QF_UNROLL for (int g = 0; g < G; g++)
                 QF_UNROLL for (int s = 0; s < S; s++)
-                    load_x<F::SUB / 4>(x[l][g], k + part * 128 + s * F::SUB + (lane_id(l) & 3) * (F::SUB / 4), n_in, b[l][g][s]);
+                    load_x<F>(x[l][g], k + part * 128 + s * F::SUB + (lane_id(l) & 3) * (F::SUB / 4), n_in, b[l][g][s]);
         QF_UNROLL for (int first = 0; first < S; first += F::SHARED) {
             const int sub = part * S + first;
             uint32_t a[LANES][4], two[LANES][2];

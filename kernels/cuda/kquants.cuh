@@ -26,7 +26,8 @@ struct Q3_K : SuperBlocks {
     }
     QF_HD float scale(const uint32_t *w, int s) {
         const int four = s >> 2;  // neighbours, a byte each
-        const uint32_t low = w[6 + (four & 1)] >> 4 * (four >> 1) & 0x0f0f0f0fu, high = four < 3 ? w[8] << (4 - 2 * four) : w[8] >> 2;
+        const uint32_t low = w[6 + (four & 1)] >> 4 * (four >> 1) & 0x0f0f0f0fu;
+        const uint32_t high = four < 3 ? w[8] << (4 - 2 * four) : w[8] >> 2;
         return times_byte(float_of_half(w[9]), and_or(high, 0x30303030u, low), s & 3, 32);
     }
     QF_HD float value(const uint32_t *w, int s, float code) { return mul(scale(w, s), code); }

@@ -8,9 +8,10 @@
 //   SUB          columns of a sub-block: 32 or 16
 //   SHARED       sub-blocks that share a scale
 //   MIN          true if a weight is scale·code − min, false if it is scale·code
-//   TILES        tiles that a block takes side by side: they share the activations
+//   TILES        tiles that a warp takes side by side: they share the activations
 //   SLOTS        chunks that a warp holds: one it computes with, the others are on their way
-//   WARPS        of a block, at most: 16 leave 128 registers a thread, 12 leave 168
+//   WARPS        of a multiprocessor: 16 leave 128 registers a thread, 12 leave 168
+//   PARTIAL      true if a row may end within a chunk
 //   codes<T>(w, s, a)        the lane's SUB/4 codes of sub-block s: pairs of T, raised by offset<T>()
 //   offset<T>()              what is taken off codes<T> again
 //   scale(w, s), min(w, s)   of sub-block s
@@ -47,7 +48,7 @@ struct Planes {
     const uint8_t *p[6];
     int32_t n_out, n_in, tiles;
     int32_t chunks;      // per row
-    int32_t groups;      // integers: of a row, and 2^32 / the chunks of one
+    int32_t groups;      // of parameters (Grouped): of a row, and 2^32 / the chunks of one
     uint32_t per_group;
 };
 

@@ -194,6 +194,12 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
+    with torch.inference_mode():
+        tables(options)
+
+
+def tables(options: argparse.Namespace) -> None:
+    """Print those that are asked for."""
     if options.model:
         for path in options.model:
             generation(path, options.generate, options.prompt, options.threads)

@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 WAYS = ("matvec", "fused", "slabs")
 
-UP_TO = {"": (16, 256)}
+UP_TO = {"": (16, 512)}
 """Kind of planes (or "" for all others) -> the most activations for matvec, and for fused. Not measured yet."""
 
 SLAB = 30 << 20

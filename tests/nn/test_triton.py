@@ -109,7 +109,7 @@ def test_ways():
     half = torch.bfloat16
     assert products.choose("q4_0", 16, 4096, half) == "matvec"
     assert products.choose("q4_0", 17, 4096, half) == "fused"
-    assert products.choose("q4_0", 257, 4096, half) == "slabs"
+    assert products.choose("q4_0", 513, 4096, half) == "slabs"
     assert products.choose("q4_0", 17, 4096, torch.float32) == "slabs"
     assert products.choose("no such kind", 17, 4096, half) == "slabs"
     with products.way("slabs"):
@@ -174,7 +174,7 @@ def test_on_a_gpu(codec):
         assert ops.linear(x[:0], tensors, codec, rows, n).shape == (0, rows)
 
 
-@pytest.mark.parametrize(("m", "expected"), [(8, "matvec"), (20, "fused"), (300, "slabs")])
+@pytest.mark.parametrize(("m", "expected"), [(8, "matvec"), (20, "fused"), (600, "slabs")])
 def test_the_operator_takes_the_chosen_way(m, expected, monkeypatch):
     """On a GPU; here its kernels are stand-ins that compute on the CPU."""
     from quantforge.nn import cuda

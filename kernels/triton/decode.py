@@ -56,6 +56,8 @@ FAMILIES = {
     "q5_0": Family(128, (4, 1), "half", zero=16),
     "q5_1": Family(128, (4, 1), "half_min", zero=16, mins=True),
     "q8_0": Family(128, (8,), "half", zero=128),
+    "q2_k": Family(256, (2,), "k2", sub=16, span=16, zero=2, mins=True),
+    "q3_k": Family(256, (2, 1), "k3", sub=16, span=16, zero=4),
     "q4_k": Family(256, (4,), "k45", zero=8, mins=True),
     "q5_k": Family(256, (4, 1), "k45", zero=16, mins=True),
     "q6_k": Family(256, (4, 2), "k6", sub=16, span=16, zero=32),
@@ -403,6 +405,23 @@ def scales(p0, p1, p2, step, row, n, chunk, N, K, KIND: tl.constexpr, S: tl.cons
         d = (both & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
         dmin = ((both >> 16) & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
         return d[:, None] * k45(q1, q2, q3, 0), -dmin[:, None] * k45(q1, q2, q3, 1)
+    elif KIND == "k2":
+        sc = tl.load(p0.to(tl.pointer_type(tl.uint8)) + (step * 256 + row * 16)[:, None] + s[None, :]).to(tl.int32)
+        both = tl.load(p1 + step * 16 + row)
+        d = (both & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+        dmin = ((both >> 16) & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+        return d[:, None] * small(sc & 15), -dmin[:, None] * small(sc >> 4)
+    elif KIND == "k3":
+        at = p0 + step * 48 + row * 3
+        q1, q2, q3 = tl.load(at), tl.load(at + 1), tl.load(at + 2)
+        # the lowest four bits of scales 0 to 3, 4 to 7, 8 to 11, 12 to 15, and two more
+        first = tl.join(q1, q1 >> 4) & 0x0F0F0F0F | (tl.join(q3 << 4, q3) & 0x30303030)
+        second = tl.join(q2, q2 >> 4) & 0x0F0F0F0F | (tl.join(q3 << 2, q3 >> 2) & 0x30303030)
+        four = tl.reshape(tl.join(first, second), (BN, 4))
+        sc = tl.join(tl.join(byte(four, 0), byte(four, 2)), tl.join(byte(four, 1), byte(four, 3)))
+        d = tl.load(p1.to(tl.pointer_type(tl.float16)) + step * 16 + row).to(tl.float32)
+        d = d[:, None] * (tl.reshape(sc, (BN, 16)) - 32.0)
+        return d, d
     elif KIND == "k6":
         sc = tl.load(p0.to(tl.pointer_type(tl.int8)) + (step * 256 + row * 16)[:, None] + s[None, :])
         d = tl.load(p1.to(tl.pointer_type(tl.float16)) + step * 16 + row).to(tl.float32)

@@ -51,12 +51,13 @@ def gemm_kernel(
     """A program computes BN rows of w by BM rows of x over every SPLIT-th chunk of columns.
 
     Columns under one scale are a product of their own, of exact codes with x; scales enter the sums in f32. Mins are 16
-    columns more: each group's as two bf16, for x's sum over the group. x_stride: in eights.
+    columns more, or 32: each group's as two bf16, for x's sum over the group. x_stride: in eights.
     SCALED: scales and mins enter the codes, in f16; x is what `prepare_kernel` makes of it, and factor takes it back.
     The last of SPLIT programs to arrive adds their results, in their order: the same bits in every run.
     """
     DTYPE: tl.constexpr = x.dtype.element_ty
     GROUPS: tl.constexpr = CHUNK // SPAN
+    MINS_COLUMNS: tl.constexpr = 32 if GROUPS == 16 else 16
     at_n, at_m, parted = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     n = tl.arange(0, BN)
     m = at_m * BM + tl.arange(0, BM)
@@ -86,7 +87,7 @@ def gemm_kernel(
             scale, offset = scales(p1, p2, p3, step, row, n, c, N, K, SCALES, GROUPS, BN)
         if MINS and SCALED:
             offset += scale * ZERO
-        sums = tl.zeros((16, BM), tl.float32)
+        sums = tl.zeros((MINS_COLUMNS, BM), tl.float32)
         for g in tl.static_range(GROUPS):
             at = c * CHUNK + g * SPAN
             xs = tl.load(x_at + at) if EVEN else tl.load(x_at + at, mask=k[:, None] < K - at, other=0.0)
@@ -99,7 +100,7 @@ def gemm_kernel(
                 t = product(operand(pairs, DTYPE), xs, tl.zeros((BN, BM), tl.float32))
                 acc += column(scale, g, GROUPS)[:, None] * t
             if MINS and not SCALED:
-                ones = (tl.arange(0, 16) % GROUPS == g)[:, None] & (k >= 0)[None, :]
+                ones = (tl.arange(0, MINS_COLUMNS) % GROUPS == g)[:, None] & (k >= 0)[None, :]
                 sums = product((ones.to(tl.float32) * UNIT).to(DTYPE), xs, sums)
         if MINS and not SCALED:
             first = rounded(offset, tl.bfloat16)
@@ -107,7 +108,7 @@ def gemm_kernel(
             both = tl.permute(tl.join(first, second), (0, 2, 1))
             if GROUPS == 4:
                 both = tl.permute(tl.join(both, tl.zeros_like(both)), (0, 3, 1, 2))
-            mins = tl.reshape(both, (BN, 16))
+            mins = tl.reshape(both, (BN, MINS_COLUMNS))
             first = rounded(sums, tl.bfloat16)
             acc = product(mins, first, acc)
             acc = product(mins, rounded(sums - first.to(tl.float32), tl.bfloat16), acc)

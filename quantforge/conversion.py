@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import device, formats, native, tiles
+from . import device, formats, tiles
 from .arrays import F32, Parts
 from .backends import Library
 from .codecs import Encoded, repack
 from .codecs.plain import PlainCodec
-from .errors import NativeError, OutputError
+from .errors import OutputError
 from .formats import Sink, Source
 from .importance import Importance
 from .planning import Calibration, Plan, plan
@@ -146,7 +146,7 @@ def run(
     if job.finish is not None:
         work, total_bytes = _through_library(job, out, threads, measure, progress)
     else:
-        work = _Work(job, measure, progress, _encoder(job, threads))
+        work = _Work(job, measure, progress, device.encoder(job.device, threads))
         work.run(out, threads)
     job = work.job
     warnings = [*job.warnings, *work.warnings]
@@ -165,19 +165,6 @@ def run(
         tensors=[work.report(i) for i in range(len(job.tensors))],
         warnings=warnings,
     )
-
-
-def _encoder(job: Plan, threads: int) -> device.Encoder | None:
-    """What encodes on the plan's device; None: the CPU does, as it does after a method where there are no CUDA kernels."""
-    if job.device == "cpu":
-        return None
-    try:
-        return device.Encoder(job.device, threads)
-    except NativeError as e:
-        if job.calibrated is None or not native.cuda_missing():
-            raise
-        log.info("%s", e)
-        return None
 
 
 @dataclass(slots=True)

@@ -1,4 +1,4 @@
-"""Encoding and decoding on a CUDA device: `convert --device cuda` and `quantize` of CUDA tensors.
+"""Devices by name, and encoding and decoding on a CUDA device: `convert --device cuda`, `quantize` of CUDA tensors.
 
 The kernels are the CPU's algorithms (kernels/cuda/encode.cuh): the bytes are the same. In a
 conversion, weights go up as they are stored (bf16 is half of f32's bytes), become f32 there, and
@@ -8,8 +8,10 @@ that copies in both directions and kernels overlap.
 
 from __future__ import annotations
 
+import logging
 import queue
 from contextlib import nullcontext
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,10 +22,12 @@ from .codecs import Codec, Encoded
 from .codecs.base import GgmlCodec, check_block, check_importance
 from .codecs.iquants import KSIGNS, IQCodec
 from .codecs.plain import PlainCodec
-from .errors import NativeError, UnsupportedError
+from .errors import NativeError, RecipeError
 
 if TYPE_CHECKING:
     import torch
+
+log = logging.getLogger(__name__)
 
 TILE = 1 << 23
 """Weights encoded at once: 32 MiB of f32, a few waves of blocks on the largest GPUs."""
@@ -32,6 +36,41 @@ SLOTS = 8
 """Tiles that may be on the device at a time."""
 
 _FLOATS: dict[np.dtype[Any], str] = {BF16: "bfloat16", np.dtype(np.float16): "float16", np.dtype(np.float32): "float32"}
+
+
+def available(name: str) -> torch.device:
+    """The device "cpu", "cuda" or "cuda:N"; the CPU, with a line in the log, where there is no CUDA device.
+
+    Raises RecipeError for another name, or a number that there is not.
+    """
+    import torch
+
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or (":" in name and not (kind == "cuda" and number.isdecimal())):
+        raise RecipeError(f"device {name}: cpu, cuda or cuda:N")
+    if kind == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        _on_the_cpu(name, f"torch {torch.__version__} finds no CUDA device here")
+        return torch.device("cpu")
+    if int(number or 0) >= (devices := torch.cuda.device_count()):
+        raise RecipeError(f"device {name}: CUDA devices here are cuda:0 to cuda:{devices - 1}")
+    return torch.device(name)
+
+
+@cache
+def _on_the_cpu(name: str, reason: str) -> None:
+    log.warning("device %s: %s; the CPU does the work", name, reason)
+
+
+def encoder(name: str, threads: int) -> Encoder | None:
+    """What encodes on a device; None where the CPU does, to the same bytes: see `available`, or for lack of kernels."""
+    if name == "cpu" or (where := available(name)).type == "cpu":  # without torch, which is slow to import
+        return None
+    if reason := native.cuda_missing():
+        _on_the_cpu(name, reason)
+        return None
+    return Encoder(where, threads)
 
 
 def quantize(w: Any, codec: str | Codec, *, importance: Any = None, threads: int = 1) -> Encoded:
@@ -112,11 +151,8 @@ def _call(codec: GgmlCodec, op: str, inputs: list[torch.Tensor], outputs: list[t
 class Encoder:
     """Encodes tiles on a device, for any number of threads."""
 
-    def __init__(self, device: str, threads: int) -> None:
-        """Raises NativeError or UnsupportedError, with the way out, where nothing can be encoded there."""
-        if reason := native.cuda_missing():
-            raise NativeError(f"--device {device}: {reason}; --device cpu needs none")
-        self._device = _checked(device)
+    def __init__(self, device: torch.device, threads: int) -> None:
+        self._device = device
         self._slots: queue.SimpleQueue[_Slot] = queue.SimpleQueue()
         for _ in range(max(2, min(threads, SLOTS))):
             self._slots.put(_Slot(self._device))
@@ -134,24 +170,6 @@ class Encoder:
             raise NativeError(f"{self._device}: encoding {codec.name} failed: {reason}; --device cpu does without") from None
         finally:
             self._slots.put(slot)
-
-
-def _checked(name: str) -> torch.device:
-    try:
-        import torch
-    except ImportError:
-        raise UnsupportedError(f"--device {name} needs torch (pip install torch); --device cpu does without") from None
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UnsupportedError(f"--device {name}: choose cpu, cuda or cuda:N") from None
-    if device.type != "cuda":
-        raise UnsupportedError(f"--device {name}: choose cpu, cuda or cuda:N")
-    if not torch.cuda.is_available():
-        raise NativeError(f"--device {name}: torch {torch.__version__} finds no CUDA device here; use --device cpu")
-    if (device.index or 0) >= torch.cuda.device_count():
-        raise NativeError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
-    return device
 
 
 class _Slot:

@@ -28,6 +28,7 @@ from . import overlap, similarity
 from . import tasks as harness
 from .comparison import Comparison, Progress
 from .corpus import BUILTIN, Corpus, Windows, cut
+from .device import available
 from .errors import RecipeError, ShapeError, nearest
 from .formats import open_path
 from .report import Evaluation, ModelResult
@@ -95,6 +96,7 @@ def evaluate(
     manager = harness.manager(tasks, task_path) if tasks else None
     tell = progress or (lambda what, done, of: None)
     began = time.perf_counter()
+    device = str(available(device))
     with ExitStack() as stack:
         party = _Party(stack, named, reference, device, floor=noise_floor and wanted > {"ppl"})
         asked = similarity.ask(questions, party.tokenizer, answer_tokens, _max_context(party.reference), embedder)
@@ -170,8 +172,6 @@ class _Party:
 
         from .runtime import Model
 
-        if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
-            raise RecipeError(f"--device {device}: " + ("no CUDA device here" if device.startswith("cuda") else "cpu or cuda"))
         source = stack.enter_context(open_path(Path(reference)))
         path = Path(reference)
         name = path.resolve().name.removesuffix(".gguf")

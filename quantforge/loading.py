@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .device import available
 from .errors import FormatError, RecipeError, UnsupportedError
 from .formats import Source, open_path
 from .tokenizer import Tokenizer
@@ -34,8 +35,7 @@ def load(path: str | Path, *, device: str = "cpu", dtype: str | torch.dtype | No
     from .nn.linear import Packed
     from .runtime import Model
 
-    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
-        raise RecipeError(f"device {device}: " + ("no CUDA device here" if device.startswith("cuda") else "cpu or cuda"))
+    device = str(available(device))
     if activations not in ("float", "int8"):
         raise RecipeError(f"activations {activations}: float or int8")
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -96,6 +96,7 @@ def answer(
         raise RecipeError("--prompt: an empty text, and this model has no token for the beginning of one")
     ends = model.generation_config.eos_token_id
     ends = {*tokenizer.eos, *(ends if isinstance(ends, list) else [] if ends is None else [ends])}
+    device = str(available(device))
     draw = torch.Generator(device)
     draw.manual_seed(seed) if seed is not None else draw.seed()
 

@@ -10,7 +10,7 @@ import pytest
 import quantforge as qf
 from quantforge import codecs, device, native
 from quantforge.demo import IMATRIX, MODEL
-from quantforge.errors import NonFiniteError, QuantForgeError
+from quantforge.errors import NonFiniteError, RecipeError
 from tests.codecs.test_gpu_encode import UNITS, emulated
 from tests.test_conversion import edit, small  # noqa: F401  (a fixture)
 
@@ -31,7 +31,7 @@ def emulation(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
 
     monkeypatch.setattr(native, "_cuda", lambda: (kernels, ""))
     monkeypatch.setattr(native, "cuda_call", call)
-    monkeypatch.setattr(device, "_checked", lambda name: torch.device("cpu"))
+    monkeypatch.setattr(device, "encoder", lambda name, n: None if name == "cpu" else device.Encoder(torch.device("cpu"), n))
     return called
 
 
@@ -91,13 +91,25 @@ def test_importance_in_every_form(name: str, emulation: list[tuple[str, str]]) -
         np.testing.assert_array_equal(data.numpy(), codec.encode(w, q)["data"])
 
 
-def test_a_device_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+def test_where_there_is_no_gpu_the_cpu_does_the_work(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    for name in ("cuda", "cuda:1"):
-        with pytest.raises(QuantForgeError, match="--device cpu") as e:
-            qf.convert(MODEL, tmp_path / "m.gguf", device=name)
-        assert "\n" not in str(e.value)
+    device._on_the_cpu.cache_clear()
+    for name in ("cpu", "cuda", "cuda:1", "cuda"):
+        qf.convert(MODEL, tmp_path / "m.gguf", "Q4_K_M", device=name, force=True)
+        (tmp_path / "m.gguf").rename(tmp_path / f"{name}.gguf")
+    assert len({p.read_bytes() for p in tmp_path.iterdir()}) == 1
+    assert [r.getMessage() for r in caplog.records if "the CPU does the work" in r.getMessage()] == [
+        f"device {name}: torch {torch.__version__} finds no CUDA device here; the CPU does the work"
+        for name in ("cuda", "cuda:1")
+    ]
+    assert qf.load(tmp_path / "cuda.gguf", device="cuda").device.type == "cpu"
+
+
+@pytest.mark.parametrize("name", ["tpu", "cuda:", "cuda:x", "cpu:0", "CUDA", ""])
+def test_no_name_of_a_device(name: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=f"device {name}: cpu, cuda or cuda:N"):
+        qf.convert(MODEL, tmp_path / "m.gguf", device=name)
     assert not list(tmp_path.iterdir())
 
 

@@ -322,6 +322,3 @@ def test_errors(tmp_path: Path) -> None:
         with pytest.raises(error, match=message) as raised:
             qf.load(path, **options)
         assert "\n" not in str(raised.value)
-    if not torch.cuda.is_available():
-        with pytest.raises(RecipeError, match="no CUDA device here"):
-            qf.load(MODEL, device="cuda")

@@ -14,7 +14,8 @@ from torch import nn
 
 from ..arrays import F32
 from ..codecs import Encoded
-from ..errors import NonFiniteError, RecipeError, ShapeError, UnsupportedError
+from ..device import available
+from ..errors import NonFiniteError, ShapeError, UnsupportedError
 from ..nn import QuantEmbedding, QuantExperts, QuantLinear
 from ..rope import ROPE_FREQS
 from .head import Head, const, rows_at_once, stand_in
@@ -43,11 +44,9 @@ class Model(StoredModel):
         packed: bool = False,
         activations: str = "float",
     ) -> None:
-        if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
-            raise RecipeError(f"--device {device}: " + ("no CUDA device here" if device.startswith("cuda") else "cpu or cuda"))
         super().__init__(source, name, dtype)
         self.packed, self.activations = packed, activations
-        self.device = torch.device(device)
+        self.device = available(device)
         self._rope_factors()
         for owner in self.module.modules():
             owner._buffers.update({k: b.to(self.device) for k, b in owner._buffers.items() if b is not None})

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 import quantforge as qf
 from quantforge import methods
@@ -131,9 +130,8 @@ def test_refusals(tmp_path: Path) -> None:
         qf.convert(MODEL, tmp_path / "m.gguf", "Q4_0", act_order=True)
     with pytest.raises(UnsupportedError, match=r"nf4: --method gptq cannot choose its codes; it does for integers"):
         qf.convert(MODEL, tmp_path / "m", "nf4", format="bitsandbytes", method="gptq")
-    for device, why in (("tpu", "cpu or cuda"), *([] if torch.cuda.is_available() else [("cuda", "no CUDA device here")])):
-        with pytest.raises(RecipeError, match=f"--device {device}: {why}"):
-            qf.convert(MODEL, tmp_path / "m.gguf", "Q4_0", method="gptq", device=device)
+    with pytest.raises(RecipeError, match="device tpu: cpu, cuda or cuda:N"):
+        qf.convert(MODEL, tmp_path / "m.gguf", "Q4_0", method="gptq", device="tpu")
     held_out = MODEL.parent / "text" / "heldout.txt"
     with pytest.raises(CalibrationError, match="overlaps the shipped held-out text"):
         qf.convert(MODEL, tmp_path / "m.gguf", "Q4_0", method="gptq", calibration=held_out)

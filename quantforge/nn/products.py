@@ -27,8 +27,14 @@ _log = logging.getLogger(__name__)
 
 WAYS = ("matvec", "fused", "slabs")
 
+HALVES = (torch.bfloat16, torch.float16)
+
 UP_TO = {"": (16, 512)}
 """Kind of planes (or "" for all others) -> the most activations for matvec, and for fused. Not measured yet."""
+
+REPEATED = 32
+"""The most activations for which matvec is repeated where there is no fused kernel: to read a matrix twice takes less
+than to write its numbers once (16 bits a weight) and to read them. Computed, not measured."""
 
 SLAB = 30 << 20
 """Bytes of a slab: half the L2 of an H100 or H200."""
@@ -61,16 +67,18 @@ def kernels() -> ModuleType | None:
 
 def choose(kind: str, m: int, n_in: int, dtype: torch.dtype) -> str:
     """The way of a product with m activations: the forced one if it can, or by `UP_TO`."""
-    found = _forced.get() or os.environ.get("QUANTFORGE_GPU_WAY")
-    if found not in WAYS:
-        few, some = UP_TO.get(kind) or UP_TO[""]
-        found = "matvec" if m <= few else "fused" if m <= some else "slabs"
-    return "slabs" if found == "fused" and not fusible(kind, n_in, dtype) else found
+    forced = _forced.get() or os.environ.get("QUANTFORGE_GPU_WAY")
+    if forced in WAYS:
+        return "slabs" if forced == "fused" and not fusible(kind, n_in, dtype) else forced
+    few, some = UP_TO.get(kind) or UP_TO[""]
+    if few < m <= some and fusible(kind, n_in, dtype):
+        return "fused"
+    return "matvec" if m <= few or (m <= REPEATED and dtype in HALVES) else "slabs"
 
 
 def fusible(kind: str, n_in: int, dtype: torch.dtype) -> bool:
     """True if Triton has the product: of that kind of planes, with activations of that length and dtype, however many."""
-    triton = kernels() if dtype in (torch.bfloat16, torch.float16) and n_in % 8 == 0 else None
+    triton = kernels() if dtype in HALVES and n_in % 8 == 0 else None
     return triton is not None and kind in triton.FAMILIES
 
 

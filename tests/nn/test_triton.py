@@ -111,7 +111,8 @@ def test_ways():
     assert products.choose("q4_0", 17, 4096, half) == "fused"
     assert products.choose("q4_0", 513, 4096, half) == "slabs"
     assert products.choose("q4_0", 17, 4096, torch.float32) == "slabs"
-    assert products.choose("no such kind", 17, 4096, half) == "slabs"
+    assert products.choose("no such kind", 32, 4096, half) == "matvec"  # twice
+    assert products.choose("no such kind", 33, 4096, half) == "slabs"
     with products.way("slabs"):
         assert products.choose("q4_0", 1, 4096, half) == "slabs"
     with pytest.raises(ValueError, match="matvec"), products.way("fast"):

@@ -47,20 +47,20 @@ def available(name: str) -> torch.device:
 
     kind, _, number = name.partition(":")
     if kind not in ("cpu", "cuda") or (":" in name and not (kind == "cuda" and number.isdecimal())):
-        raise RecipeError(f"device {name}: cpu, cuda or cuda:N")
+        raise RecipeError(f"--device {name}: cpu, cuda or cuda:N")
     if kind == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
         _on_the_cpu(name, f"torch {torch.__version__} finds no CUDA device here")
         return torch.device("cpu")
     if int(number or 0) >= (devices := torch.cuda.device_count()):
-        raise RecipeError(f"device {name}: CUDA devices here are cuda:0 to cuda:{devices - 1}")
+        raise RecipeError(f"--device {name}: CUDA devices here are cuda:0 to cuda:{devices - 1}")
     return torch.device(name)
 
 
 @cache
 def _on_the_cpu(name: str, reason: str) -> None:
-    log.warning("device %s: %s; the CPU does the work", name, reason)
+    log.warning("--device %s: %s; the CPU does the work", name, reason)
 
 
 def encoder(name: str, threads: int) -> Encoder | None:

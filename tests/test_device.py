@@ -100,7 +100,7 @@ def test_where_there_is_no_gpu_the_cpu_does_the_work(tmp_path: Path, caplog: pyt
         (tmp_path / "m.gguf").rename(tmp_path / f"{name}.gguf")
     assert len({p.read_bytes() for p in tmp_path.iterdir()}) == 1
     assert [r.getMessage() for r in caplog.records if "the CPU does the work" in r.getMessage()] == [
-        f"device {name}: torch {torch.__version__} finds no CUDA device here; the CPU does the work"
+        f"--device {name}: torch {torch.__version__} finds no CUDA device here; the CPU does the work"
         for name in ("cuda", "cuda:1")
     ]
     assert qf.load(tmp_path / "cuda.gguf", device="cuda").device.type == "cpu"
@@ -108,7 +108,7 @@ def test_where_there_is_no_gpu_the_cpu_does_the_work(tmp_path: Path, caplog: pyt
 
 @pytest.mark.parametrize("name", ["tpu", "cuda:", "cuda:x", "cpu:0", "CUDA", ""])
 def test_no_name_of_a_device(name: str, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=f"device {name}: cpu, cuda or cuda:N"):
+    with pytest.raises(RecipeError, match=f"--device {name}: cpu, cuda or cuda:N"):
         qf.convert(MODEL, tmp_path / "m.gguf", device=name)
     assert not list(tmp_path.iterdir())
 

@@ -46,9 +46,10 @@ class NVFP4(GgmlCodec):
         per: list[Array] = [] if importance is None else list(check_importance(importance, w.shape, self))
         scale = parts["scale"]
         for i, (rows, data) in enumerate(zip(_matrices(w, len(scale)), _matrices(parts["data"], len(scale)), strict=True)):
-            amax = max(float(rows.max(initial=0)), -float(rows.min(initial=0)), self.largest or 0.0)
+            amax = max(float(rows.max(initial=0)), -float(rows.min(initial=0)))
             if not np.isfinite(amax):
                 raise_non_finite(w, self.name)
+            amax = amax if self.largest is None else self.largest  # the same for all that share it, which may exceed it a little
             # the largest weight is the largest level under the largest block scale
             scale[i] = max(min(amax, 3.4e38) / (E4M3_MAX * E2M1_MAX), np.finfo(np.float32).tiny)
             q = [per[i % len(per)]] if per else []

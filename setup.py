@@ -17,9 +17,9 @@ from setuptools.command.build_ext import build_ext
 from setuptools.extension import Extension
 
 ROOT = Path(__file__).resolve().parent
-CPU_UNITS = ["dispatch.cpp", "scalar.cpp", "avx2.cpp", "avx512.cpp", "neon.cpp"]
+CPU_UNITS = ["dispatch.cpp", "crew.cpp", "scalar.cpp", "avx2.cpp", "avx512.cpp", "neon.cpp"]
 CXXFLAGS = [
-    "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra",
+    "-std=c++17", "-O3", "-fPIC", "-pthread", "-fvisibility=hidden", "-Wall", "-Wextra",
     # float32 sums keep ggml's order and rounding: never contract a*b+c
     "-ffp-contract=off",
     # GCC's own AVX-512 headers trip these

@@ -16,7 +16,7 @@
 extern "C" {
 #endif
 
-#define QF_ABI 1
+#define QF_ABI 2
 #define QF_API __attribute__((visibility("default")))
 
 /* QF_EDEVICE comes with CUDA's own error in the bits above the lowest eight. */
@@ -46,6 +46,10 @@ typedef struct {
 /* The table for an instruction set ("scalar", "avx2", ...), or the best this CPU runs when isa is
  * NULL. Returns NULL for an unknown name or one that this CPU cannot run. */
 QF_API const qf_table *qf_open(const char *isa);
+
+/* A product (matmul) in so many threads, the caller's among them: fn over parts of the rows that input `span` names. Results
+ * do not depend on their number. Only the CPU's library has it. */
+QF_API int qf_product(qf_fn fn, const qf_array *in, int n_in, qf_array *out, int n_out, int span, int threads);
 
 /* The i-th instruction set compiled into this library that this CPU can run, best first, or NULL. */
 QF_API const char *qf_isa(int i);

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
-import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -21,7 +20,7 @@ import numpy as np
 from .arrays import BF16, F32, Array, empty
 from .errors import NativeError
 
-ABI = 1
+ABI = 2
 OK, ESHAPE, EDTYPE, ENONFINITE, ENOMEM, EDEVICE = range(6)
 _REASONS = {
     ESHAPE: "the arrays' shapes do not fit the kernel",
@@ -135,14 +134,17 @@ def _describe(arrays: Sequence[Array]) -> bytes:
     return b"".join(packed)
 
 
-def call(codec: str, op: str, inputs: Sequence[Array], outputs: Sequence[Array]) -> None:
-    """Run one kernel on dense arrays. Raises KernelError, or NativeError if there is none."""
+def _kernel(codec: str, op: str) -> ctypes._FuncPointer:
     name, kernels = _table(os.environ.get("QUANTFORGE_ISA") or None)
     try:
-        fn = kernels[codec, op]
+        return kernels[codec, op]
     except KeyError:
         raise NativeError(f"no compiled {op} kernel for {codec} in the {name} unit") from None
-    code = fn(_describe(inputs), len(inputs), _describe(outputs), len(outputs), None)
+
+
+def call(codec: str, op: str, inputs: Sequence[Array], outputs: Sequence[Array]) -> None:
+    """Run one kernel on dense arrays. Raises KernelError, or NativeError if there is none."""
+    code = _kernel(codec, op)(_describe(inputs), len(inputs), _describe(outputs), len(outputs), None)
     if code != OK:
         raise KernelError(f"{codec} {op}", code)
 
@@ -171,21 +173,8 @@ def call_rows(
             done.result()
 
 
-_pools: dict[int, ThreadPoolExecutor] = {}  # by process: threads do not survive a fork
-_starting = threading.Lock()
-
-
-def _pool() -> ThreadPoolExecutor:
-    """Threads that stay: starting one costs more than a small product."""
-    pool = _pools.get(os.getpid())
-    if pool is None:
-        with _starting:
-            pool = _pools.setdefault(os.getpid(), ThreadPoolExecutor(os.cpu_count() or 1, "quantforge"))
-    return pool
-
-
 _WORTH_A_THREAD = 1 << 18
-"""Multiplications below which waking a thread costs more than it saves."""
+"""Multiplications below which another thread costs more than it saves."""
 
 
 def matmul(codec: str, op: str, x: Array, parts: Sequence[Array], out: F32, threads: int = 1) -> None:
@@ -193,16 +182,15 @@ def matmul(codec: str, op: str, x: Array, parts: Sequence[Array], out: F32, thre
     stored in, and tables. Results do not depend on `threads`.
     """
     m, rows = out.shape
-    n = max(1, min(threads, rows, m * rows * x.shape[1] // _WORTH_A_THREAD))
-    spans = np.array([rows * i // n for i in range(n + 1)], np.int64)
-
-    def part(i: int) -> None:
-        call(codec, op, [x, spans[i : i + 2], *parts], [out])
-
-    others = [_pool().submit(part, i) for i in range(1, n)]
-    part(0)
-    for done in others:
-        done.result()
+    n = max(1, min(threads, m * rows * x.shape[1] // _WORTH_A_THREAD))
+    inputs = [x, np.array([0, rows], np.int64), *parts]
+    if n == 1:
+        call(codec, op, inputs, [out])
+        return
+    fn = ctypes.cast(_kernel(codec, op), ctypes.c_void_p)
+    code = _library().qf_product(fn, _describe(inputs), len(inputs), _describe([out]), 1, 1, n)
+    if code != OK:
+        raise KernelError(f"{codec} {op}", code)
 
 
 def product(codec: str, x: F32, parts: Sequence[Array], rows: int, threads: int = 1, int8: bool = False) -> F32:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +137,28 @@ def test_threads_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     for kind in ("float", "int8"):
         found = [e.codec.matmul(x, e.parts, e.shape, threads=t, activations=kind) for t in (1, 2, 7)]
         assert all(np.array_equal(found[0], f) for f in found)
+
+
+def test_products_at_once_and_after_a_fork(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_WORTH_A_THREAD", 1)
+    layers = [encoded("Q4_K", rows, 512, seed=rows) for rows in (1, 31, 64, 65, 1000)]
+    x = activations(2, 512).numpy()
+    alone = [e.codec.matmul(x, e.parts, e.shape) for e in layers]
+
+    def right(_: int = 0) -> bool:
+        made = [
+            (a, e.codec.matmul(x, e.parts, e.shape, threads=t)) for t in (2, 3, 40) for a, e in zip(alone, layers, strict=True)
+        ]
+        return all(np.array_equal(a, y) for a, y in made)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(right, range(100)))
+    if (child := os.fork()) == 0:
+        os._exit(0 if right() else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    short = np.zeros((3, 100), np.uint8)
+    with pytest.raises(native.KernelError, match="Q4_K matmul"):
+        native.matmul("Q4_K", "matmul", x, [short], np.empty((2, 1000), np.float32), threads=2)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -112,68 +112,52 @@ QF_HD uint32_t opaque(uint32_t c, [[maybe_unused]] int i = 0) {
 #endif
 }
 
-// Two numbers in one word, the first in the low half.
-struct Bf16 {
+// Two numbers in one word, the first in the low half. Arithmetic on both: a packed multiply-add, rounded once.
+template <class T>
+struct Pairs {
+    static constexpr uint32_t SIGNS = 0x80008000u;
+    QF_HD uint32_t plus(uint32_t a, uint32_t b) { return T::fma(a, T::ONE, b); }
+    QF_HD uint32_t minus(uint32_t a, uint32_t b) { return T::fma(b, T::ONE ^ SIGNS, a); }
+    QF_HD uint32_t times(uint32_t a, uint32_t b) { return T::fma(a, b, SIGNS); }  // and −0
+#ifndef __CUDA_ARCH__
+    QF_HD uint32_t fma(uint32_t a, uint32_t b, uint32_t c) {
+        return (uint32_t)T::of(fma_(T::low(a), T::low(b), T::low(c))) | (uint32_t)T::of(fma_(T::high(a), T::high(b), T::high(c))) << 16;
+    }
+#endif
+};
+
+struct Bf16 : Pairs<Bf16> {
     static constexpr uint32_t MAGIC = 0x43004300u;  // an integer below 128 in the lowest bits of a half: 128 + it
     static constexpr float RAISE = 128;
+    static constexpr uint32_t ONE = 0x3f803f80u;
     QF_HD float low(uint32_t w) { return float_of(w << 16); }
     QF_HD float high(uint32_t w) { return float_of(w & 0xffff0000u); }
     QF_HD uint16_t of(float x) { return bf16_of(x); }
     QF_HD uint32_t pair(float x) { return bits_of(x) >> 16 | (bits_of(x) & 0xffff0000u); }  // x is a bf16
-    QF_HD uint32_t minus(uint32_t a, uint32_t b) {
 #ifdef __CUDA_ARCH__
+    QF_HD uint32_t fma(uint32_t a, uint32_t b, uint32_t c) {
         uint32_t d;
-        asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(b), "r"(0xbf80bf80u), "r"(a));
+        asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
         return d;
-#else
-        return (uint32_t)of(low(a) - low(b)) | (uint32_t)of(high(a) - high(b)) << 16;
-#endif
     }
-    QF_HD uint32_t plus(uint32_t a, uint32_t b) {
-#ifdef __CUDA_ARCH__
-        uint32_t d;
-        asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(0x3f803f80u), "r"(b));
-        return d;
-#else
-        return (uint32_t)of(low(a) + low(b)) | (uint32_t)of(high(a) + high(b)) << 16;
 #endif
-    }
-    QF_HD uint32_t times(uint32_t a, uint32_t b) {
-#ifdef __CUDA_ARCH__
-        uint32_t d;
-        asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(0x80008000u));
-        return d;
-#else
-        return (uint32_t)of(low(a) * low(b)) | (uint32_t)of(high(a) * high(b)) << 16;
-#endif
-    }
 };
 
-struct F16 {
+struct F16 : Pairs<F16> {
     static constexpr uint32_t MAGIC = 0x64006400u;  // an integer below 1024: 1024 + it
     static constexpr float RAISE = 1024;
+    static constexpr uint32_t ONE = 0x3c003c00u;
     QF_HD float low(uint32_t w) { return float_of_half(w & 0xffffu); }
     QF_HD float high(uint32_t w) { return float_of_half(w >> 16); }
     QF_HD uint16_t of(float x) { return half_of(x); }
     QF_HD uint32_t pair(float x) { return half_of(x) * 0x10001u; }
-    QF_HD uint32_t plus(uint32_t a, uint32_t b) {
 #ifdef __CUDA_ARCH__
+    QF_HD uint32_t fma(uint32_t a, uint32_t b, uint32_t c) {
         uint32_t d;
-        asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(0x3c003c00u), "r"(b));
+        asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
         return d;
-#else
-        return (uint32_t)of(low(a) + low(b)) | (uint32_t)of(high(a) + high(b)) << 16;
-#endif
     }
-    QF_HD uint32_t times(uint32_t a, uint32_t b) {
-#ifdef __CUDA_ARCH__
-        uint32_t d;
-        asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-        return d;
-#else
-        return (uint32_t)of(low(a) * low(b)) | (uint32_t)of(high(a) * high(b)) << 16;
 #endif
-    }
 };
 
 // Weights are read once: they pass by the L1, which stays free for activations. p is a multiple of N bytes.

@@ -38,13 +38,14 @@ SLOTS = 8
 _FLOATS: dict[np.dtype[Any], str] = {BF16: "bfloat16", np.dtype(np.float16): "float16", np.dtype(np.float32): "float32"}
 
 
-def available(name: str) -> torch.device:
+def available(name: str | torch.device) -> torch.device:
     """The device "cpu", "cuda" or "cuda:N"; the CPU, with a line in the log, where there is no CUDA device.
 
     Raises RecipeError for another name, or a number that there is not.
     """
     import torch
 
+    name = str(name)
     kind, _, number = name.partition(":")
     if kind not in ("cpu", "cuda") or (":" in name and not (kind == "cuda" and number.isdecimal())):
         raise RecipeError(f"--device {name}: cpu, cuda or cuda:N")

@@ -20,7 +20,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def load(path: str | Path, *, device: str = "cpu", dtype: str | torch.dtype | None = None, activations: str = "float") -> Any:
+def load(
+    path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+    activations: str = "float",
+) -> Any:
     """A transformers model, ready to `generate`, whose matrices stay as the file has them, in any format that is read.
 
     Linear layers are `quantforge.nn.QuantLinear`, embeddings `QuantEmbedding`; both hold the stored bytes, so that the

@@ -103,7 +103,8 @@ def test_where_there_is_no_gpu_the_cpu_does_the_work(tmp_path: Path, caplog: pyt
         f"--device {name}: torch {torch.__version__} finds no CUDA device here; the CPU does the work"
         for name in ("cuda", "cuda:1")
     ]
-    assert qf.load(tmp_path / "cuda.gguf", device="cuda").device.type == "cpu"
+    for where in ("cuda", torch.device("cuda", 0), torch.device("cpu")):
+        assert qf.load(tmp_path / "cuda.gguf", device=where).device.type == "cpu"
 
 
 @pytest.mark.parametrize("name", ["tpu", "cuda:", "cuda:x", "cpu:0", "CUDA", ""])

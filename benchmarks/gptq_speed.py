@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("quantforge", "gptqmodel"))
     given = parser.parse_args()
     import quantforge as qf
-    from quantforge.calibration import read_windows
+    from quantforge.calibration.gather import read_windows
     from quantforge.tokenizer import Tokenizer
 
     with qf.open(given.model) as source:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import quantforge as qf
 from quantforge.demo import IMATRIX, MODEL
-from quantforge.report.markdown import render
+from quantforge.evaluation.report.markdown import render
 
 
 def main() -> None:

@@ -10,9 +10,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .calibration import CalibrationReport, calibrate
+    from .calibration.gather import CalibrationReport, calibrate
+    from .calibration.importance import Importance
+    from .calibration.importance import read as read_importance
     from .codecs import Codec, Encoded, GridCodec, register
-    from .conversion import Report, convert
+    from .conversion.plan import Plan, plan
+    from .conversion.run import Report, convert
     from .device import quantize
     from .errors import (
         BackendError,
@@ -26,15 +29,12 @@ if TYPE_CHECKING:
         ShapeError,
         UnsupportedError,
     )
-    from .evaluation import evaluate
+    from .evaluation.report import Evaluation
+    from .evaluation.run import evaluate
+    from .evaluation.scorecard import compare
     from .formats import open_path as open
-    from .importance import Importance
-    from .importance import read as read_importance
-    from .loading import load
-    from .planning import Plan, plan
     from .recipes import Recipe
-    from .report import Evaluation
-    from .scorecard import compare
+    from .runtime.loading import load
 
 __version__ = "0.1.0"
 
@@ -75,17 +75,17 @@ __all__ = [
 _HOMES = {
     **dict.fromkeys(("Codec", "Encoded", "GridCodec", "register"), ("codecs", "")),
     "quantize": ("device", ""),
-    **dict.fromkeys(("Report", "convert"), ("conversion", "")),
-    **dict.fromkeys(("Plan", "plan"), ("planning", "")),
-    **dict.fromkeys(("CalibrationReport", "calibrate"), ("calibration", "")),
-    "Importance": ("importance", ""),
+    **dict.fromkeys(("Report", "convert"), ("conversion.run", "")),
+    **dict.fromkeys(("Plan", "plan"), ("conversion.plan", "")),
+    **dict.fromkeys(("CalibrationReport", "calibrate"), ("calibration.gather", "")),
+    "Importance": ("calibration.importance", ""),
     "Recipe": ("recipes", ""),
-    "Evaluation": ("report", ""),
-    "compare": ("scorecard", ""),
-    "evaluate": ("evaluation", ""),
-    "load": ("loading", ""),
+    "Evaluation": ("evaluation.report", ""),
+    "compare": ("evaluation.scorecard", ""),
+    "evaluate": ("evaluation.run", ""),
+    "load": ("runtime.loading", ""),
     "open": ("formats", "open_path"),
-    "read_importance": ("importance", "read"),
+    "read_importance": ("calibration.importance", "read"),
 }
 
 

@@ -9,10 +9,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from . import scorecard
-from .conversion import Report, convert
+from .conversion.run import Report, convert
 from .errors import NativeError
-from .report.markdown import render
+from .evaluation import scorecard
+from .evaluation.report.markdown import render
 
 DATA = Path(__file__).with_name("data")
 MODEL = DATA / "demo-model"

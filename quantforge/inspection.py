@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from . import codecs, formats
+from .conversion.plan import plain
 from .errors import ShapeError
-from .planning import plain
 
 
 def describe(path: str | Path, *, hashes: bool = False) -> dict[str, Any]:

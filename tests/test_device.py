@@ -12,7 +12,7 @@ from quantforge import codecs, device, native
 from quantforge.demo import IMATRIX, MODEL
 from quantforge.errors import NonFiniteError, RecipeError
 from tests.codecs.test_gpu_encode import UNITS, emulated
-from tests.test_conversion import edit, small  # noqa: F401  (a fixture)
+from tests.conversion.test_run import edit, small  # noqa: F401  (a fixture)
 
 torch = pytest.importorskip("torch")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available() or bool(native.cuda_missing()), reason="no GPU or no CUDA kernels")

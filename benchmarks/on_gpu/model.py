@@ -14,7 +14,7 @@ import torch
 
 import quantforge as qf
 from quantforge import codecs
-from quantforge.importance import Importance
+from quantforge.calibration.importance import Importance
 
 from . import harness
 

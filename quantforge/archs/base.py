@@ -6,7 +6,6 @@ import logging
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any, TypeAlias
 
 import gguf
@@ -14,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..arrays import F32
-from ..discovery import modules
+from ..discovery import Registry
 from ..errors import ShapeError, UnsupportedError, nearest
-from ..rope import ROPE_FREQS, llama3_rope_factors, rope_metadata, rope_settings
+from .rope import ROPE_FREQS, llama3_rope_factors, rope_metadata, rope_settings
 
 logger = logging.getLogger(__name__)
 
@@ -442,10 +441,19 @@ DECODER_SCALE_GROUPS = (
 )
 
 
-@cache
+def _check(given: Any) -> Arch:
+    if not isinstance(given, Arch):
+        raise UnsupportedError(f"{given!r} is no quantforge.archs.Arch")
+    return given
+
+
+_registry: Registry[Arch] = Registry(__package__, "architecture", _check, marker="ARCH", names=lambda arch: arch.hf)
+register = _registry.register
+
+
 def supported() -> dict[str, Arch]:
     """Every architecture by its name in config.json."""
-    return {name: module.ARCH for module in modules(__package__) for name in module.ARCH.hf}
+    return _registry.all()
 
 
 def find(config: Config) -> Arch:

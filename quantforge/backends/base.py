@@ -25,7 +25,7 @@ from ..errors import BackendError, RecipeError, nearest
 if TYPE_CHECKING:
     import torch
 
-    from ..corpus import Ints
+    from ..calibration.corpus import Ints
     from ..methods import Stats
 
 log = logging.getLogger(__name__)

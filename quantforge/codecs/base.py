@@ -14,9 +14,9 @@ import numpy as np
 
 from .. import native
 from ..arrays import F32, Array, Parts, TensorInfo, empty, to_numpy
-from ..discovery import discover
+from ..discovery import Registry
 from ..errors import NonFiniteError, ShapeError, UnsupportedError, nearest
-from ..grid import AffineGrid
+from .grid import AffineGrid
 
 if TYPE_CHECKING:
     import torch
@@ -466,9 +466,18 @@ def importance_by_rows(importance: F32, shape: tuple[int, ...], codec: Codec) ->
         yield slice(i * rows, (i + 1) * rows), q
 
 
-_registry: dict[str, Codec] = {}
-_families: list[Callable[[str], Codec | None]] = []
 _C = TypeVar("_C", bound="type[Codec] | Codec")
+_families: list[Callable[[str], Codec | None]] = []
+
+
+def _check(given: Any) -> Codec:
+    codec = given() if isinstance(given, type) else given
+    if not isinstance(codec, Codec):
+        raise UnsupportedError(f"{given!r} is no quantforge.Codec")
+    return codec
+
+
+_registry: Registry[Codec] = Registry(__package__, "codec", _check)
 
 
 def register(codec: _C) -> _C:
@@ -476,11 +485,7 @@ def register(codec: _C) -> _C:
 
     Raises UnsupportedError if another codec has that name.
     """
-    instance = codec() if isinstance(codec, type) else codec
-    known = _registry.get(instance.name)
-    if known is not None and type(known).__qualname__ != type(instance).__qualname__:
-        raise UnsupportedError(f"a codec named {instance.name} is already registered by {type(known).__module__}")
-    _registry[instance.name] = instance
+    _registry.register(codec)
     return codec
 
 
@@ -503,28 +508,22 @@ def _of_family(name: str) -> Codec | None:
 
 def names() -> list[str]:
     """Names of all codecs, in registration order."""
-    discover(__package__, register)
-    return list(_registry)
+    return list(_registry.all())
 
 
 def get(name: str | Codec) -> Codec:
     """The codec of that name (any case). Raises UnsupportedError naming the nearest ones."""
     if isinstance(name, Codec):
         return name
-    if codec := _registry.get(name) or _made.get(name):
-        return codec
-    discover(__package__, register)
-    folded = {k.lower(): v for k, v in _registry.items()}
-    codec = folded.get(name.lower()) or _of_family(name)
+    codec = _made.get(name) or _registry.find(name) or _of_family(name)
     if codec is None:
-        raise UnsupportedError(f"unknown type {name}{nearest(name, _registry)}; `quantforge types` lists all")
+        raise UnsupportedError(f"unknown type {name}{nearest(name, names())}; `quantforge types` lists all")
     return codec
 
 
 def by_ggml_type(ggml_type: int) -> Codec | None:
     """The codec with that GGUF type id, or None."""
-    discover(__package__, register)
-    return next((c for c in _registry.values() if c.ggml_type == ggml_type), None)
+    return next((c for c in _registry.all().values() if c.ggml_type == ggml_type), None)
 
 
 def quantize(w: Any, codec: str | Codec, *, importance: Any = None, threads: int = 1) -> Encoded:

@@ -16,7 +16,6 @@ import numpy as np
 
 from ..arrays import F32, Array, Parts, to_numpy
 from ..errors import ShapeError
-from ..grid import Bits, Field, planes
 from .base import (
     Codes,
     GgmlCodec,
@@ -28,6 +27,7 @@ from .base import (
     importance_by_rows,
     register,
 )
+from .grid import Bits, Field, planes
 
 if TYPE_CHECKING:
     import torch

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..grid import AffineGrid, Bits, Field, planes
 from .base import AffineCodec, register
+from .grid import AffineGrid, Bits, Field, planes
 
 
 def _six_bits(first: int, second: int, nibble: int, n: int = 4) -> tuple[Bits, ...]:

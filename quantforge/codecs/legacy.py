@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..grid import AffineGrid, Field, planes
 from .base import AffineCodec, register
+from .grid import AffineGrid, Field, planes
 
 # ggml never stores -128 in Q8_0
 _CODES_8 = Field(32, 1, 255, 128, planes(2, 32, 32, 8), flip=0x80)

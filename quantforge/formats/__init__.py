@@ -1,6 +1,18 @@
-"""Formats: files to `Encoded` and back. A format is one module here."""
+"""Formats: files to `Encoded` and back. A format is one module here that holds it as `FORMAT`."""
 
-from ..files import adopt
-from .base import Format, Header, Sink, Source, Stored, get, open_path
+from .base import Format, Header, Sink, Source, Stored, by_suffix, get, names, open_path, register
+from .files import adopt
 
-__all__ = ["Format", "Header", "Sink", "Source", "Stored", "adopt", "get", "open_path"]
+__all__ = [
+    "Format",
+    "Header",
+    "Sink",
+    "Source",
+    "Stored",
+    "adopt",
+    "by_suffix",
+    "get",
+    "names",
+    "open_path",
+    "register",
+]

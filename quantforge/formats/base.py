@@ -11,17 +11,17 @@ from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from typing_extensions import Self
 
 from ..arrays import Parts, TensorInfo
 from ..codecs import Codec, Encoded
-from ..discovery import modules
+from ..discovery import Registry
 from ..errors import FormatError, OutputError, UnsupportedError, nearest
-from ..files import MappedFile, NewFiles
 from ..layouts import Layout
+from .files import MappedFile, NewFiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,30 +273,65 @@ def shards(path: Path, count: int | None = None) -> list[Path]:
     return files
 
 
-class Format(Protocol):
-    """A module of this package: `name`, `recognises`, `open` and, if it can be written, `create`."""
+class Format(ABC):
+    """One way to keep a model in files; a module of this package holds an instance as `FORMAT`."""
 
     name: str
+    """As in --format."""
+    suffixes: tuple[str, ...] = ()
+    """What the names of its files end with, in lower case: (".gguf",). Empty: an output is a directory."""
+    gguf_names: bool = False
+    """True: tensors and metadata are called as in GGUF; false: as in a checkpoint, metadata being its config.json."""
 
+    @abstractmethod
     def recognises(self, path: Path) -> bool:
         """True if the file or directory is of this format (a look at names or magic bytes)."""
 
+    @abstractmethod
     def open(self, path: Path) -> Source:
         """Read headers, checking everything. Raises FormatError."""
 
+    def holds(self, codec: Codec) -> bool:
+        """True if its files can hold tensors of that codec."""
+        return True
+
     def size(self, header: Header) -> int:
-        """Total bytes of what `create` would write for this header."""
+        """Total bytes of what `create` would write for this header. Raises UnsupportedError."""
+        raise UnsupportedError(f"{self.name} files are read, not written")
 
     def create(self, path: Path, header: Header) -> Sink:
-        """Begin a new file or directory that will appear at `path` on commit."""
+        """Begin a new file or directory that will appear at `path` on commit. Raises UnsupportedError, OutputError."""
+        raise UnsupportedError(f"{self.name} files are read, not written")
+
+    @property
+    def writes(self) -> bool:
+        """Can it be written?"""
+        return type(self).create is not Format.create
+
+
+def _check(given: Any) -> Format:
+    if not isinstance(given, Format):
+        raise UnsupportedError(f"{given!r} is no instance of quantforge.formats.Format")
+    return given
+
+
+_registry: Registry[Format] = Registry(__package__, "format", _check, marker="FORMAT")
+register = _registry.register
+
+
+def names() -> list[str]:
+    """Names of all formats."""
+    return list(_registry.all())
 
 
 def get(name: str) -> Format:
-    """The format module of that name."""
-    known: dict[str, Any] = {module.name: module for module in modules(__package__)}
-    if name not in known:
-        raise UnsupportedError(f"unknown format {name}; known: {', '.join(known)}")
-    return known[name]  # type: ignore[no-any-return]
+    """The format of that name. Raises UnsupportedError naming the known ones."""
+    return _registry.get(name)
+
+
+def by_suffix(suffix: str) -> Format | None:
+    """The format whose files end so (".gguf", in any case), or None."""
+    return next((f for f in _registry.all().values() if suffix.lower() in f.suffixes), None)
 
 
 def open_path(path: str | Path) -> Source:
@@ -304,9 +339,9 @@ def open_path(path: str | Path) -> Source:
     path = Path(path)
     try:
         mode = path.stat().st_mode
-        for module in modules(__package__):
-            if module.recognises(path):
-                return module.open(path)  # type: ignore[no-any-return]
+        for known in _registry.all().values():
+            if known.recognises(path):
+                return known.open(path)
         if stat.S_ISREG(mode):
             MappedFile(path).close()  # says what is wrong with an empty file or a pointer
             if path.suffix in _PICKLED:

@@ -30,10 +30,8 @@ from .. import codecs
 from ..arrays import SAFETENSORS_DTYPES, Array, TensorInfo
 from ..codecs import Codec
 from ..errors import FormatError, ShapeError, UnsupportedError
-from ..files import MappedFile
-from .base import FileSink, Header, MappedSource, Place, Placement, Sink, Slot, Source, Stored, shards
-
-name = "gguf"
+from .base import FileSink, Format, Header, MappedSource, Place, Placement, Sink, Slot, Source, Stored, shards
+from .files import MappedFile
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -280,7 +278,7 @@ def _read_info(c: _Cursor, alignment: int) -> tuple[str, int, int, Stored]:
 class GgufSource(MappedSource):
     """A GGUF file, or a set of split files, mapped into memory."""
 
-    format = name
+    format = "gguf"
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -344,19 +342,6 @@ def _gather(tensors: Mapping[str, tuple[Stored, Place]]) -> dict[str, dict[str, 
             places[tensor][part] = place
             del places[sibling]
     return places
-
-
-def recognises(path: Path) -> bool:
-    """True for a file that begins with GGUF or is named .gguf."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as f:
-        return f.read(4) == _MAGIC or path.suffix == ".gguf"
-
-
-def open(path: Path) -> Source:
-    """Open a GGUF file; of split files, any one stands for all. Raises FormatError."""
-    return GgufSource(path)
 
 
 # ---- writing
@@ -480,11 +465,35 @@ def _info(tensor: str, shape: tuple[int, ...], kind: int, offset: int) -> bytes:
     return encoded + struct.pack(f"<I{len(shape)}QIQ", len(shape), *reversed(shape), kind, offset)
 
 
-def size(header: Header) -> int:
-    """The exact bytes of the file that `create` would write."""
-    return _place(header).nbytes
+class Gguf(Format):
+    """See the module."""
+
+    name = "gguf"
+    suffixes = (".gguf",)
+    gguf_names = True
+
+    def holds(self, codec: Codec) -> bool:
+        """True for ggml's types."""
+        return codec.ggml_type is not None
+
+    def recognises(self, path: Path) -> bool:
+        """True for a file that begins with GGUF or is named .gguf."""
+        if not path.is_file():
+            return False
+        with path.open("rb") as f:
+            return f.read(4) == _MAGIC or path.suffix == ".gguf"
+
+    def open(self, path: Path) -> Source:
+        """Open a GGUF file; of split files, any one stands for all. Raises FormatError."""
+        return GgufSource(path)
+
+    def size(self, header: Header) -> int:
+        """The exact bytes of the file that `create` would write."""
+        return _place(header).nbytes
+
+    def create(self, path: Path, header: Header) -> Sink:
+        """Begin a GGUF version 3 file. Raises UnsupportedError for what GGUF cannot hold, OutputError."""
+        return FileSink(path, header.tensors, _place(header))
 
 
-def create(path: Path, header: Header) -> Sink:
-    """Begin a GGUF version 3 file. Raises UnsupportedError for what GGUF cannot hold, OutputError."""
-    return FileSink(path, header.tensors, _place(header))
+FORMAT = Gguf()

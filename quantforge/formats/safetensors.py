@@ -25,10 +25,8 @@ from .. import codecs, layouts
 from ..arrays import SAFETENSORS_DTYPES, Array, Parts, TensorInfo
 from ..codecs import Encoded
 from ..errors import FormatError, OutputError, QuantForgeError, ShapeError, UnsupportedError
-from ..files import MappedFile
-from .base import FileSink, Header, MappedSource, Place, Placement, Sink, Slot, Source, Stored, shards
-
-name = "safetensors"
+from .base import FileSink, Format, Header, MappedSource, Place, Placement, Sink, Slot, Source, Stored, shards
+from .files import MappedFile
 
 _MAX_HEADER = 100_000_000  # bytes; the reference's limit
 _MAX_CONFIG = 1 << 26  # bytes of a config.json or an index
@@ -188,7 +186,7 @@ def _files(directory: Path) -> tuple[list[Path], dict[str, str]]:
 class SafetensorsSource(MappedSource):
     """A safetensors checkpoint, mapped into memory."""
 
-    format = name
+    format = "safetensors"
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -313,22 +311,6 @@ class SafetensorsSource(MappedSource):
             weights[whole] = stored[whole] if k in owner else self.weights[k]
         self.weights = weights
         self._places = {k: parts.get(k) or {"data": tensors[k]} for k in weights}
-
-
-def recognises(path: Path) -> bool:
-    """True for a directory with *.safetensors or their index, and a file that is named or begins like one."""
-    if path.is_dir():
-        return (path / _INDEX).exists() or next(path.glob("*.safetensors"), None) is not None
-    if not path.is_file():
-        return False
-    with path.open("rb") as f:
-        start = f.read(9)
-    return path.suffix == ".safetensors" or (start[8:] == b"{" and int.from_bytes(start[:8], "little") <= _MAX_HEADER)
-
-
-def open(path: Path) -> Source:
-    """Open a checkpoint directory or a .safetensors file. Raises FormatError."""
-    return SafetensorsSource(path)
 
 
 # ---- writing
@@ -492,20 +474,42 @@ class _LayoutSink(FileSink):
         super().write(name, self._layout.pack(stored.codec, parts, shape))
 
 
-def size(header: Header) -> int:
-    """The exact bytes of all files that `create` would write."""
-    return _place(header, header.max_shard_size).nbytes
+class Safetensors(Format):
+    """See the module."""
+
+    name = "safetensors"
+    suffixes = ()
+
+    def recognises(self, path: Path) -> bool:
+        """True for a directory with *.safetensors or their index, and a file that is named or begins like one."""
+        if path.is_dir():
+            return (path / _INDEX).exists() or next(path.glob("*.safetensors"), None) is not None
+        if not path.is_file():
+            return False
+        with path.open("rb") as f:
+            start = f.read(9)
+        return path.suffix == ".safetensors" or (start[8:] == b"{" and int.from_bytes(start[:8], "little") <= _MAX_HEADER)
+
+    def open(self, path: Path) -> Source:
+        """Open a checkpoint directory or a .safetensors file. Raises FormatError."""
+        return SafetensorsSource(path)
+
+    def size(self, header: Header) -> int:
+        """The exact bytes of all files that `create` would write."""
+        return _place(header, header.max_shard_size).nbytes
+
+    def create(self, path: Path, header: Header) -> Sink:
+        """Begin a checkpoint directory with files of at most `header.max_shard_size` bytes of tensors.
+
+        Raises UnsupportedError for what safetensors or the layout cannot hold, OutputError.
+        """
+        if path.suffix == ".safetensors":
+            raise OutputError(
+                path, "a safetensors checkpoint is a directory (weights, config.json, tokenizer); give a name without suffix"
+            )
+        if header.layout is not None:
+            return _LayoutSink(path, header, header.layout)
+        return FileSink(path, header.tensors, _place(header, header.max_shard_size), directory=True)
 
 
-def create(path: Path, header: Header) -> Sink:
-    """Begin a checkpoint directory with files of at most `header.max_shard_size` bytes of tensors.
-
-    Raises UnsupportedError for what safetensors or the layout cannot hold, OutputError.
-    """
-    if path.suffix == ".safetensors":
-        raise OutputError(
-            path, "a safetensors checkpoint is a directory (weights, config.json, tokenizer); give a name without suffix"
-        )
-    if header.layout is not None:
-        return _LayoutSink(path, header, header.layout)
-    return FileSink(path, header.tensors, _place(header, header.max_shard_size), directory=True)
+FORMAT = Safetensors()

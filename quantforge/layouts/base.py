@@ -7,15 +7,14 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, ClassVar
 
 import numpy as np
 
-from .. import discovery
 from ..arrays import BF16, Array, Parts, TensorInfo
 from ..codecs import Codec
-from ..errors import UnsupportedError, nearest
+from ..discovery import Registry
+from ..errors import UnsupportedError
 
 SCALES = {np.dtype(np.float16): "f16", BF16: "bf16", np.dtype(np.float32): "f32"}
 """Dtypes of scales and how codecs' names call them."""
@@ -152,25 +151,27 @@ def octets(packed: Array) -> Array:
     return np.ascontiguousarray(packed).astype("<i4", copy=False).view(np.uint8)
 
 
-@cache
-def _classes() -> dict[str, type[Layout]]:
-    return {module.LAYOUT.name: module.LAYOUT for module in discovery.modules(__package__)}
+def _check(given: Any) -> type[Layout]:
+    if not (isinstance(given, type) and issubclass(given, Layout)):
+        raise UnsupportedError(f"{given!r} is no class of quantforge.layouts.Layout")
+    return given
+
+
+_registry: Registry[type[Layout]] = Registry(__package__, "checkpoint format", _check, marker="LAYOUT")
+register = _registry.register
 
 
 def names() -> list[str]:
     """Names of all layouts."""
-    return list(_classes())
+    return list(_registry.all())
 
 
 def get(name: str, **options: Any) -> Layout:
     """The layout of that name, with what is chosen when writing. Raises UnsupportedError."""
-    try:
-        return _classes()[name](**options)
-    except KeyError:
-        raise UnsupportedError(f"unknown checkpoint format {name}{nearest(name, _classes())}") from None
+    return _registry.get(name)(**options)
 
 
 def find(config: Mapping[str, Any]) -> Layout | None:
     """The layout that a quantization_config speaks of, or None."""
     name = config.get("quant_method")
-    return get(name) if name in _classes() else None
+    return get(name) if isinstance(name, str) and name in names() else None

@@ -11,8 +11,8 @@ import torch
 
 from ..arrays import Parts
 from ..codecs import Codec
-from ..discovery import discover
-from ..errors import CalibrationError, NonFiniteError, RecipeError, nearest
+from ..discovery import Registry
+from ..errors import CalibrationError, NonFiniteError, RecipeError, UnsupportedError
 
 _TRIES = 6
 _DOUBLE = 4096
@@ -127,20 +127,29 @@ class Method(Protocol):
         ...
 
 
-_registry: dict[str, Method] = {}
 _M = TypeVar("_M", bound="Method")
 
 
+def _check(given: Any) -> Method:
+    method = given() if isinstance(given, type) else given
+    if not isinstance(method, Method):
+        lacks = [n for n in ("name", "needs", "settings", "takes", "quantize") if not hasattr(method, n)]
+        raise UnsupportedError(f"{given!r} is no method: it lacks {', '.join(lacks)}")
+    return method
+
+
+_registry: Registry[Method] = Registry(__package__, "method", _check)
+
+
 def register(method: _M) -> _M:
-    """Make a method known by its name."""
-    _registry[method.name] = method
+    """Make a method known by its name. Takes an instance or a class. Raises UnsupportedError if another one has that name."""
+    _registry.register(method)
     return method
 
 
 def names() -> list[str]:
     """Names of all methods."""
-    discover(__package__, register)
-    return sorted(_registry)
+    return sorted(_registry.all())
 
 
 def get(name: str | Method, **options: Any) -> Method:
@@ -150,18 +159,17 @@ def get(name: str | Method, **options: Any) -> Method:
     """
     method = name
     if isinstance(name, str):
-        discover(__package__, register)
         try:
-            method = _registry[name.lower()]
-        except KeyError:
-            raise RecipeError(f"unknown method {name}{nearest(name, _registry)}; known: {', '.join(names())}") from None
+            method = _registry.get(name)
+        except UnsupportedError as e:
+            raise RecipeError(str(e)) from None
     assert not isinstance(method, str)
     for option, value in options.items():
         if value is None:
             continue
         found = _with(method, option, value)
         if found is None:
-            have = [m for m in names() if _with(_registry[m], option, value) is not None]
+            have = [m for m in names() if _with(_registry.get(m), option, value) is not None]
             raise RecipeError(f"--{option.replace('_', '-')} goes with --method {' or '.join(have)}, not {method.name}")
         method = found
     return method

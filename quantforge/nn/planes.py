@@ -17,9 +17,9 @@ import torch
 from .. import codecs
 from ..arrays import to_numpy
 from ..codecs.base import AffineCodec, Codec, Encoded, GgmlCodec
+from ..codecs.grid import Field
+from ..codecs.grid import planes as fields
 from ..errors import ShapeError
-from ..grid import Field
-from ..grid import planes as fields
 from . import fp8, integers, lookups
 from .base import tensor
 from .tiles import TILE as TILE

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..archs.rope import ROPE_FREQS
 from ..arrays import F32
 from ..codecs import Encoded
 from ..device import available
 from ..errors import NonFiniteError, ShapeError, UnsupportedError
 from ..nn import QuantEmbedding, QuantExperts, QuantLinear
-from ..rope import ROPE_FREQS
 from .head import Head, const, rows_at_once, stand_in
 from .stored import FLOATS, StoredModel
 

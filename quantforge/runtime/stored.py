@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .. import archs, checkpoint
+from .. import archs
+from ..archs import from_gguf
 from ..arrays import F32
 from ..codecs import Codec, Encoded
 from ..errors import FormatError, NonFiniteError, QuantForgeError
@@ -193,9 +194,9 @@ def _arch(source: Source) -> archs.Arch | None:
     known = archs.supported()
     if source.format != "gguf":
         return next((known[a] for a in source.config.get("architectures") or () if a in known), None)
-    return checkpoint.find_arch(source.config, source.path)
+    return from_gguf.find_arch(source.config, source.path)
 
 
 def gguf_config(source: Source) -> dict[str, Any]:
     """config.json rebuilt from GGUF metadata; Llama 3's rope factors are in a tensor of their own."""
-    return checkpoint.config(source.config, {k: s.shape for k, s in source.weights.items()}, source.path)
+    return from_gguf.config(source.config, {k: s.shape for k, s in source.weights.items()}, source.path)

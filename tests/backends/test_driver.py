@@ -112,7 +112,7 @@ def test_checkpoint_as_the_library_wrote_it(fake: Path, made: Path) -> None:
 
 
 def test_the_same_tokens_as_the_built_in_methods(fake: Path) -> None:
-    from quantforge.calibration import read_windows
+    from quantforge.calibration.gather import read_windows
     from quantforge.tokenizer import Tokenizer
 
     convert(fake.parent / "out" / "m", calibration_ctx=64)

@@ -71,7 +71,7 @@ def test_error_is_below_ggmls(name: str, kind: str) -> None:
 def test_error_is_below_ggmls_on_the_shipped_model(name: str) -> None:
     from safetensors import safe_open
 
-    from quantforge import importance
+    from quantforge.calibration import importance
 
     model = files("quantforge") / "data/demo-model"
     measured = importance.read(str(model / "llama.cpp-imatrix.gguf"))

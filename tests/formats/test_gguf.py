@@ -414,7 +414,7 @@ class Scaled(codecs.Codec):
 def scaled(monkeypatch: pytest.MonkeyPatch) -> codecs.Codec:
     codec = Scaled()
     codecs.names()
-    monkeypatch.setitem(codecs.base._registry, codec.name, codec)
+    monkeypatch.setitem(codecs.base._registry.all(), codec.name, codec)
     return codec
 
 

@@ -289,7 +289,7 @@ class Ternary(codecs.Codec):
 @pytest.fixture
 def ternary(monkeypatch: pytest.MonkeyPatch) -> codecs.Codec:
     codecs.names()
-    monkeypatch.setitem(codecs.base._registry, "test-ternary", Ternary())
+    monkeypatch.setitem(codecs.base._registry.all(), "test-ternary", Ternary())
     return codecs.get("test-ternary")
 
 
@@ -336,7 +336,7 @@ def test_any_codec_round_trips(tmp_path: Path, ternary: codecs.Codec, limit: int
 
 def test_unregistered_codec(tmp_path: Path, ternary: codecs.Codec, monkeypatch: pytest.MonkeyPatch) -> None:
     write_quantized(tmp_path / "m", ternary)
-    monkeypatch.delitem(codecs.base._registry, "test-ternary")
+    monkeypatch.delitem(codecs.base._registry.all(), "test-ternary")
     with pytest.raises(FormatError, match=r"config\.json: tensor a\.weight: unknown type test-ternary.*register"):
         formats.open_path(tmp_path / "m")
 

@@ -1,0 +1,163 @@
+"""Settings of rotary position embedding, both ways: config.json's two spellings, GGUF's keys, Llama 3's tensor of factors."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+from ..arrays import F32, shortest
+from ..errors import UnsupportedError
+
+logger = logging.getLogger(__name__)
+
+_K = gguf.Keys.Rope
+ROPE_FREQS = gguf.TENSOR_NAMES[gguf.MODEL_TENSOR.ROPE_FREQS] + ".weight"
+"""GGUF's name of the tensor that Llama 3's rope scaling is kept in."""
+
+
+def rope_settings(h: Mapping[str, Any]) -> dict[str, Any]:
+    """Rope settings of either config generation in the newer form: rope_type, rope_theta and the scaling's numbers.
+
+    h: config.json. Raises UnsupportedError.
+    """
+    given = h.get("rope_parameters") or h.get("rope_scaling") or {}
+    given = given.get("full_attention") or given
+    rope = {k: v for k, v in given.items() if v is not None}
+    rope.setdefault("rope_type", rope.get("type", "default"))
+    rope["rope_type"] = str(rope["rope_type"]).lower()
+    rope.setdefault("rope_theta", h.get("rope_theta", 10000.0))
+    kind = rope["rope_type"]
+    if kind in ("linear", "yarn", "llama3") and not isinstance(rope.get("factor"), (int, float)):
+        raise UnsupportedError(f"config.json: rope scaling {kind!r} lacks a numeric factor")
+    if kind in ("yarn", "llama3"):
+        key = "original_max_position_embeddings"  # some configs keep it outside of the scaling's own dict
+        rope[key] = h.get(key, rope.get(key, h.get("max_position_embeddings")))
+    if rope.get("partial_rotary_factor", h.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise UnsupportedError("config.json: partial_rotary_factor other than 1 does not fit this architecture in llama.cpp")
+    for key, value in rope.items():
+        if key.endswith(("theta", "factor", "embeddings", "fast", "slow", "mscale", "mscale_all_dim")) and (
+            isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0
+        ):
+            raise UnsupportedError(f"config.json: rope {key} = {value!r} is not a number")
+    return rope
+
+
+def rope_metadata(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """GGUF's keys, with {arch}, for settings as `rope_settings` gives them; Llama 3's are a tensor instead.
+
+    Raises UnsupportedError for what llama.cpp cannot run.
+    """
+    kind = rope["rope_type"]
+    found: dict[str, Any] = {}
+    if kind in ("linear", "yarn"):
+        found[_K.SCALING_TYPE] = gguf.RopeScalingType[kind.upper()].value
+        found[_K.SCALING_FACTOR] = float(rope["factor"])
+    if kind == "yarn":
+        if rope.get("truncate", True) is not True:
+            raise UnsupportedError("config.json: yarn rope scaling with truncate = false does not exist in llama.cpp")
+        found[_K.SCALING_ORIG_CTX_LEN] = int(rope["original_max_position_embeddings"])
+        names = {
+            "extrapolation_factor": _K.SCALING_YARN_EXT_FACTOR,
+            "attention_factor": _K.SCALING_YARN_ATTN_FACTOR,
+            "beta_fast": _K.SCALING_YARN_BETA_FAST,
+            "beta_slow": _K.SCALING_YARN_BETA_SLOW,
+        }
+        found.update({name: float(rope[key]) for key, name in names.items() if key in rope})
+        # llama.cpp's dense graphs do not look at yarn_attn_factor: they take YaRN's own magnitude times attn_factor.
+        own, wanted = _yarn_magnitude(rope["factor"]), _yarn_attention_factor(rope)
+        if not math.isclose(wanted, own):
+            found[_K.SCALING_ATTN_FACTOR] = wanted / own
+    if kind == "dynamic":
+        logger.warning("config.json: dynamic rope scaling is not part of GGUF; it matters only beyond max_position_embeddings")
+    found[_K.FREQ_BASE] = float(rope["rope_theta"])
+    return found
+
+
+def rope_scaling(get: Callable[[str], Any]) -> dict[str, Any] | None:
+    """config.json's rope_scaling in the older spelling; get: the value of a GGUF key with {arch}, or None."""
+    kind = get(_K.SCALING_TYPE)
+    if kind not in ("linear", "yarn"):
+        return None
+    factor = shortest(get(_K.SCALING_FACTOR) or 1)
+    rope: dict[str, Any] = {"rope_type": kind, "factor": factor}
+    if kind == "linear":
+        return rope
+    if (context := get(_K.SCALING_ORIG_CTX_LEN)) is not None:
+        rope["original_max_position_embeddings"] = int(context)
+    for key, pattern in (
+        ("attention_factor", _K.SCALING_YARN_ATTN_FACTOR),
+        ("beta_fast", _K.SCALING_YARN_BETA_FAST),
+        ("beta_slow", _K.SCALING_YARN_BETA_SLOW),
+    ):
+        if (value := get(pattern)) is not None:
+            rope[key] = shortest(value)
+    if "attention_factor" not in rope and (times := get(_K.SCALING_ATTN_FACTOR)) is not None:
+        rope["attention_factor"] = float(times) * _yarn_magnitude(factor)
+    return rope
+
+
+def _yarn_magnitude(factor: float, mscale: float = 1.0) -> float:
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _yarn_attention_factor(rope: Mapping[str, Any]) -> float:
+    """What transformers multiplies cosines and sines by (modeling_rope_utils, from YaRN and DeepSeek-V2)."""
+    if "attention_factor" in rope:
+        return float(rope["attention_factor"])
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        return _yarn_magnitude(rope["factor"], rope["mscale"]) / _yarn_magnitude(rope["factor"], rope["mscale_all_dim"])
+    return _yarn_magnitude(rope["factor"])
+
+
+def llama3_rope_factors(rope: Mapping[str, Any], dim: int) -> F32:
+    """By how much Llama 3's scaling divides each rotary frequency: f32[dim / 2].
+
+    Source: Llama 3.1's apply_scaling; low frequencies by `factor`, high ones by 1, between them a
+    linear blend in units of the pretraining context per wavelength.
+    """
+    factor, context = float(rope["factor"]), float(rope["original_max_position_embeddings"])
+    low, high = float(rope.get("low_freq_factor", 1.0)), float(rope.get("high_freq_factor", 4.0))
+    if low == high:
+        raise UnsupportedError(f"config.json: llama3 rope scaling with low_freq_factor = high_freq_factor = {low}")
+    freqs = (1.0 / (float(rope["rope_theta"]) ** (np.arange(0, dim, 2, dtype=np.float32) / dim))).astype(np.float32)
+    turns = context / (2 * math.pi / freqs.astype(np.float64))
+    smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return np.asarray(1.0 / ((1.0 - smooth) / factor + smooth), np.float32)
+
+
+def llama3_scaling(factors: F32, theta: float, path: Path) -> dict[str, Any]:
+    """Llama 3's rope settings whose factors these are: f32[head size / 2].
+
+    Between its two ends the blend is a line over frequency: its slope and intercept give context and high_freq_factor
+    in units of low_freq_factor, which is taken to be 1, as in every release. Raises UnsupportedError if none fit.
+    """
+    dim, factor = 2 * factors.size, float(factors.max())
+    turns = theta ** -(np.arange(0, dim, 2, dtype=np.float64) / dim) / (2 * math.pi)  # per token of context
+    smooth = (1 / factors.astype(np.float64) - 1 / factor) / (1 - 1 / factor) if factor > 1 else np.ones(factors.size)
+    low, high = turns[smooth <= 1e-5], turns[smooth >= 1 - 1e-5]
+    between = (smooth > 1e-5) & (smooth < 1 - 1e-5)
+    tried = [(8192.0, 4.0)]
+    if between.sum() > 1:
+        slope, intercept = np.polyfit(turns[between], smooth[between], 1)
+        tried += [(-slope / intercept, 1 - 1 / intercept)] if intercept < 0 else []
+    elif between.any():  # one number for two: usual blends first
+        tried += [((1 + (h - 1) * smooth[between][0]) / turns[between][0], h) for h in (4.0, 2.0, 8.0, 3.0, 6.0, 16.0, 1.5, 32.0)]
+    elif low.size and high.size:  # a step: any blend between the two frequencies
+        tried.append((0.9999 / float(low.max()), max(1.001, float(high.min() / low.max()) * 0.999)))
+    for context, end in tried:
+        rope: dict[str, Any] = {"rope_type": "llama3", "factor": factor, "rope_theta": theta}
+        for unit in (1.0, 8192 / context):  # the same line with a whole number as context
+            at_end = round(end, 3) if unit == 1 else float(end * unit)
+            rope |= {"low_freq_factor": float(unit), "high_freq_factor": at_end}
+            rope["original_max_position_embeddings"] = round(context * unit)
+            if at_end > unit and np.allclose(llama3_rope_factors(rope, dim), factors, rtol=2e-4):
+                return {k: v for k, v in rope.items() if k != "rope_theta"}
+    raise UnsupportedError(
+        f"{path}: {ROPE_FREQS} are not the factors of Llama 3's rope scaling, which is the only way config.json has to say them"
+    )

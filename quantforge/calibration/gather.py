@@ -1,0 +1,318 @@
+"""Calibration: run text through a model, a block at a time, and gather what quantization needs to know
+about the inputs of every matrix. `calibrate` writes mean squares as llama.cpp's GGUF imatrix."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import nn
+
+from .. import codecs, formats
+from ..arrays import F32
+from ..errors import CalibrationError, FormatError, NonFiniteError, OutputError, RecipeError
+from ..formats import Header, Stored, open_path
+from ..runtime import FUSED, Model, advance
+from ..tokenizer import Tokenizer
+from . import overlap
+from .corpus import BUILTIN, Corpus, Ints, cut, read_text
+
+logger = logging.getLogger(__name__)
+
+CTX = 512
+FEW_TOKENS = 32
+"""An expert that saw fewer tokens gets the other experts' mean for what is missing."""
+_PARAGRAPH, _GRAM, _SHARE = 60, 13, 0.02
+
+PathLike: TypeAlias = str | os.PathLike[str]
+Progress: TypeAlias = Callable[[str, int, int], None]
+Note: TypeAlias = Callable[[Sequence[str], torch.Tensor], None]
+
+
+# ---- text
+
+
+def _text_path(text: PathLike) -> Path:
+    return Path(str(files("quantforge") / "data" / "text" / "calibration.txt")) if os.fspath(text) == BUILTIN else Path(text)
+
+
+def read_windows(text: PathLike, tokenizer: Tokenizer, ctx: int, chunks: int | None = None, *, spread: bool = False) -> Ints:
+    """Windows of calibration tokens, cut as llama-imatrix does: int[windows, ctx].
+
+    text: a UTF-8 file, or "builtin" for the shipped calibration text. chunks: at most so many, from the start
+    or, with `spread`, evenly from the whole text. Raises CalibrationError where the text has fewer than two
+    windows or overlaps the shipped held-out text, FormatError where it cannot be read.
+    """
+    path = _text_path(text)
+    corpus = Corpus.read(path, tokenizer)
+    if os.fspath(text) != BUILTIN:
+        held_out = Path(str(files("quantforge") / "data" / "text" / "heldout.txt"))
+        check_overlap(
+            path.read_text(encoding="utf-8"), held_out.read_text(encoding="utf-8"), path.name, "the shipped held-out text"
+        )
+    if len(corpus.tokens) < 2 * ctx:
+        raise CalibrationError(
+            f"{path}: {len(corpus.tokens)} tokens are too few to calibrate with windows of {ctx}: "
+            f"at least {2 * ctx} are needed; give more text or smaller windows"
+        )
+    try:
+        ids = cut(corpus, tokenizer, ctx, chunks=None if spread else chunks).ids
+    except RecipeError as e:
+        raise CalibrationError(str(e)) from None
+    if spread and chunks is not None and chunks < len(ids):
+        ids = ids[np.linspace(0, len(ids) - 1, chunks).astype(np.int64)]
+    return ids
+
+
+def sketch(text: PathLike) -> overlap.Sketch:
+    """What a quantized file remembers of its calibration text. Raises FormatError."""
+    path = _text_path(text)
+    data, written = read_text(path)
+    return overlap.Sketch.of(path.name, hashlib.sha256(data).hexdigest(), written)
+
+
+def check_overlap(calibration: str, held_out: str, name: str = "the calibration text", other: str = "the held-out text") -> None:
+    """Raise CalibrationError if two texts share a paragraph of at least 60 characters, or 2% of the 13-word sequences."""
+
+    def paragraphs(text: str) -> dict[str, None]:
+        found = dict.fromkeys(" ".join(p.split()) for p in re.split(r"\n\s*\n", text.replace("\r\n", "\n")))
+        return {p: None for p in found if len(p) >= _PARAGRAPH}
+
+    def sequences(text: str) -> set[int]:
+        words = re.findall(r"\w+", text.lower())
+        return {hash(tuple(words[i : i + _GRAM])) for i in range(len(words) - _GRAM + 1)}
+
+    theirs = paragraphs(held_out)
+    shared = next((p for p in paragraphs(calibration) if p in theirs), None)
+    if shared is not None:
+        raise CalibrationError(f"{name} overlaps {other}: both have the paragraph {shared[:50]!r}...; calibrate with other text")
+    a, b = sequences(calibration), sequences(held_out)
+    both = len(a & b)
+    if both > _SHARE * min(len(a), len(b)):
+        raise CalibrationError(
+            f"{name} overlaps {other}: they share {both} sequences of {_GRAM} words; calibrate with other text"
+        )
+
+
+# ---- what the matrices of a block see
+
+
+@contextmanager
+def observing(layer: nn.Module, prefix: str, note: Note) -> Iterator[None]:
+    """Call note(names, x) whenever matrices of a block run: their checkpoint names and their input x[tokens, in].
+
+    Covers every module with a matrix of its own (linears, routers) and transformers' stacked experts, whose
+    matrices are named one by one; an expert's x has only the tokens that were routed to it.
+    """
+    with ExitStack() as stack:
+        for path, module in layer.named_modules():
+            stem = f"{prefix}.{path}" if path else prefix
+            if all(isinstance(getattr(module, k[1:], None), nn.Parameter) for k in FUSED):
+                hook = _expert_hook(module, stem, note)
+            elif (w := module._parameters.get("weight")) is not None and w.ndim == 2:
+                hook = _matrix_hook(f"{stem}.weight", note)
+            else:
+                continue
+            handle = module.register_forward_pre_hook(hook)
+            stack.callback(handle.remove)
+        yield
+
+
+def _matrix_hook(name: str, note: Note) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        note([name], args[0].detach().reshape(-1, args[0].shape[-1]))
+
+    return hook
+
+
+def _expert_hook(module: Any, stem: str, note: Note) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+        hidden, chosen = args[0].detach().reshape(-1, args[0].shape[-1]), args[1].reshape(-1, args[1].shape[-1])
+        for e in range(module.gate_up_proj.shape[0]):
+            x = hidden[(chosen == e).any(-1)]
+            note([f"{stem}.{e}.{p}.weight" for p in FUSED[".gate_up_proj"]], x)
+            gate, up = nn.functional.linear(x, module.gate_up_proj[e]).chunk(2, dim=-1)
+            note([f"{stem}.{e}.down_proj.weight"], module.act_fn(gate) * up)
+
+    return hook
+
+
+class _Squares:
+    """Sums of squares and counts of the inputs of every matrix, by checkpoint name."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, np.ndarray[Any, np.dtype[np.float64]]] = {}
+        self.counts: dict[str, int] = {}
+        self._last: tuple[torch.Tensor | None, Any] = (None, None)
+
+    def note(self, names: Sequence[str], x: torch.Tensor) -> None:
+        """See `observing`. Matrices that share an input share the work."""
+        seen, square = self._last
+        if seen is None or seen.data_ptr() != x.data_ptr() or seen.shape != x.shape:
+            square = (x.float() ** 2).sum(0).double().cpu().numpy()
+            self._last = (x, square)
+        for name in names:
+            self.sums[name] = self.sums.get(name, 0.0) + square
+            self.counts[name] = self.counts.get(name, 0) + len(x)
+
+
+# ---- the importance matrix
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationReport:
+    """What was gathered."""
+
+    path: str
+    text: str
+    ctx: int
+    chunks: int
+    tokens: int
+    entries: int
+    seconds: float
+    experts: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    """GGUF name of stacked experts -> tokens that each of them saw."""
+    warnings: Sequence[str] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Ready for json.dumps; `schema` names this layout."""
+        values = {k: getattr(self, k) for k in self.__slots__}
+        return {"schema": "quantforge.calibrate/1", **values, "experts": dict(self.experts), "warnings": list(self.warnings)}
+
+
+def calibrate(
+    model: PathLike,
+    out: PathLike,
+    text: PathLike = BUILTIN,
+    *,
+    ctx: int | None = None,
+    chunks: int | None = None,
+    device: str = "cpu",
+    force: bool = False,
+    progress: Progress | None = None,
+) -> CalibrationReport:
+    """Write the importance matrix of a model in llama-imatrix's GGUF layout.
+
+    model: anything `quantforge.open` reads. out: *.gguf. text: a UTF-8 file, or "builtin". ctx: tokens per window, default
+    min(512, the model's); chunks: windows, default all. Per matrix: `NAME.in_sum2` f32[in] (experts: [experts, in]) and
+    `NAME.counts`, tokens. Experts that saw fewer than 32 tokens get the mean of all experts' tokens for the missing ones.
+    progress: called with (what, done, of).  Raises CalibrationError, FormatError, NonFiniteError (names the layer), OutputError.
+    """
+    out, began = Path(out), time.perf_counter()
+    if out.suffix != ".gguf":
+        raise RecipeError(f"{out}: the importance matrix is a GGUF file; name it *.gguf")
+    if out.exists() and not force:
+        raise OutputError(out, "exists already; --force overwrites it")
+    with open_path(Path(model)) as source:
+        runner = Model(source, Path(model).resolve().name, device=device)
+        if runner.arch is None:
+            raise CalibrationError(
+                f"{model}: an importance matrix names tensors as GGUF does, and this architecture has no such names"
+            )
+        tokenizer = Tokenizer(Path(model), source.config, gguf_metadata=source.format == "gguf")
+        ids = read_windows(text, tokenizer, context(ctx, runner), chunks)
+        squares = gather(runner, ids, progress)
+        entries, experts, warnings = _entries(runner, squares)
+    for warning in warnings:
+        logger.warning("%s", warning)
+    name = _text_path(text).name
+    metadata = {
+        "general.type": "imatrix",
+        "imatrix.datasets": [name],
+        "imatrix.chunk_count": int(ids.shape[0]),
+        "imatrix.chunk_size": int(ids.shape[1]),
+        **overlap.metadata([sketch(text)]),
+    }
+    plain = codecs.get("F32")
+    tensors = {k: v for n in sorted(entries) for k, v in zip((f"{n}.in_sum2", f"{n}.counts"), entries[n], strict=True)}
+    header = Header(metadata, {k: Stored(plain, v.shape) for k, v in tensors.items()})
+    with formats.get("gguf").create(out, header) as sink:
+        for k, v in tensors.items():
+            sink.write(k, plain.encode(v))
+        sink.commit()
+    seconds = time.perf_counter() - began
+    return CalibrationReport(str(out), name, ids.shape[1], ids.shape[0], ids.size, len(entries), seconds, experts, warnings)
+
+
+def context(ctx: int | None, model: Model, option: str = "--ctx") -> int:
+    """Tokens per window: what was asked for, or min(512, the model's own). Raises CalibrationError if it is too long."""
+    own = int(getattr(model.module.config, "max_position_embeddings", None) or CTX)
+    if ctx is not None and ctx > own:
+        raise CalibrationError(f"{option} {ctx} is more than the model's own context of {own}")
+    return min(CTX, own) if ctx is None else ctx
+
+
+def gather(model: Model, ids: Ints, progress: Progress | None = None) -> _Squares:
+    """Sums of squares of every matrix's inputs over windows of tokens int[windows, ctx]."""
+    squares = _Squares()
+    hooks = ExitStack()
+
+    def before(i: int, blocks: Sequence[nn.Module], hidden: Sequence[torch.Tensor]) -> None:
+        hooks.enter_context(observing(blocks[0], f"{model.prefix}.{i}", squares.note))
+
+    def after(i: int, blocks: Sequence[nn.Module], hidden: Sequence[torch.Tensor]) -> None:
+        hooks.close()
+
+    def tell(done: int, of: int) -> None:
+        if progress:
+            progress("blocks", done, of)
+
+    with hooks:
+        advance([model], torch.from_numpy(ids), before=before, after=after, progress=tell)
+    for name, sums in squares.sums.items():
+        if not np.isfinite(sums).all():
+            raise NonFiniteError(f"{model.name}: the squares of the inputs of {name} overflow; the model is damaged", ())
+    return squares
+
+
+def _entries(model: Model, squares: _Squares) -> tuple[dict[str, tuple[F32, F32]], dict[str, list[int]], list[str]]:
+    """GGUF name -> (in_sum2, counts); tokens per expert; warnings."""
+    entries: dict[str, tuple[F32, F32]] = {}
+    experts: dict[str, list[int]] = {}
+    starved: dict[str, str] = {}
+    for name, sources in stored_names(model).items():
+        if not all(s in squares.sums for s in sources):
+            continue
+        sums = np.stack([squares.sums[s] for s in sources])
+        counts = np.asarray([squares.counts[s] for s in sources], np.float64)
+        if len(sources) > 1:
+            experts[name] = counts.astype(int).tolist()
+            missing = np.maximum(FEW_TOKENS - counts, 0)[:, None]
+            if missing.any():
+                sums += missing * sums.sum(0) / max(counts.sum(), 1)
+                counts = np.maximum(counts, FEW_TOKENS)
+                few = [i for i, n in enumerate(experts[name]) if n < FEW_TOKENS]
+                starved.setdefault(str(few), name)
+            entries[name] = sums.astype(np.float32), counts.astype(np.float32)[:, None]
+        else:
+            entries[name] = sums[0].astype(np.float32), counts.astype(np.float32)
+    if not entries:
+        raise FormatError(model.source.path, "no matrix of the model was seen in its blocks")
+    warnings = [
+        f"{name}: experts {few} saw fewer than {FEW_TOKENS} tokens; the mean of all experts stands in: calibrate with more text"
+        for few, name in starved.items()
+    ]
+    return entries, experts, warnings
+
+
+def stored_names(model: Model) -> dict[str, list[str]]:
+    """GGUF name -> checkpoint names of the matrices of a model's blocks, stacked experts in order. Needs a known architecture."""
+    found: dict[str, list[str]] = {}
+    if model.source.format == "gguf":
+        for name, place in model.places.items():
+            found.setdefault(place.stored, []).append(name)
+        return {k: sorted(v, key=lambda n: model.places[n].expert or 0) for k, v in found.items()}
+    assert model.arch is not None
+    shapes = {k: tuple(v.shape) for k, v in model.source.weights.items()}
+    return {w.name: list(w.sources) for w in model.arch.weights(model.config, shapes) if w.sources and w.layer is not None}

@@ -1,0 +1,148 @@
+"""quantforge convert."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .shared import parse_size, progress_bar, recipe_options, size
+
+if TYPE_CHECKING:
+    from ..conversion.plan import Plan
+
+
+def _print_plan(plan: Plan) -> None:
+    width = max((len(t.name) for t in plan.tensors), default=4)
+    for t in plan.tensors:
+        note = f"  {t.note}" if t.note else ""
+        shape = "×".join(map(str, t.shape))
+        click.echo(f"{t.name:<{width}}  {shape:>14}  {t.source_codec.name:>5} → {t.codec.name:<8} {t.nbytes:>14,}{note}")
+    for warning in plan.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    click.echo(
+        f"{len(plan.tensors)} tensors, {plan.total_bytes:,} bytes ({size(plan.total_bytes)}), {plan.bpw:.3f} bits per weight"
+    )
+
+
+@click.command()
+@click.argument("model", type=click.Path())
+@click.argument("out", type=click.Path())
+@recipe_options
+@click.option(
+    "--format",
+    metavar="F",
+    help="gguf, safetensors, gptq, awq, compressed-tensors, bitsandbytes; default: gguf for *.gguf, else safetensors.",
+)
+@click.option(
+    "--bits", metavar="N", type=click.IntRange(2, 8), help="Integers of that width for the linear layers of the blocks."
+)
+@click.option("--group-size", metavar="N", type=click.IntRange(-1), help="Columns that share a scale; -1: a scale per row.")
+@click.option(
+    "--sym/--asym", "symmetric", default=None, help="Without or with a zero point; default: what the format usually has."
+)
+@click.option("--checkpoint-format", metavar="V", help="GPTQ layout: gptq (v1) or gptq_v2; default: v1 where symmetric, else v2.")
+@click.option("--int8-threshold", metavar="X", type=float, help="bitsandbytes int8: activations kept in floats; default 6.0.")
+@click.option("--max-shard-size", metavar="SIZE", callback=parse_size, help="Largest weight file, as 5GB or 500MB; default 5GB.")
+@click.option("--imatrix", metavar="FILE", type=click.Path(dir_okay=False), help="Importance matrix (llama.cpp's GGUF or .dat).")
+@click.option(
+    "--threads", metavar="N", type=click.IntRange(1), help="Threads; default: all CPUs. Output bytes do not depend on it."
+)
+@click.option("--pre-tokenizer", metavar="NAME", help="Value of tokenizer.ggml.pre where the tokenizer's is not recognised.")
+@click.option("--allow-requantize", is_flag=True, help="Quantize tensors that are quantized already.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and the exact size; read no tensor data, write nothing.")
+@click.option("--force", is_flag=True, help="Overwrite an existing output.")
+@click.option("--report", metavar="FILE.json", type=click.Path(dir_okay=False), help="Write a report with each tensor's error.")
+@click.option("--json", "as_json", is_flag=True, help="Print the plan or the report as JSON.")
+@click.option("--method", metavar="M", help="rtn, gptq, awq or awq+gptq (torch); default: rtn, or the back end's own.")
+@click.option("--backend", metavar="B", help="Quantize with auto-gptq, autoawq, gptqmodel, llm-compressor or auto-round.")
+@click.option("--backend-python", metavar="PATH", help="The interpreter that has it; default: this one.")
+@click.option("--calibration", metavar="FILE", default="builtin", show_default=True, help="Text that --method sees.")
+@click.option("--calibration-chunks", metavar="N", type=click.IntRange(2), help="Windows of it; default 128.")
+@click.option("--calibration-ctx", metavar="N", type=click.IntRange(4), help="Tokens of each; default: 512, or the model's.")
+@click.option(
+    "--act-order/--no-act-order", default=None, help="GPTQ: columns in the order of falling activations; GPTQ files: desc_act."
+)
+@click.option(
+    "--static-groups/--no-static-groups", default=None, help="GPTQ: fit all scales beforehand; then --act-order needs no g_idx."
+)
+@click.option(
+    "--clip/--no-clip", default=None, help="AWQ: search how much of each group's largest weight to cut off; default with awq."
+)
+@click.option("--damping", metavar="X", type=float, help="GPTQ: part of the Hessian's mean diagonal added to it; default 0.01.")
+@click.option(
+    "--device", metavar="D", default="cpu", show_default=True, help="Where tensors are encoded and --method runs: cpu or cuda."
+)
+def convert(
+    model: str,
+    out: str,
+    recipe: Any,
+    format: str | None,
+    bits: int | None,
+    group_size: int | None,
+    symmetric: bool | None,
+    checkpoint_format: str | None,
+    int8_threshold: float | None,
+    max_shard_size: int | None,
+    imatrix: str | None,
+    threads: int | None,
+    pre_tokenizer: str | None,
+    allow_requantize: bool,
+    dry_run: bool,
+    force: bool,
+    report: str | None,
+    as_json: bool,
+    **calibration: Any,
+) -> None:
+    """Convert MODEL (a directory, a .safetensors or .gguf file) to OUT (a .gguf file, or a directory of safetensors)."""
+    from .. import convert as run
+    from .. import plan as make_plan
+
+    options: dict[str, Any] = {
+        "allow_requantize": allow_requantize,
+        "pre_tokenizer": pre_tokenizer,
+        "format": format,
+        **calibration,
+    }
+    options |= {"bits": bits, "group_size": group_size, "symmetric": symmetric, "max_shard_size": max_shard_size}
+    if checkpoint_format is not None:
+        options["version"] = checkpoint_format
+    if int8_threshold is not None:
+        options["threshold"] = int8_threshold
+    if dry_run:
+        plan = make_plan(model, out, recipe, imatrix, **options)
+        if as_json:
+            click.echo(json.dumps(plan.to_json(), ensure_ascii=False))
+        else:
+            _print_plan(plan)
+        return
+    with progress_bar() as progress:
+        done = run(
+            model,
+            out,
+            recipe,
+            imatrix,
+            threads=threads,
+            force=force,
+            measure=bool(report or as_json),
+            progress=progress,
+            **options,
+        )
+    if report:
+        Path(report).write_text(json.dumps(done.to_json(), indent=1, ensure_ascii=False) + "\n")
+    if as_json:
+        click.echo(json.dumps(done.to_json(), ensure_ascii=False))
+        return
+    for note in sorted({t.note for t in done.tensors if t.note}):
+        click.echo(f"note: {note}", err=True)
+    judged = [t for t in done.tensors if t.output_error is not None]
+    for kept in sorted({t.method for t in judged}):
+        names = [t.name for t in judged if t.method == kept]
+        some = f": {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" if kept == "rtn" else ""
+        click.echo(f"{kept} kept for {len(names)} of {len(judged)} matrices{some}")
+    click.echo(f"{done.path}: {done.recipe}, {size(done.total_bytes)}, {done.bpw:.3f} bits per weight, {done.seconds:.1f} s")
+
+
+COMMAND = convert

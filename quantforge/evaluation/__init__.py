@@ -1,0 +1,1 @@
+"""Evaluation: models side by side on text, in figures and reports."""

@@ -1,0 +1,368 @@
+"""Compare models with a reference on text: what did quantization cost?
+
+Whatever quantforge reads can be compared. `comparison` runs all models together on the text, `similarity` and `tasks` ask
+them; here they are opened, checked against each other, and what came out is put together.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import re
+import resource
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from importlib.metadata import version
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import gguf
+
+from ..calibration import overlap
+from ..calibration.corpus import BUILTIN, Corpus, Windows, cut
+from ..device import available
+from ..errors import RecipeError, ShapeError, nearest
+from ..formats import open_path
+from ..tokenizer import Tokenizer
+from . import metrics as stats
+from . import similarity
+from . import tasks as harness
+from .comparison import Comparison, Progress
+from .report import Evaluation, ModelResult
+from .report.base import check_path
+
+if TYPE_CHECKING:
+    from ..runtime import Model
+
+logger = logging.getLogger(__name__)
+
+METRICS = ("ppl", "kld", "flips", "similarity")
+CTX = 512
+_LEAST = 64 << 20
+"""Bytes that answering may always take; else no more than the text took, so that memory does not depend on depth."""
+_PACKED_ON = {"cuda"}
+"""Devices on which the models that are compared compute from what is stored; elsewhere a block is decoded once for all tokens."""
+
+PathLike: TypeAlias = str | os.PathLike[str]
+
+
+def evaluate(
+    models: PathLike | Sequence[PathLike] | Mapping[str, PathLike],
+    *,
+    reference: PathLike,
+    text: PathLike = BUILTIN,
+    ctx: int | None = None,
+    stride: int | None = None,
+    chunks: int | None = None,
+    metrics: Iterable[str] = METRICS,
+    prompts: PathLike | Sequence[str] | None = None,
+    answer_tokens: int = 64,
+    embedder: str | None = None,
+    tasks: Sequence[str] = (),
+    task_path: PathLike | None = None,
+    task_limit: int | None = None,
+    device: str = "cpu",
+    noise_floor: bool = True,
+    report: PathLike | Sequence[PathLike] = (),
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Measure how far models are from a reference, on text and on answers to prompts.
+
+    models: paths, or names -> paths; anything `quantforge.open` reads. text: a file, or "builtin" (the
+    shipped held-out text); documents in it are separated by two blank lines. ctx: tokens per window,
+    default min(512, the model's); the second half of each window is scored, after BOS if the
+    tokenizer adds one, as llama-perplexity does. stride: instead, a sliding window that scores the last
+    `stride` tokens, as in transformers' documentation. chunks: no more windows than this.
+    prompts: a file with one prompt on each line, or the prompts. embedder: a sentence-transformers model;
+    default: mean hidden state of the reference. tasks: of lm-evaluation-harness; task_path: a directory
+    with task files of one's own; task_limit: examples of each. report: .json, .md or .html files to write.
+    progress: called with (what, done, of).
+    Raises RecipeError for options, FormatError, ShapeError (vocabularies differ), NonFiniteError.
+    """
+    named = (
+        dict(models) if isinstance(models, Mapping) else _named([models] if isinstance(models, (str, os.PathLike)) else models)
+    )
+    wanted = _metrics(metrics)
+    reports = [report] if isinstance(report, (str, os.PathLike)) else list(report)
+    for path in reports:
+        check_path(path)
+    questions = similarity.read_prompts(prompts) if "similarity" in wanted else []
+    if answer_tokens < 1:
+        raise RecipeError(f"--answer-tokens {answer_tokens}: at least one is needed")
+    manager = harness.manager(tasks, task_path) if tasks else None
+    tell = progress or (lambda what, done, of: None)
+    began = time.perf_counter()
+    device = str(available(device))
+    with ExitStack() as stack:
+        party = _Party(stack, named, reference, device, floor=noise_floor and wanted > {"ppl"})
+        asked = similarity.ask(questions, party.tokenizer, answer_tokens, _max_context(party.reference), embedder)
+        corpus = Corpus.read(text, party.tokenizer)
+        party.check_text(corpus)
+        windows = cut(corpus, party.tokenizer, _context(ctx, party.reference), stride, chunks)
+        before = _memory("VmRSS")
+        run = Comparison(party.running(wanted), windows, tell)
+        run.go()
+        loss = time.perf_counter() - began
+        results = [_result(m, i, run, wanted) for i, m in enumerate(run.models)]
+        answers = None
+        if questions:
+            tell("answers", 0, 1)
+            memory = max(_LEAST, run.held_bytes)
+            parties = (party.reference, party.ceiling, *party.candidates)
+            answers, figures, intervals = similarity.compare(
+                parties, party.tokenizer, questions, asked, answer_tokens, embedder, memory
+            )
+            for r, f, i in zip(results[1:], figures, intervals, strict=False):
+                r.similarity = f
+                r.intervals |= i
+        found = None
+        if tasks:
+            found, numbers = harness.run([party.reference, *party.candidates], party.tokenizer, tasks, manager, task_limit)
+            for r, t in zip(results, numbers, strict=False):
+                r.tasks = t
+        seconds = time.perf_counter() - began
+        n = 1 + len(party.candidates)
+        evaluation = Evaluation(
+            reference=results[0],
+            models=results[1:n],
+            noise_floor=results[n] if len(results) > n else None,
+            text=_about_text(corpus, windows),
+            intervals=_differences(run, n),
+            similarity=answers,
+            tasks=found,
+            run=_about_run(run, windows, device, loss, seconds, before, answers),
+        )
+    for path in reports:
+        evaluation.save(path)
+    return evaluation
+
+
+def _named(paths: Iterable[PathLike]) -> dict[str, PathLike]:
+    """Models by file name without suffix; by more of the path where two have the same."""
+    listed = [Path(p) for p in paths]
+    found: dict[str, PathLike] = {}
+    for p in listed:
+        name = p.name.removesuffix(".gguf").removesuffix(".safetensors") or p.resolve().name
+        same = sum(q.name == p.name for q in listed) > 1
+        name = f"{p.resolve().parent.name}/{name}" if same else name
+        if name in found:
+            raise RecipeError(f"{p}: a model named {name} is there already; name each model once")
+        found[name] = p
+    if not found:
+        raise RecipeError("no model to evaluate: name at least one")
+    return found
+
+
+def _metrics(metrics: Iterable[str]) -> set[str]:
+    wanted = set(metrics)
+    for m in wanted - set(METRICS):
+        raise RecipeError(f"unknown metric {m}{nearest(m, METRICS)}; known: {', '.join(METRICS)}")
+    return wanted or {"ppl"}
+
+
+class _Party:
+    """The reference, the candidates and the tokenizer, opened and checked against each other."""
+
+    def __init__(self, stack: ExitStack, named: Mapping[str, PathLike], reference: PathLike, device: str, floor: bool) -> None:
+        import torch
+
+        from ..runtime import Model
+
+        source = stack.enter_context(open_path(Path(reference)))
+        path = Path(reference)
+        name = path.resolve().name.removesuffix(".gguf")
+        self.reference = Model(source, name, device=device)
+        self.tokenizer = Tokenizer(path, source.config, gguf_metadata=source.format == "gguf")
+        self.ceiling = Model(source, f"{name} in bf16", device=device, dtype=torch.bfloat16)
+        self.floor = floor
+        self.candidates = []
+        for name, p in named.items():
+            packed = device.partition(":")[0] in _PACKED_ON
+            candidate = Model(stack.enter_context(open_path(Path(p))), name, device=device, packed=packed)
+            self._check_vocabulary(candidate)
+            self.candidates.append(candidate)
+
+    def running(self, wanted: set[str]) -> list[Model]:
+        """The models that see the text."""
+        return [self.reference, *self.candidates, *([self.ceiling] if self.floor else [])]
+
+    def check_text(self, corpus: Corpus) -> None:
+        """Raise CalibrationError if a model was calibrated with the text."""
+        found = None
+        for model in (self.reference, *self.candidates):
+            config = model.source.config
+            if overlap.remembered(config):
+                found = overlap.runs(corpus.text) if found is None else found
+                overlap.check(model.name, config, corpus.name, corpus.text, found)
+            elif corpus.name in re.split(r"[\\/, ]+", str(config.get("quantize.imatrix.dataset", ""))):
+                logger.warning(
+                    "%s: its importance comes from a text that is also named %s; if it is this one, the model looks better "
+                    "than it is",
+                    model.name,
+                    corpus.name,
+                )
+
+    def _check_vocabulary(self, candidate: Model) -> None:
+        mine, ref = int(candidate.config["vocab_size"]), int(self.reference.config["vocab_size"])
+        if mine != ref:
+            raise ShapeError(
+                f"{candidate.name} has a vocabulary of {mine}, the reference {self.reference.name} one of {ref}: not comparable"
+            )
+        theirs = candidate.source.config.get(gguf.Keys.Tokenizer.LIST)
+        if theirs is not None and self.tokenizer.tokens is not None and theirs != self.tokenizer.tokens:
+            at = next(i for i, (a, b) in enumerate(zip(theirs, self.tokenizer.tokens, strict=False)) if a != b)
+            raise ShapeError(
+                f"{candidate.name} has another vocabulary than the reference {self.reference.name}: "
+                f"token {at} is {theirs[at]!r}, not {self.tokenizer.tokens[at]!r}"
+            )
+
+
+def _max_context(model: Model) -> int:
+    return int(getattr(model.module.config, "max_position_embeddings", None) or CTX)
+
+
+def _context(ctx: int | None, reference: Model) -> int:
+    own = _max_context(reference)
+    if ctx is not None and ctx > own:
+        logger.warning("--ctx %s exceeds the model's context of %s: it was not trained for that", ctx, own)
+    return min(CTX, own) if ctx is None else ctx
+
+
+# ---- results
+
+
+def _result(m: Model, i: int, run: Comparison, wanted: set[str]) -> ModelResult:
+    source = m.source
+    names = m.outer_names()
+    bits = {k: 8 * s.nbytes for k, s in source.weights.items()}
+    count = {k: prod(s.shape) for k, s in source.weights.items()}
+    body = [k for k in bits if k not in names] or list(bits)
+    types: dict[str, int] = defaultdict(int)
+    for k, s in source.weights.items():
+        types[s.codec.name] += count[k]
+    r = ModelResult(
+        name=m.name,
+        path=str(source.path),
+        format=source.format,
+        bytes=source.total_bytes,
+        parameters=sum(count.values()),
+        bpw=sum(bits.values()) / sum(count.values()),
+        bpw_body=sum(bits[k] for k in body) / sum(count[k] for k in body),
+        types=dict(types),
+        shape=m.shape(),
+        hidden_error=run.hidden_error[i],
+        tensors=run.tensors[i],
+    )
+    tokens, ref = run.score.tokens(i), run.score.tokens(0)
+    found = stats.perplexity(tokens)
+    if i and "kld" in wanted:
+        found |= stats.divergence(tokens, ref)
+    for k, v in found.items():
+        setattr(r, k, v)
+    boot, _ = run.bootstrap()
+    if i:
+        r.intervals = stats.intervals(tokens, ref, boot)
+        if "kld" not in wanted:
+            r.intervals = {"ppl": r.intervals["ppl"], "ln_ppl_ratio": r.intervals["ln_ppl_ratio"]}
+            r.ln_ppl_ratio = r.intervals["ln_ppl_ratio"]["estimate"]
+        if "flips" in wanted:
+            r.flips = stats.flips(tokens.top, ref.top, run.score.targets)
+    else:
+        r.intervals = {"ppl": stats.intervals(tokens, ref, boot)["ppl"]}
+    return r
+
+
+def _differences(run: Comparison, n: int) -> dict[str, Any]:
+    boot, what = run.bootstrap()
+    ref = run.score.tokens(0)
+    tokens = {i: run.score.tokens(i) for i in range(1, n)}
+    names = [m.name for m in run.models]
+    return {
+        "level": boot.level,
+        "clusters": boot.n,
+        "cluster": what,
+        "resamples": boot.resamples,
+        "seed": boot.seed,
+        "method": f"{boot.level:.0%} paired bootstrap of {boot.n} {what}, {boot.resamples} resamples, expanded percentiles",
+        "differences": [
+            {"a": names[a], "b": names[b], **stats.difference(tokens[a], tokens[b], ref, boot)}
+            for a in tokens
+            for b in tokens
+            if a < b
+        ],
+    }
+
+
+def _about_text(corpus: Corpus, windows: Windows) -> dict[str, Any]:
+    return {
+        "name": corpus.name,
+        "sha256": corpus.sha256,
+        "documents": corpus.documents,
+        "tokens": len(corpus.tokens),
+        "tokens_scored": int(windows.scored.sum()),
+        "windows": len(windows.ids),
+        "ctx": int(windows.ids.shape[1]),
+        "stride": windows.stride,
+        "bos": windows.bos,
+        "scoring": windows.scoring,
+        "bos_note": "no BOS"
+        if not windows.bos
+        else "BOS in front of every window"
+        if windows.stride is None
+        else "BOS in front of the text",
+    }
+
+
+def _about_run(
+    run: Comparison, windows: Windows, device: str, loss: float, seconds: float, before: int, answers: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    from .. import __version__
+
+    peak = _memory("VmHWM")
+    passed = windows.ids.size
+    packages = ("torch", "transformers", "tokenizers", "numpy")
+    return {
+        "seconds": seconds,
+        "seconds_text": loss,
+        "tokens_per_second": passed / loss,
+        "model_tokens_per_second": passed * len(run.models) / loss,
+        "peak_rss_bytes": peak,
+        "block_bytes": run.block_bytes,
+        "hidden_bytes": run.hidden_bytes,
+        "rss_before_bytes": before,
+        "head_bytes": run.head_bytes,
+        "logit_bytes": run.logit_bytes,
+        "memory": f"peak {peak / 1e9:.2f} GB of the process, {before / 1e9:.2f} GB of it there before the first token; "
+        f"held at a time: hidden states of all {len(run.models)} models ({run.hidden_bytes / 1e6:.1f} MB), and one block of each "
+        f"({run.block_bytes / 1e6:.1f} MB) or a slice of each head ({run.head_bytes / 1e6:.1f} MB) with its logits "
+        f"({run.logit_bytes / 1e6:.1f} MB)"
+        + (f"; to answer, one model ({answers['weight_bytes'] / 1e6:.1f} MB)" if answers else ""),
+        "device": device,
+        "machine": _machine(),
+        "versions": {"quantforge": __version__, "python": platform.python_version(), **{p: version(p) for p in packages}},
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _memory(what: str) -> int:
+    """Of this process in bytes: "VmRSS", now, or "VmHWM", its peak; the peak for both where there is no /proc."""
+    try:
+        with open("/proc/self/status") as f:
+            return next(int(line.split()[1]) * 1024 for line in f if line.startswith(what))
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _machine() -> str:
+    name = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as f:
+            name = next((line.split(":", 1)[1].strip() for line in f if line.startswith("model name")), name)
+    except OSError:
+        pass
+    return f"{name}, {os.cpu_count()} CPUs, {platform.system()}"

@@ -1,0 +1,121 @@
+"""The command line as a user meets it: what it prints, what it refuses, what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from quantforge.demo import MODEL
+
+# found from any directory, installed or not
+ENV = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+
+
+def quantforge(*arguments: str | Path, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "quantforge", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**ENV, **env}, stdin=subprocess.DEVNULL)
+    if check:
+        assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_help_names_every_command_and_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; sys.argv=['quantforge', '--help']\nfrom quantforge.cli import main\ntry:\n main()\nexcept SystemExit: pass\n"
+    )
+    code += "assert not {'torch', 'numpy', 'gguf', 'transformers'} & set(sys.modules), 'slow start'"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENV)
+    assert done.returncode == 0, done.stderr
+    for command in ("convert", "inspect", "types", "demo"):
+        assert command in done.stdout
+
+
+def test_convert_and_inspect(tmp_path: Path) -> None:
+    out, report = tmp_path / "m.gguf", tmp_path / "report.json"
+    plan = json.loads(quantforge("convert", MODEL, out, "--type", "q4_k_m", "--dry-run", "--json").stdout)
+    assert not out.exists()
+    done = quantforge("convert", MODEL, out, "--type", "q4_k_m", "--report", report)
+    assert "Q4_K_M" in done.stdout
+    assert done.stderr == ""
+    seen = json.loads(quantforge("inspect", out, "--json").stdout)
+    for found in (plan, seen):
+        assert found["total_bytes"] == out.stat().st_size
+        assert found["metadata"]["general.architecture"] == "llama"
+    row = {"name": "blk.0.attn_q.weight", "type": "Q4_K", "shape": [256, 256], "bytes": 36864}
+    assert [row.items() <= t.items() for t in seen["tensors"]].count(True) == 1
+    assert [row.items() <= t.items() for t in plan["tensors"]].count(True) == 1
+    written = json.loads(report.read_text())
+    assert {t["name"] for t in written["tensors"]} == {t["name"] for t in plan["tensors"]}
+    assert all(t["rel_rmse"] is not None for t in written["tensors"])
+    text = quantforge("inspect", out, "--tensors", "--hash").stdout
+    assert "blk.5.ffn_down.weight" in text
+    assert "[4096 values]" in text
+
+
+def test_types_json() -> None:
+    rows = {r["name"]: r for r in json.loads(quantforge("types", "--json").stdout)}
+    assert rows["Q4_K"] == {
+        "name": "Q4_K",
+        "block_size": 256,
+        "type_size": 144,
+        "bpw": 4.5,
+        "ggml_type": 12,
+        "encode": True,
+        "decode": True,
+        "needs_importance": False,
+    }
+    assert {"F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q5_K", "Q6_K"} <= set(rows)
+    assert {"TQ1_0", "TQ2_0", "MXFP4", "NVFP4", "Q1_0", "Q2_0"} <= set(rows)
+
+
+def test_user_rules(tmp_path: Path) -> None:
+    rules = ["--tensor-type", r"attn_v=Q8_0", "--tensor-type", r"attn=Q6_K", "--output-tensor-type", "Q5_0"]
+    plan = json.loads(quantforge("convert", MODEL, tmp_path / "m.gguf", "-t", "Q4_0", *rules[:4], "--dry-run", "--json").stdout)
+    kinds = {t["name"]: t["type"] for t in plan["tensors"]}
+    assert kinds["blk.0.attn_v.weight"] == "Q8_0"
+    assert kinds["blk.0.attn_k.weight"] == "Q6_K"
+    assert kinds["blk.0.ffn_up.weight"] == "Q4_0"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["convert", "nowhere", "x.gguf"], ["nowhere", "No such file"]),
+        (["convert", MODEL, "x.gguf", "--type", "Q4_KM"], ["Q4_KM", "Q4_K_M"]),
+        (["convert", MODEL, "x.gguf", "--tensor-type", "attn_x=Q8_0"], ["attn_x"]),
+        (["convert", MODEL, "x.gguf", "--tensor-type", "attn_v=Q9"], ["Q9"]),
+        (["convert", MODEL, "x.gguf", "--tensor-type", "attn_v"], ["REGEX=TYPE"]),
+        (["convert", MODEL, "x.gguf", "--tensor-type", "(=Q8_0"], ["("]),
+        (["convert", MODEL, "x.gguf", "--imatrix", MODEL / "config.json"], ["config.json"]),
+        (["convert", MODEL, "x.gguf", "--imatrix", "nowhere.gguf"], ["nowhere.gguf"]),
+        (["convert", MODEL, "no-dir/x.gguf"], ["no-dir"]),
+        (["convert", MODEL / "config.json", "x.gguf"], ["config.json"]),
+        (["convert", MODEL, "x.gguf", "--recipe", "nowhere.toml"], ["nowhere.toml"]),
+        (["inspect", MODEL / "tokenizer.json"], ["tokenizer.json"]),
+        (["convert", MODEL], ["OUT", "--help"]),
+        (["convert", MODEL, "x.gguf", "--threads", "0"], ["--threads"]),
+        (["convrt"], ["convrt"]),
+    ],
+)
+def test_every_failure_is_one_line(arguments: list[str | Path], words: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "quantforge", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=ENV)
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    for word in words:
+        assert word in done.stderr
+    assert done.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_isa() -> None:
+    done = quantforge("convert", MODEL, os.devnull + ".gguf", check=False, QUANTFORGE_ISA="avx9000")
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr

@@ -14,7 +14,7 @@ import gguf
 import numpy as np
 
 from .. import backends, codecs, formats, layouts, recipes
-from ..archs.base import Weight
+from ..archs.weight import Weight
 from ..arrays import F32
 from ..calibration.importance import Importance
 from ..calibration.importance import read as read_importance
@@ -23,6 +23,7 @@ from ..codecs.integers import IntegerCodec
 from ..codecs.plain import PlainCodec, as_floats, prevailing
 from ..errors import CalibrationError, RecipeError, ShapeError, UnsupportedError, nearest
 from ..formats import Format, Header, Source, Stored
+from ..formats.rows import codec_of
 from ..layouts import Layout
 from ..recipes import linears
 from ..recipes.linears import choose_scheme
@@ -207,7 +208,7 @@ def plan(
     to_gguf = target.name == "gguf"
     held = contents(source, target.name, pre_tokenizer)
     weights, outputs = held.weights, held.outputs
-    stored = {w.name: source.weights[w.sources[0]].codec if w.sources else codecs.get("F32") for w in weights}
+    stored = {w.name: codec_of(source, w) for w in weights}
     imatrix = read_importance(importance) if isinstance(importance, str | Path) else importance
     table = _check_importance(imatrix, weights)
     warnings: list[str] = []
@@ -240,7 +241,7 @@ def plan(
                 f"{w.name}: the source is already quantized ({have.name}); --method chooses codes for the original "
                 "model's weights: use that, or --allow-requantize"
             )
-        unchanged = all(made.transform.value is None for _, made in outputs[w.name])
+        unchanged = all(made.by_row for _, made in outputs[w.name])
         codec, via, note = _written_as(w, choices[w.name], have, unchanged, to_gguf, allow_requantize)
         tensors += [PlannedTensor(n, made, codec, have, note, via) for n, made in outputs[w.name]]
     if layout is not None:

@@ -199,6 +199,8 @@ class Arch:
         self._rename(h, given)
         for key in self.needed:
             number(h, key, int)
+        if "max_position_embeddings" in h:
+            number(h, "max_position_embeddings", int)
         if "num_attention_heads" in h:
             self._heads(h)
         if self.rope_types:

@@ -71,6 +71,11 @@ class Weight:
         return stem.split(".", 2)[2] if stem.startswith("blk.") else stem
 
     @property
+    def experts(self) -> int:
+        """Experts that are stacked in it; 1 where it is one matrix or vector."""
+        return self.shape[0] if len(self.shape) > 2 else 1
+
+    @property
     def layer(self) -> int | None:
         """Layer number, or None outside the blocks."""
         return int(self.name.split(".", 2)[1]) if self.name.startswith("blk.") else None

@@ -15,10 +15,11 @@ import numpy as np
 
 from .. import backends, codecs, formats, layouts, recipes
 from ..archs.base import Weight
-from ..arrays import F32
+from ..arrays import F32, Parts
 from ..calibration.importance import Importance
 from ..calibration.importance import read as read_importance
-from ..codecs import Codec, repacks
+from ..codecs import Codec, Encoded, repack, repacks
+from ..codecs.fp4 import NVFP4
 from ..codecs.integers import IntegerCodec
 from ..codecs.plain import PlainCodec, as_floats, prevailing
 from ..errors import CalibrationError, RecipeError, ShapeError, UnsupportedError, nearest
@@ -59,6 +60,20 @@ class PlannedTensor:
     def nbytes(self) -> int:
         """Stored bytes."""
         return self.codec.nbytes(self.shape)
+
+    def rounding(self, largest: Callable[[str], float]) -> Codec:
+        """The codec that the numbers are rounded to, with the scale that it shares with its `mates`.
+
+        largest: the largest magnitude in a tensor of the output, by its name.
+        """
+        codec = self.via or self.codec
+        if not isinstance(codec, NVFP4) or not self.mates:
+            return codec
+        return codec.sharing(max(map(largest, self.mates)))
+
+    def stored(self, rounded: Encoded) -> Parts:
+        """Parts of `codec` from rows that were rounded to `rounding`."""
+        return rounded.parts if self.via is None else repack(rounded, self.codec).parts
 
     def to_json(self) -> dict[str, Any]:
         """As in `convert --dry-run --json`."""

@@ -61,18 +61,19 @@ class PlannedTensor:
         """Stored bytes."""
         return self.codec.nbytes(self.shape)
 
-    def rounding(self, largest: Callable[[str], float]) -> Codec:
-        """The codec that the numbers are rounded to, with the scale that it shares with its `mates`.
+    @property
+    def target(self) -> Codec:
+        """The codec that its numbers are rounded to: `via`, or `codec`."""
+        return self.via or self.codec
 
-        largest: the largest magnitude in a tensor of the output, by its name.
-        """
-        codec = self.via or self.codec
-        if not isinstance(codec, NVFP4) or not self.mates:
-            return codec
-        return codec.sharing(max(map(largest, self.mates)))
+    def sharing(self, largest: Callable[[str], float]) -> Codec:
+        """`target` with the scale that it shares with its `mates`. largest: magnitude in a tensor of the output, by its name."""
+        if not isinstance(self.target, NVFP4) or not self.mates:
+            return self.target
+        return self.target.sharing(max(map(largest, self.mates)))
 
     def stored(self, rounded: Encoded) -> Parts:
-        """Parts of `codec` from rows that were rounded to `rounding`."""
+        """Parts of `codec` from rows of `target`."""
         return rounded.parts if self.via is None else repack(rounded, self.codec).parts
 
     def to_json(self) -> dict[str, Any]:

@@ -51,7 +51,7 @@ class Tiles:
         """(first row, last row) of every tile of a tensor, leading axes merged."""
         rows = prod(t.shape[:-1])
         stored = [self.job.source.weights[s].codec for s in t.weight.sources]
-        if not t.codec.row_local or (t.via and not t.via.row_local) or not all(c.sliceable for c in stored):
+        if not (t.codec.row_local and t.target.row_local) or not all(c.sliceable for c in stored):
             yield 0, rows
             return
         step = max(1, (device.TILE if self._goes_up(t) else TILE) // max(1, t.shape[-1]))
@@ -91,7 +91,7 @@ class Tiles:
         if not t.codec.row_local or len(t.shape) == 1:
             w = w.reshape(t.shape)
         try:
-            codec = t.rounding(self._largest)
+            codec = t.sharing(self._largest)
             return t.stored(Encoded(codec, w.shape, codec.encode(w, q))), w
         except NonFiniteError as e:
             if not e.index:

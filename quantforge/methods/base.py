@@ -7,7 +7,7 @@ Nothing here, nor in the modules that register methods, imports torch before a m
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -111,11 +111,13 @@ class Group(Protocol):
         """Mean x² on the windows that choose: f32[in]."""
         ...
 
-    def loss(self, others: Sequence[torch.Tensor]) -> float:
+    @property
+    def loss(self) -> Callable[[Sequence[torch.Tensor]], float]:
         """Mean squared error of the block's output if other matrices stood there, on the windows that choose."""
         ...
 
-    def judge(self, others: Sequence[torch.Tensor]) -> float:
+    @property
+    def judge(self) -> Callable[[Sequence[torch.Tensor]], float]:
         """The same on windows that did not choose."""
         ...
 

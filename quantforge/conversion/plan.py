@@ -283,7 +283,8 @@ def plan(
         metadata |= quantization_metadata(file_type, imatrix)
     else:
         metadata |= stated_dtype(metadata, source, ((t.codec, t.shape) for t in tensors))
-    metadata |= provenance(source, imatrix, how.method.name if how else None, calibration)
+    seen_text = calibration if how and how.method.needs else None
+    metadata |= provenance(source, imatrix, how.method.name if how else None, seen_text)
     header = Header(metadata, {t.name: Stored(t.codec, t.shape) for t in tensors}, held.files, layout)
     if max_shard_size is not None:
         header = replace(header, max_shard_size=max_shard_size)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import gguf
 import numpy as np
 
-from .. import backends, codecs, formats, layouts, recipes
+from .. import backends, codecs, formats, layouts, methods, recipes
 from ..archs.base import Weight
 from ..arrays import F32, Parts
 from ..calibration.importance import Importance
@@ -25,13 +25,13 @@ from ..codecs.plain import PlainCodec, as_floats, prevailing
 from ..errors import CalibrationError, RecipeError, ShapeError, UnsupportedError, nearest
 from ..formats import Format, Header, Source, Stored
 from ..layouts import Layout
+from ..methods import Method
 from ..recipes import linears
 from ..recipes.linears import choose_scheme
 from .contents import contents, provenance, quantization_metadata, stated_dtype
 
 if TYPE_CHECKING:
     from ..backends import Library
-    from ..methods import Method
 
 CALIBRATION_CHUNKS = 128
 """Windows of calibration text that a method sees by default."""
@@ -387,8 +387,6 @@ def _calibration(
     """What a method needs; None for plain rounding, which runs without torch."""
     if method == "rtn" and not any(v is not None for v in options.values()):
         return None
-    from .. import methods
-
     return Calibration(methods.get(method, **options), text, chunks or CALIBRATION_CHUNKS, ctx, device)
 
 
@@ -398,9 +396,9 @@ def _check_method(method: Method, codecs: set[Codec]) -> list[str]:
         return ["no matrix in the model's blocks is quantized: --method has nothing to do"]
     others = ", ".join(sorted(c.name for c in codecs if not method.takes(c)))
     if not any(method.takes(c) for c in codecs):
+        fitting = [m for m in methods.names() if all(methods.get(m).takes(c) for c in codecs)]
         raise UnsupportedError(
-            f"{others}: --method {method.name} cannot choose its codes; it does for integers (--bits), Q4_0 to Q8_0, "
-            "Q2_K to Q6_K and the IQ types; here use --method rtn or awq"
+            f"{others}: --method {method.name} cannot choose its codes; here use --method {' or '.join(fitting)}"
         )
     return [f"{others}: rounded as usual, --method {method.name} cannot choose its codes"] if others else []
 

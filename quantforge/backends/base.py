@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any
 from ..arrays import Parts
 from ..codecs import Codec
 from ..errors import BackendError, RecipeError, nearest
+from ..methods import Method, Stats
 
 if TYPE_CHECKING:
     import torch
 
     from ..calibration.corpus import Ints
-    from ..methods import Stats
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ class Made:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Library:
+class Library(Method):
     """A library as a `Method`, for whole models only."""
 
     backend: str
@@ -148,7 +148,7 @@ class Library:
         return {"desc_act": bool(self.act_order), "static_groups": bool(self.static_groups)} if self.method == "gptq" else {}
 
     def takes(self, codec: Codec) -> bool:
-        """See `Method.takes`; the library has been asked for what it can do."""
+        """Anything: the library has been asked for what it can do."""
         return True
 
     def quantize(self, w: torch.Tensor, codec: Codec, stats: Stats | None) -> Parts:

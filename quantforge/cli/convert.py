@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .. import methods
 from .shared import parse_size, progress_bar, recipe_options, size
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def _print_plan(plan: Plan) -> None:
 @click.option("--force", is_flag=True, help="Overwrite an existing output.")
 @click.option("--report", metavar="FILE.json", type=click.Path(dir_okay=False), help="Write a report with each tensor's error.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan or the report as JSON.")
-@click.option("--method", metavar="M", help="rtn, gptq, awq or awq+gptq (torch); default: rtn, or the back end's own.")
+@click.option("--method", metavar="M", help=f"{', '.join(methods.names())}; default: rtn, or the back end's own.")
 @click.option("--backend", metavar="B", help="Quantize with auto-gptq, autoawq, gptqmodel, llm-compressor or auto-round.")
 @click.option("--backend-python", metavar="PATH", help="The interpreter that has it; default: this one.")
 @click.option("--calibration", metavar="FILE", default="builtin", show_default=True, help="Text that --method sees.")

@@ -127,17 +127,18 @@ def quantization_metadata(file_type: int, imatrix: Importance | None) -> dict[st
     return values
 
 
-def provenance(source: Source, imatrix: Importance | None, method: str | None, text: str | Path) -> dict[str, Any]:
+def provenance(source: Source, imatrix: Importance | None, method: str | None, text: str | Path | None) -> dict[str, Any]:
     """What a file says of the method and of all texts that it, its importance or its source was calibrated with.
 
-    text: what the method saw, if there is one.
+    text: what the method saw; None: nothing.
     """
     texts = {s.sha256: s for s in (*overlap.remembered(source.config), *(imatrix.texts if imatrix else ()))}
     values = {}
     if method is not None:
+        values["quantforge.method"] = method
+    if text is not None:
         from ..calibration.gather import sketch
 
-        values["quantforge.method"] = method
         mine = sketch(text)
         texts[mine.sha256] = mine
     return values | overlap.metadata(list(texts.values()))

@@ -13,25 +13,26 @@ from typing import TYPE_CHECKING, Any
 import gguf
 import numpy as np
 
-from .. import backends, codecs, formats, layouts, recipes
+from .. import backends, codecs, formats, layouts, methods, recipes
 from ..archs.weight import Weight
-from ..arrays import F32
+from ..arrays import F32, Parts
 from ..calibration.importance import Importance
 from ..calibration.importance import read as read_importance
-from ..codecs import Codec, repacks
+from ..codecs import Codec, Encoded, repack, repacks
+from ..codecs.fp4 import NVFP4
 from ..codecs.integers import IntegerCodec
 from ..codecs.plain import PlainCodec, as_floats, prevailing
 from ..errors import CalibrationError, RecipeError, ShapeError, UnsupportedError, nearest
 from ..formats import Format, Header, Source, Stored
 from ..formats.rows import codec_of
 from ..layouts import Layout
+from ..methods import Method
 from ..recipes import linears
 from ..recipes.linears import choose_scheme
 from .contents import contents, provenance, quantization_metadata, stated_dtype
 
 if TYPE_CHECKING:
     from ..backends import Library
-    from ..methods import Method
 
 CALIBRATION_CHUNKS = 128
 """Windows of calibration text that a method sees by default."""
@@ -60,6 +61,21 @@ class PlannedTensor:
     def nbytes(self) -> int:
         """Stored bytes."""
         return self.codec.nbytes(self.shape)
+
+    @property
+    def target(self) -> Codec:
+        """The codec that its numbers are rounded to: `via`, or `codec`."""
+        return self.via or self.codec
+
+    def sharing(self, largest: Callable[[str], float]) -> Codec:
+        """`target` with the scale that it shares with its `mates`. largest: magnitude in a tensor of the output, by its name."""
+        if not isinstance(self.target, NVFP4) or not self.mates:
+            return self.target
+        return self.target.sharing(max(map(largest, self.mates)))
+
+    def stored(self, rounded: Encoded) -> Parts:
+        """Parts of `codec` from rows of `target`."""
+        return rounded.parts if self.via is None else repack(rounded, self.codec).parts
 
     def to_json(self) -> dict[str, Any]:
         """As in `convert --dry-run --json`."""
@@ -268,7 +284,8 @@ def plan(
         metadata |= quantization_metadata(file_type, imatrix)
     else:
         metadata |= stated_dtype(metadata, source, ((t.codec, t.shape) for t in tensors))
-    metadata |= provenance(source, imatrix, how.method.name if how else None, calibration)
+    seen_text = calibration if how and how.method.needs else None
+    metadata |= provenance(source, imatrix, how.method.name if how else None, seen_text)
     header = Header(metadata, {t.name: Stored(t.codec, t.shape) for t in tensors}, held.files, layout)
     if max_shard_size is not None:
         header = replace(header, max_shard_size=max_shard_size)
@@ -371,8 +388,6 @@ def _calibration(
     """What a method needs; None for plain rounding, which runs without torch."""
     if method == "rtn" and not any(v is not None for v in options.values()):
         return None
-    from .. import methods
-
     return Calibration(methods.get(method, **options), text, chunks or CALIBRATION_CHUNKS, ctx, device)
 
 
@@ -382,9 +397,9 @@ def _check_method(method: Method, codecs: set[Codec]) -> list[str]:
         return ["no matrix in the model's blocks is quantized: --method has nothing to do"]
     others = ", ".join(sorted(c.name for c in codecs if not method.takes(c)))
     if not any(method.takes(c) for c in codecs):
+        fitting = [m for m in methods.names() if all(methods.get(m).takes(c) for c in codecs)]
         raise UnsupportedError(
-            f"{others}: --method {method.name} cannot choose its codes; it does for integers (--bits), Q4_0 to Q8_0, "
-            "Q2_K to Q6_K and the IQ types; here use --method rtn or awq"
+            f"{others}: --method {method.name} cannot choose its codes; here use --method {' or '.join(fitting)}"
         )
     return [f"{others}: rounded as usual, --method {method.name} cannot choose its codes"] if others else []
 

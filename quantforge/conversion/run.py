@@ -23,7 +23,6 @@ from .. import device, formats
 from ..arrays import F32, Parts
 from ..backends import Library
 from ..calibration.importance import Importance
-from ..codecs import Encoded, repack
 from ..codecs.plain import PlainCodec
 from ..errors import OutputError
 from ..formats import Sink, Source
@@ -273,41 +272,35 @@ class _Work:
 
     def calibrated(self, how: Calibration, sink: Sink) -> None:
         """Do the tensors of the model's blocks, one block after the other; the rest stays for the tiles."""
-        from .blockwise import EXPERT_TOKENS, Outcome, quantize_blocks
+        from .blockwise import Outcome, quantize_blocks
+        from .moments import EXPERT_TOKENS
 
-        source, at = self.job.source, {t.name: i for i, t in enumerate(self.job.tensors)}
-        ids = _windows(source, how)
+        at = {t.name: i for i, t in enumerate(self.job.tensors)}
         found: dict[str, list[Outcome]] = {}
 
         def write(o: Outcome) -> None:
-            i = at[o.task.name]
-            t, parts = self.job.tensors[i], o.parts
-            if t.via is not None:
-                parts = repack(Encoded(t.via, o.weights.shape, parts), t.codec).parts
-            sink.write(t.name, parts, o.task.row)
+            t = o.output.tensor
+            sink.write(t.name, o.parts, o.output.row)
             if self.measure:
-                self.errors[i].add(_Errors.of(o.weights, t.codec.decode(parts, o.weights.shape)))
+                self.errors[at[t.name]].add(_Errors.of(o.weights, t.codec.decode(o.parts, o.weights.shape)))
             found.setdefault(t.name, []).append(o)
             self._done.add(t.name)
-            self._tell(t.name, o.weights.size, parts, done=len(found[t.name]) == max(1, len(t.weight.sources)))
+            self._tell(t.name, o.weights.size, o.parts, done=len(found[t.name]) == max(1, len(t.weight.sources)))
 
-        tensors = [(t.name, t.via or t.codec, t.weight) for t in self.job.tensors]
-        mates = {t.name: t.mates for t in self.job.tensors}
-        quantize_blocks(source, tensors, ids, how.method, write, device=how.device, mates=mates)
+        quantize_blocks(self.job.source, self.job.tensors, _windows(self.job.source, how), how.method, write, device=how.device)
+        few: list[tuple[int, str]] = []
         for name, outcomes in found.items():
             kinds = sorted({o.method for o in outcomes})
             mine = [o.output_error for o in outcomes if o.output_error is not None]
             rtn = [o.rtn_error for o in outcomes if o.rtn_error is not None]
-            self.tokens[name] = [o.tokens for o in sorted(outcomes, key=lambda o: o.task.row) if o.tokens is not None]
+            self.tokens[name] = [o.tokens for o in sorted(outcomes, key=lambda o: o.output.row) if o.tokens is not None]
             self.methods[name] = (", ".join(kinds), sum(mine) / len(mine) if mine else None, sum(rtn) / len(rtn) if rtn else None)
-
-        few = {n: seen for n, seen in self.tokens.items() if "exp" in n and min(seen, default=EXPERT_TOKENS) < EXPERT_TOKENS}
+            few += [(o.tokens, name) for o in outcomes if o.expert and o.tokens is not None and o.tokens < EXPERT_TOKENS]
         if few:
-            least = min(few, key=lambda n: min(few[n]))
+            tokens, least = min(few)
             self.warnings.append(
-                f"{sum(sum(n < EXPERT_TOKENS for n in seen) for seen in few.values())} experts' matrices saw fewer than "
-                f"{EXPERT_TOKENS} calibration tokens ({least}: {min(few[least])}); the mean of all experts stands in for the "
-                "missing ones: calibrate with more text (--calibration-chunks)"
+                f"{len(few)} experts' matrices saw fewer than {EXPERT_TOKENS} calibration tokens ({least}: {tokens}); "
+                "the mean of all experts stands in for the missing ones: calibrate with more text (--calibration-chunks)"
             )
 
     def _tell(self, name: str, weights: int, parts: Parts, done: bool) -> None:

@@ -9,7 +9,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from .conversion.run import Report, convert
+from .conversion.convert import convert
+from .conversion.run import Report
 from .errors import NativeError
 from .evaluation import scorecard
 from .evaluation.report.markdown import render

@@ -13,7 +13,7 @@ import quantforge
 
 PACKAGE = Path(quantforge.__file__).parent
 LAYERS = [
-    {"arrays", "discovery"},
+    {"arrays", "discovery", "sizes"},
     {"native"},
     {"codecs"},
     {"device", "archs", "layouts"},
@@ -34,6 +34,7 @@ LAYERS = [
 FREE = {"errors"}
 STACKED = {
     "codecs": ["grid", "base"],
+    "backends": ["worker", "base"],
     "formats": ["files", "base"],
     "archs": ["rope", "base", "from_gguf"],
     "nn": ["tiles", "integers", "fp8", "lookups", "planes", "ops", "products", "stored", "cuda", "linear"],
@@ -41,7 +42,7 @@ STACKED = {
     "tokenizer": ["files", "pretokenizers", "special", "sentencepiece", "to_gguf", "from_gguf", "to_files", "engine"],
     "recipes": ["presets", "recipe", "linears"],
     "calibration": ["overlap", "corpus", "importance", "gather"],
-    "conversion": ["contents", "plan", "tiles", "blockwise", "run"],
+    "conversion": ["contents", "options", "plan", "library", "tiles", "blockwise", "run", "convert"],
     "evaluation": ["metrics", "similarity", "tasks", "report", "comparison", "run", "scorecard"],
     "cli": ["shared"],
 }  # modules that others of their package may import, if those do not stand before them here

@@ -17,10 +17,10 @@ from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 
 import quantforge as qf
+from quantforge import sizes
 from quantforge.cli import group
 from quantforge.demo import MODEL
 from quantforge.errors import FormatError, NonFiniteError, OutputError, RecipeError, ShapeError, UnsupportedError
-from quantforge.evaluation.scorecard import parse_bytes
 from quantforge.runtime import Model, advance, finish
 from tests import checkpoints
 from tests.llama_cpp import Llama
@@ -257,9 +257,9 @@ def test_compare_ranks_and_chooses(tmp_path: Path) -> None:
 
 
 def test_sizes() -> None:
-    assert [parse_bytes(t) for t in ("6GB", "1.5 GiB", "800m", "42", "3kb")] == [6 * 10**9, 3 * 2**29, 8 * 10**8, 42, 3000]
+    assert [sizes.parse(t) for t in ("6GB", "1.5 GiB", "800m", "42", "3kb")] == [6 * 10**9, 3 * 2**29, 8 * 10**8, 42, 3000]
     with pytest.raises(RecipeError, match="write a size like 6GB"):
-        parse_bytes("much")
+        sizes.parse("much")
 
 
 # ---- bad input: one clear line each

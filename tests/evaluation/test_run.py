@@ -17,7 +17,6 @@ from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 
 import quantforge as qf
-from quantforge import sizes
 from quantforge.cli import group
 from quantforge.demo import MODEL
 from quantforge.errors import FormatError, NonFiniteError, OutputError, RecipeError, ShapeError, UnsupportedError
@@ -254,12 +253,6 @@ def test_compare_ranks_and_chooses(tmp_path: Path) -> None:
     assert "Q8_0 would be closer but needs 9.3" in e.choice.why
     none = qf.compare(MODEL, ["Q8_0"], memory=1000, chunks=1, metrics=["kld"], noise_floor=False)
     assert none.choice.best is None and "None of these fits" in none.choice.why and none.noise_floor is None
-
-
-def test_sizes() -> None:
-    assert [sizes.parse(t) for t in ("6GB", "1.5 GiB", "800m", "42", "3kb")] == [6 * 10**9, 3 * 2**29, 8 * 10**8, 42, 3000]
-    with pytest.raises(RecipeError, match="write a size like 6GB"):
-        sizes.parse("much")
 
 
 # ---- bad input: one clear line each

@@ -122,5 +122,5 @@ def test_heavy_imports_only_where_allowed(path: Path) -> None:
 
 
 def test_import_does_not_load_torch() -> None:
-    code = "import sys, quantforge, quantforge.cli; assert not {'torch', 'transformers'} & set(sys.modules)"
+    code = "import sys, quantforge.cli, quantforge.demo; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

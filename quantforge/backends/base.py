@@ -162,7 +162,7 @@ class Library:
         shutil.copyfile(model / "config.json", copy / "config.json")
         settings = ("method", "layout", "scheme", "bits", "group_size", "symmetric", "act_order", "static_groups", "damping")
         job = {k: getattr(self, k) for k in settings} | {
-            "file": inspect.getfile(self.known.quantize),
+            "file": os.path.abspath(inspect.getfile(self.known.quantize)),
             "device": device,
             "rows": ids.tolist(),
         }

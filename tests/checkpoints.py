@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
-import pytest
 
-from quantforge import archs, tokenizer
+from quantforge import tokenizer
 
 TEXT = Path(__file__).parents[1] / "quantforge" / "data" / "text" / "calibration.txt"
 
@@ -39,34 +37,6 @@ NASTY = (
     "\ufffd\ue000\U0010ffff \u0300\u0301 \u0e33 नमस्ते مرحبا שלום "
     "   trailing   "
 )
-
-
-def mixture(monkeypatch: pytest.MonkeyPatch) -> archs.Arch:
-    """Qwen3's mixture of experts, declared here, in the place of all other architectures; see docs/adding.md."""
-    dense = archs.supported()["Qwen3ForCausalLM"]
-    experts = {
-        "ffn_gate_inp": archs.Tensor(("experts", "embd"), checkpoint="model.layers.{bid}.mlp.gate"),
-        "ffn_gate_exps": archs.Tensor(("experts", "expert_ff", "embd")),
-        "ffn_up_exps": archs.Tensor(("experts", "expert_ff", "embd")),
-        "ffn_down_exps": archs.Tensor(("experts", "embd", "expert_ff")),
-    }
-    keys = {
-        gguf.Keys.LLM.EXPERT_COUNT: ("num_local_experts", int),
-        gguf.Keys.LLM.EXPERT_USED_COUNT: ("num_experts_per_tok", int),
-        gguf.Keys.LLM.EXPERT_FEED_FORWARD_LENGTH: ("moe_intermediate_size", int),
-    }
-    arch = replace(
-        dense,
-        hf=("Qwen3MoeForCausalLM",),
-        gguf=gguf.MODEL_ARCH.QWEN3MOE,
-        model_type="qwen3_moe",
-        tensors={r: t for r, t in dense.tensors.items() if r not in ("ffn_gate", "ffn_up", "ffn_down")} | experts,
-        metadata_keys={**dense.metadata_keys, **keys},
-        defaults={**dense.defaults, "norm_topk_prob": True},
-    )
-    monkeypatch.setattr(archs, "supported", lambda: {"Qwen3MoeForCausalLM": arch})
-    monkeypatch.setattr(archs, "find", lambda config: arch)
-    return arch
 
 
 def model(directory: Path, kind: str, **changes: Any) -> Path:

@@ -1,5 +1,6 @@
-"""Architectures: tensor names, roles, transforms and metadata. An architecture is one module here."""
+"""Architectures: tensor names, roles, transforms and metadata. An architecture is one module here that holds it as `ARCH`."""
 
-from .base import IDENTITY, Arch, Config, ScaleGroup, Tensor, Transform, Weight, find, register, supported
+from .base import Arch, Config, From, ScaleGroup, Tensor, find, register, supported
+from .weight import Piece, Value, Weight
 
-__all__ = ["IDENTITY", "Arch", "Config", "ScaleGroup", "Tensor", "Transform", "Weight", "find", "register", "supported"]
+__all__ = ["Arch", "Config", "From", "Piece", "ScaleGroup", "Tensor", "Value", "Weight", "find", "register", "supported"]

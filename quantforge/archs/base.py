@@ -4,92 +4,77 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from ..arrays import F32
 from ..discovery import Registry
 from ..errors import ShapeError, UnsupportedError, nearest
+from .keys import Keys, number, sampling, stated
+from .names import canonical
 from .rope import ROPE_FREQS, llama3_rope_factors, rope_metadata, rope_settings
+from .weight import Piece, Shape, Value, Weight, inverted, rows_of
 
 logger = logging.getLogger(__name__)
 
 Config: TypeAlias = Mapping[str, Any]
-Shape: TypeAlias = tuple[int, ...]
-
-# What gguf's tables were when first imported: building a TensorNameMap for some architectures
-# (Arctic) changes the class's own table, and with it every map built later in the process.
-_BLOCK_NAMES = dict(gguf.TensorNameMap.block_mappings_cfg)
+Sizes: TypeAlias = Mapping[str, int]
+Dims: TypeAlias = tuple[str, ...]
+"""Names of `Arch.sizes`, outermost first, or sums and products of them: ("q+kv+kv", "embd"), ("2*ff", "embd")."""
 
 
 @dataclass(frozen=True, slots=True)
-class Transform:
-    """A change between the checkpoint's numbers and GGUF's that works row by row, with its inverse.
-
-    `gguf[i] = value(checkpoint[rows[i]])`; None: unchanged. Rows are those of the tensor with
-    all axes before the last merged (for 1-D tensors, its elements). `value` is elementwise.
-    """
-
-    rows: NDArray[np.int64] | None = None
-    value: Callable[[F32], F32] | None = None
-    inverse_value: Callable[[F32], F32] | None = None
-
-    @property
-    def inverse(self) -> Transform:
-        """The transform from GGUF's numbers back to the checkpoint's."""
-        return Transform(None if self.rows is None else np.argsort(self.rows), self.inverse_value, self.value)
-
-
-IDENTITY = Transform()
-
-
-@dataclass(frozen=True, slots=True)
-class Weight:
-    """One tensor of a model, as GGUF sees it."""
+class From:
+    """A tensor of the checkpoint that a role is made of, where that is not simply the same tensor."""
 
     name: str
-    """GGUF name, "blk.0.attn_q.weight"."""
-    shape: Shape
-    """[out, in], or [experts, out, in], or [n]."""
-    sources: tuple[str, ...]
-    """Tensors of the checkpoint that it is made of: one, or several stacked on a new first axis; none if constant."""
-    transform: Transform = field(default=IDENTITY)
-    constant: F32 | None = None
-    """The tensor itself where it is computed from the config (rope_freqs) instead of read."""
-    expert: int | None = None
-    """The index on the first axis of its source, where it is one of a GGUF file's stacked experts."""
-
-    @property
-    def role(self) -> str:
-        """GGUF stem without layer and suffix: "attn_q", "token_embd"."""
-        stem = self.name.rsplit(".", 1)[0]
-        return stem.split(".", 2)[2] if stem.startswith("blk.") else stem
-
-    @property
-    def layer(self) -> int | None:
-        """Layer number, or None outside the blocks."""
-        return int(self.name.split(".", 2)[1]) if self.name.startswith("blk.") else None
+    """With {bid} for the layer. With {eid}: one tensor for each of the first of the role's dimensions, stacked.
+    Without a suffix it is a weight (".weight", and ".bias" where the role has one)."""
+    dims: Dims = ()
+    """Its shape; empty: the role's, or one expert's part of it."""
+    rows: Callable[[Sizes], NDArray[np.int64]] | None = None
+    """Which of its rows (all axes before the last merged) the role has, in the role's order; see `part`, `paired`."""
+    groups: str = ""
+    """The number of groups, where what is left are groups of rows of which each is transposed."""
+    picked: Callable[[Sizes], NDArray[np.int64]] | None = None
+    """Which rows, after that."""
+    suffix: str = ".weight"
+    """Empty for a parameter that is not called weight."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
     """What an architecture says about one role."""
 
-    dims: tuple[str, ...]
-    """Names of `Arch.sizes`, outermost first: ("q", "embd")."""
+    dims: Dims
+    """Its shape in GGUF."""
+    checkpoint: str | From | tuple[str | From, ...]
+    """Where it is from: a name, or several whose rows follow one another. With {bid}, the role is one of the blocks."""
     bias: bool | str = False
     """Is there a bias of size dims[0]: yes, no, or the config key that says so."""
     tied: str = ""
     """The config key that says that this tensor is another one's copy and is not stored."""
-    transform: Callable[[Config], Transform] | None = None
-    """From the hyperparameters; applies to the weight and to the bias."""
-    checkpoint: str = ""
-    """The checkpoint's name with {bid}, where gguf's table begins with another model's spelling of it."""
+    where: str = ""
+    """The kind of layer that has it, of `Arch.layers`; "!kind": all others; empty: all."""
+    value: Value | None = None
+    """How its numbers differ from the checkpoint's."""
+    optional: bool = False
+    """May be left out."""
+    suffix: str = ".weight"
+    """GGUF's; empty for the few that have none (ssm_a, ssm_d)."""
+    also: tuple[str | From, ...] = ()
+    """Other spellings of `checkpoint` that releases use: read, not written."""
+
+    @property
+    def origins(self) -> tuple[From, ...]:
+        """`checkpoint` in one form."""
+        given = self.checkpoint if isinstance(self.checkpoint, tuple) else (self.checkpoint,)
+        return tuple(From(g) if isinstance(g, str) else g for g in given)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,36 +85,109 @@ class ScaleGroup:
     targets: tuple[str, ...]
 
 
-@dataclass(frozen=True)
+def size(expression: str, sizes: Sizes) -> int:
+    """What a sum of products of sizes comes to: "2*ff", "q+kv+kv"."""
+    total = 0
+    for term in expression.split("+"):
+        n = 1
+        for factor in term.split("*"):
+            n *= int(factor) if factor.isdigit() else sizes[factor]
+        total += n
+    return total
+
+
+def part(which: int, *widths: str, per: str = "1") -> Callable[[Sizes], NDArray[np.int64]]:
+    """Rows of one of several matrices that a checkpoint keeps together, one after another in each of `per` groups.
+
+    part(1, "q", "kv", "kv"): the keys of a fused qkv_proj. part(0, "expert_ff", "expert_ff", per="experts"): the gates of
+    stacked gate_up_proj. widths: rows of each in one group.
+    """
+
+    def rows(s: Sizes) -> NDArray[np.int64]:
+        given, groups = [size(w, s) for w in widths], size(per, s)
+        at = np.arange(given[which], dtype=np.int64) + sum(given[:which])
+        return (np.arange(groups, dtype=np.int64)[:, None] * sum(given) + at).reshape(-1)
+
+    return rows
+
+
+def interleaved(which: int, of: int, rows: str) -> Callable[[Sizes], NDArray[np.int64]]:
+    """Rows of one of `of` matrices whose rows alternate; rows: of all of them together."""
+    return lambda s: np.arange(which, size(rows, s), of, dtype=np.int64)
+
+
+def paired(heads: str, head: str = "head", rotated: str = "") -> Callable[[Sizes], NDArray[np.int64]]:
+    """Rows from transformers' rotary layout (halves) to Meta's (pairs), which llama.cpp's llama graph rotates.
+
+    heads: their number, head: rows of each, rotated: how many of these, the first ones, are rotated (default: all).
+    """
+
+    def rows(s: Sizes) -> NDArray[np.int64]:
+        n, dim = size(heads, s), size(head, s)
+        turned = size(rotated, s) if rotated else dim
+        of_head = np.arange(dim, dtype=np.int64)
+        of_head[:turned] = of_head[:turned].reshape(2, turned // 2).T.reshape(-1)
+        return (np.arange(n, dtype=np.int64)[:, None] * dim + of_head).reshape(-1)
+
+    return rows
+
+
+_MOST_EXPERTS = 1 << 14
+NEEDED = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
+
+
+@dataclass(frozen=True, eq=False)
 class Arch:
-    """One architecture as data; a module of this package holds one as `ARCH`."""
+    """One architecture as data; a module of this package holds one, or several, as `ARCH`."""
 
     hf: tuple[str, ...]
-    """config.json "architectures"."""
-    gguf: gguf.MODEL_ARCH
+    """config.json "architectures", the one that is written on the way back first."""
+    name: str
+    """GGUF's name, `general.architecture`: "llama"."""
     tensors: Mapping[str, Tensor]
-    """Every role that llama.cpp loads for it, by GGUF stem."""
+    """Every role that llama.cpp loads for it, by GGUF stem without the layer: "attn_q"."""
     scale_groups: tuple[ScaleGroup, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """What transformers assumes for keys that config.json leaves out."""
-    metadata_keys: Mapping[str, tuple[str, type]] = field(default_factory=dict)
+    metadata_keys: Keys = field(default_factory=dict)
     """GGUF key (of gguf.Keys, with {arch}) -> config key and type, in the order in which they are written."""
-    required: Mapping[str, Any] = field(default_factory=dict)
-    """Config values that llama.cpp's graph has built in; another value is refused."""
+    computed: Callable[[Config], Mapping[str, Any]] | None = None
+    """More metadata, by GGUF key with {arch}: what is no config value as it is."""
+    restored: Callable[[Callable[[str], Any]], Mapping[str, Any]] | None = None
+    """Config values that follow from metadata in another way than by `metadata_keys`; gets a look-up of GGUF keys with {arch}."""
+    implied: Mapping[str, Any] = field(default_factory=dict)
+    """Config values that llama.cpp's graph has built in or derives: a value, or a function of the hyperparameters.
+    Another value is refused; on the way back they are stated."""
+    aliases: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
+    """Usual config key -> what this model's config.json calls it: {"hidden_size": "n_embd"}; several: whichever is there."""
+    needed: tuple[str, ...] = NEEDED
+    """Config values without which nothing can be said; positive integers."""
+    dims: Callable[[Config, int | None], Sizes] | None = None
+    """Dimensions of its own, or other than usual, also by layer (None: outside of the blocks)."""
+    layers: Callable[[Config], Sequence[Collection[str]]] | None = None
+    """What each layer is: kinds that `Tensor.where` names."""
+    block_count: Callable[[Config], int] | None = None
+    """Numbered blocks in the file, where these are more than num_hidden_layers."""
     rope_types: frozenset[str] = frozenset({"default", "linear", "dynamic", "yarn"})
+    """What the graph can do; empty: it has no rotary embedding."""
+    partial_rotary: bool = False
+    """Can the graph rotate a part of each head?"""
+    window: bool = False
+    """Does the graph have sliding windows?"""
     generated: Callable[[Config], Iterable[Weight]] | None = None
     """Tensors that are computed from the hyperparameters."""
     model_type: str = ""
     """config.json "model_type", where it is not GGUF's name."""
-    prefixes: tuple[str, ...] = ("model.", "lm_head.")
-    """How tensor names begin. gguf's table also knows other spellings (Meta's own), whose numbers need other transforms."""
+    told_by: Callable[[Callable[[str], Any]], bool] | None = None
+    """Of several models with one name in GGUF: does a file hold this one? Gets a look-up of GGUF keys with {arch}."""
+    samples: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"": {}})
+    """Settings of small random models that the tests prove it with, beside the usual small ones: name -> config keys."""
     skipped: re.Pattern[str] = re.compile(r"\.(rotary_emb\.inv_freq|attention\.(masked_)?bias)$")
     """Buffers of the checkpoint that no model file needs."""
+    others: re.Pattern[str] | None = None
+    """Tensors of the model's other parts (vision, audio), which are left out with a note."""
 
-    @property
-    def name(self) -> str:
-        """GGUF's name, `general.architecture`: "llama"."""
-        return str(gguf.MODEL_ARCH_NAMES[self.gguf])
+    # ---- the config
 
     def hyperparameters(self, config: Config) -> dict[str, Any]:
         """config.json with this architecture's defaults filled in, `rope` in one form, and values checked.
@@ -138,150 +196,202 @@ class Arch:
         """
         given = {k: v for k, v in {**config, **(config.get("text_config") or {})}.items() if v is not None}
         h: dict[str, Any] = {**self.defaults, **given}
-        for key in ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size"):
-            _number(h, key, int)
+        self._rename(h, given)
+        for key in self.needed:
+            number(h, key, int)
+        if "max_position_embeddings" in h:
+            number(h, "max_position_embeddings", int)
+        if "num_attention_heads" in h:
+            self._heads(h)
+        if self.rope_types:
+            h["rope"] = rope_settings(h, partial=self.partial_rotary)
+            if h["rope"]["rope_type"] not in self.rope_types:
+                raise UnsupportedError(
+                    f"config.json: rope scaling {h['rope']['rope_type']!r}: llama.cpp runs {self.name} models with "
+                    f"{', '.join(sorted(self.rope_types))}"
+                )
+        for key, value in self._implied(h).items():
+            if h.get(key, value) != value:
+                raise UnsupportedError(
+                    f"config.json: {key} = {h[key]!r}: llama.cpp runs {self.name} models only with {key} = {value!r}"
+                )
+        return h
+
+    def _rename(self, h: dict[str, Any], given: Config) -> None:
+        for usual, own in self.aliases.items():
+            for key in (own,) if isinstance(own, str) else own:
+                if key in given:
+                    h[usual] = given[key]
+
+    def _heads(self, h: dict[str, Any]) -> None:
+        if isinstance(h["num_attention_heads"], list):  # one number for each layer: `dims` knows
+            return
         h.setdefault("num_key_value_heads", h["num_attention_heads"])
-        heads, kv = h["num_attention_heads"], _number(h, "num_key_value_heads", int)
-        if heads % kv:
+        heads, kv = number(h, "num_attention_heads", int), h["num_key_value_heads"]
+        if not isinstance(kv, list) and heads % number(h, "num_key_value_heads", int):
             raise UnsupportedError(f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv}")
         if "head_dim" not in h and h["hidden_size"] % heads:
             raise UnsupportedError(
                 f"config.json: hidden_size {h['hidden_size']} is not a multiple of num_attention_heads {heads}"
             )
-        h["key_length"] = _number(h, "head_dim", int) if "head_dim" in h else h["hidden_size"] // heads
-        if h["key_length"] % 2:
+        h["key_length"] = number(h, "head_dim", int) if "head_dim" in h else h["hidden_size"] // heads
+        if h["key_length"] % 2 and self.rope_types:
             raise UnsupportedError(f"config.json: a head size of {h['key_length']} is odd; rotary embedding needs pairs")
-        for key, value in self.required.items():
-            if h.get(key, value) != value:
-                raise UnsupportedError(
-                    f"config.json: {key} = {h[key]!r}: llama.cpp runs {self.name} models only with {key} = {value!r}"
-                )
-        h["rope"] = rope_settings(h)
-        if h["rope"]["rope_type"] not in self.rope_types:
-            raise UnsupportedError(
-                f"config.json: rope scaling {h['rope']['rope_type']!r}: llama.cpp runs {self.name} models with "
-                f"{', '.join(sorted(self.rope_types))}"
-            )
-        return h
 
-    def sizes(self, h: Config) -> dict[str, int]:
-        """The dimensions that tensor shapes are written in."""
-        head = h["key_length"]
-        return {
+    def _implied(self, h: Config) -> dict[str, Any]:
+        return {k: v(h) if callable(v) else v for k, v in self.implied.items()}
+
+    def state_implied(self, config: dict[str, Any]) -> None:
+        """Add to a config.json that is made from GGUF what the graph implies. Raises UnsupportedError."""
+        h = {**config}
+        self._rename(h, config)
+        if "num_attention_heads" in h:
+            self._heads(h)
+        config |= {k: v for k, v in self._implied(h).items() if v is not None}
+
+    def sizes(self, h: Config, layer: int | None = None) -> dict[str, int]:
+        """The dimensions that tensor shapes are written in, of a layer."""
+        head, heads, kv = h.get("key_length", 0), h.get("num_attention_heads", 0), h.get("num_key_value_heads", 0)
+        many = {"heads": heads, "kv_heads": kv, "q": heads * head if isinstance(heads, int) else 0}
+        experts = next((h[k] for k in ("num_local_experts", "num_experts", "n_routed_experts") if k in h), 0)
+        ff = h.get("intermediate_size", 0)
+        found = {
             "vocab": h["vocab_size"],
             "embd": h["hidden_size"],
-            "ff": h["intermediate_size"],
+            "ff": ff,
             "head": head,
-            "q": h["num_attention_heads"] * head,
-            "kv": h["num_key_value_heads"] * head,
-            "experts": h.get("num_local_experts", h.get("num_experts", 0)),
-            "expert_ff": h.get("moe_intermediate_size", h["intermediate_size"]),
+            **many,
+            "kv": kv * head if isinstance(kv, int) else 0,
+            "experts": experts,
+            "expert_ff": h.get("moe_intermediate_size", ff),
+            "context": h.get("max_position_embeddings", 0),
         }
+        return {**found, **self.dims(h, layer)} if self.dims else found
 
-    def weights(self, config: Config, tensors: Mapping[str, Shape], optional: Collection[str] = ()) -> list[Weight]:
+    # ---- tensors
+
+    def weights(
+        self,
+        config: Config,
+        tensors: Mapping[str, Shape],
+        optional: Collection[str] = (),
+    ) -> list[Weight]:
         """The tensors of the GGUF file: first the computed ones, then the checkpoint's, in the order of `tensors`.
 
         tensors: checkpoint name -> shape; optional: those that may be left out if the model has no
-        place for them. Buffers and tied copies are left out; experts that the
+        place for them. Buffers, tied copies and the model's other parts are left out; experts that the
         checkpoint stores one by one are gathered. Raises ShapeError naming missing or unknown
         tensors and shapes that contradict the config.
         """
         h = self.hyperparameters(config)
-        expected = self._expected(h, len(tensors))
-        names = _names(self.gguf, h["num_hidden_layers"])
-        tied = {f"{r}.weight" for r, t in self.tensors.items() if t.tied and h.get(t.tied)}
+        roles = self._roles(h, len(tensors))
+        present = {n: s for n, s in tensors.items() if not self.skipped.search(n)}
+        spelled = canonical(present, {o for role in roles for origins in role.spellings for o in origins.names})
+        actual = {c: n for n, c in spelled.items()}
+        used: set[str] = set()
+        missing: list[str] = []
+        at = {n: i for i, n in enumerate(tensors)}
+        found: list[tuple[int, Weight]] = []
+        for role in roles:
+            complete = next((o for o in role.spellings if all(n in actual for n in o.names)), None)
+            if complete is None:
+                best = max(role.spellings, key=lambda o: sum(n in actual for n in o.names))
+                lacking = [n for n in best.names if n not in actual]
+                if role.tensor.optional and len(lacking) == len(set(best.names)):
+                    continue
+                missing += lacking
+                continue
+            for n, expected in complete.shapes.items():
+                shape = tuple(tensors[actual[n]])
+                if shape != expected and _squeezed(shape) != _squeezed(expected):
+                    raise ShapeError(f"{actual[n]}: shape {list(shape)}, but config.json makes it {list(expected)}")
+            used.update(complete.names)
+            pieces = tuple(replace(p, source=actual[p.source]) for p in complete.pieces)
+            first = min(at[p.source] for p in pieces)
+            found.append((first, Weight(role.name, role.shape, pieces, complete.order, role.tensor.value)))
+        self._check_unknown(h, [n for n in present if spelled.get(n) not in used and n not in optional])
+        if missing:
+            kinds = self._kinds_of(h, missing)
+            raise ShapeError(f"the checkpoint lacks tensors that config.json asks for: {_some(missing)}{kinds}")
+        computed = [] if self.generated is None else list(self.generated(h))
+        return computed + [w for _, w in sorted(found, key=lambda f: f[0])]
 
-        sources: dict[str, dict[int, str]] = {}  # GGUF name -> expert -> checkpoint name
-        unknown = []
-        for source in tensors:
-            if self.skipped.search(source):
-                continue
-            # One expert's "…experts.7.up_proj.weight" is a slice of GGUF's "…experts.up_proj.weight".
-            expert = re.search(r"\.experts\.(\d+)\.", source)
-            whole = source if expert is None else source[: expert.start(1)] + source[expert.end(1) + 1 :]
-            name = names.get_name(whole, try_suffixes=(".weight", ".bias"))
-            if name in tied:
-                continue
-            if name not in expected or not source.startswith(self.prefixes):
-                if source not in optional:
-                    unknown.append(source)
-                continue
-            gathered = sources.setdefault(name, {})
-            index = int(expert.group(1)) if expert else -1
-            if index in gathered:
-                raise ShapeError(f"{source} and {gathered[index]} are both {name}: remove one from the checkpoint")
-            gathered[index] = source
+    def _check_unknown(self, h: Config, unknown: list[str]) -> None:
+        """Leave out tied copies, and the other parts of a model that has such, with a note. Raises ShapeError."""
+        tied = {f"{o.name}.weight" for t in self.tensors.values() if t.tied and h.get(t.tied) for o in t.origins}
+        unknown = [n for n in unknown if not any(n == t or n.endswith(f".{t}") for t in tied)]
+        if self.others is not None:
+            beside = [n for n in unknown if self.others.search(n)]
+            if beside:
+                parts = sorted({".".join(n.split(".")[:2]) for n in beside})
+                logger.warning("only the text model is converted; left out: %s (%d tensors)", _some(parts), len(beside))
+            unknown = [n for n in unknown if not self.others.search(n)]
         if unknown:
             raise ShapeError(f"the checkpoint has tensors that a {self.hf[0]} with this config.json has not: {_some(unknown)}")
-        if missing := [_checkpoint_name(names, name) for name in expected if name not in sources]:
-            raise ShapeError(f"the checkpoint lacks tensors that config.json asks for: {_some(missing)}")
 
-        found = [] if self.generated is None else list(self.generated(h))
-        for name, gathered in sources.items():
-            tensor, shape = expected[name]
-            parts = tuple(gathered[i] for i in sorted(gathered))
-            part_shape = shape
-            if -1 not in gathered:
-                part_shape = shape[1:]
-                if sorted(gathered) != list(range(shape[0])):
-                    raise ShapeError(f"{name}: the checkpoint has {len(parts)} of the {shape[0]} experts that config.json states")
-            for part in parts:
-                if tuple(tensors[part]) != part_shape:
-                    raise ShapeError(f"{part}: shape {list(tensors[part])}, but config.json makes it {list(part_shape)}")
-            transform = tensor.transform(h) if tensor.transform else IDENTITY
-            found.append(Weight(name, shape, parts, transform))
-        return found
+    def _kinds_of(self, h: Config, names: list[str]) -> str:
+        match = re.search(r"\.(\d+)\.", names[0])
+        if match is None or self.layers is None:
+            return ""
+        kinds = self.layers(h)
+        n = int(match[1])
+        return f" (layer {n} is {', '.join(sorted(kinds[n]))})" if n < len(kinds) else ""
 
-    def checkpoint(self, config: Config, tensors: Mapping[str, Shape]) -> dict[str, Weight]:
+    def checkpoint(self, config: Config, tensors: Mapping[str, Shape], spelled: Collection[str] = ()) -> dict[str, Weight]:
         """The checkpoint's tensors by name, each as what it is made of in a GGUF file: the inverse of `weights`.
 
-        config: what the checkpoint's config.json will be; tensors: GGUF name -> shape. Stacked experts come apart.
+        config: what the checkpoint's config.json will be; tensors: GGUF name -> shape; spelled: names that are preferred
+        where releases have several for one thing. Stacked experts come apart.
         Raises ShapeError naming missing or unknown tensors and shapes that contradict the config.
         """
         h = self.hyperparameters(config)
-        expected = self._expected(h, len(tensors))
+        roles = self._roles(h, len(tensors))
         computed = {w.name for w in self.generated(h)} if self.generated else set()
-        if unknown := [n for n in tensors if n not in expected and n not in computed]:
+        names = {role.name for role in roles}
+        if unknown := [n for n in tensors if n not in names and n not in computed]:
             raise ShapeError(f"a {self.hf[0]} has no place for the file's tensors {_some(unknown)}")
-        if missing := [n for n in expected if n not in tensors]:
+        if missing := [r.name for r in roles if r.name not in tensors and not r.tensor.optional]:
             raise ShapeError(f"the file lacks tensors that its metadata ask for: {_some(missing)}")
-        names = _names(self.gguf, h["num_hidden_layers"])
-        found = {}
-        for name in (n for n in tensors if n in expected):
-            tensor, shape = expected[name]
-            if tuple(tensors[name]) != shape:
-                raise ShapeError(f"{name}: shape {list(tensors[name])}, but the metadata make it {list(shape)}")
-            bid = name.split(".")[1]
-            spelled = (tensor.checkpoint.format(bid=bid) + name[name.rindex(".") :]) if tensor.checkpoint else ""
-            spelled = spelled or _checkpoint_name(names, name)
-            inverse = tensor.transform(h).inverse if tensor.transform else IDENTITY
-            stem, experts, rest = spelled.partition(".experts.")
-            if experts:
-                each = {f"{stem}.experts.{e}.{rest}": Weight(name, shape[1:], (name,), inverse, None, e) for e in range(shape[0])}
-                found.update(each)
-            else:
-                found[spelled] = Weight(name, shape, (name,), inverse)
-        return found
+        order = {n: i for i, n in enumerate(tensors)}
+        there = sorted((r for r in roles if r.name in tensors), key=lambda r: order[r.name])
+        shapes: dict[str, Shape] = {}
+        made = []
+        for role in there:
+            if tuple(tensors[role.name]) != role.shape:
+                raise ShapeError(f"{role.name}: shape {list(tensors[role.name])}, but the metadata make it {list(role.shape)}")
+            written = next((o for o in role.spellings if all(n in spelled for n in o.names)), role.spellings[0])
+            shapes |= written.shapes
+            made.append(Weight(role.name, role.shape, written.pieces, written.order, role.tensor.value))
+        return inverted(made, shapes)
 
-    def _expected(self, h: Config, n_tensors: int) -> dict[str, tuple[Tensor, Shape]]:
-        layers = h["num_hidden_layers"]
+    def _roles(self, h: Config, n_tensors: int) -> list[_Role]:
+        """Every tensor of the GGUF file, with its spellings in a checkpoint."""
+        layers = self.block_count(h) if self.block_count else h["num_hidden_layers"]
         if layers > n_tensors:
             raise ShapeError(f"config.json: num_hidden_layers = {layers}, but the checkpoint has {n_tensors} tensors in all")
-        sizes = self.sizes(h)
-        patterns = {p.rsplit(".", 1)[-1]: p for p in (gguf.TENSOR_NAMES[t] for t in gguf.MODEL_TENSORS[self.gguf])}
-        expected = {}
-        for role, tensor in self.tensors.items():
+        kinds = self.layers(h) if self.layers else [()] * layers
+        by_layer: dict[int | None, Sizes] = {None: self.sizes(h)}
+        if self.dims is None:
+            by_layer |= dict.fromkeys(range(layers), by_layer[None])
+        else:
+            by_layer |= {i: self.sizes(h, i) for i in range(layers)}
+        found = []
+        for stem, tensor in self.tensors.items():
             if tensor.tied and h.get(tensor.tied):
                 continue
-            shape = tuple(sizes[d] for d in tensor.dims)
-            suffixes = {".weight": shape}
-            if h.get(tensor.bias, False) if isinstance(tensor.bias, str) else tensor.bias:
-                suffixes[".bias"] = shape[:1]
-            pattern = patterns[role]
-            for bid in range(layers if "{bid}" in pattern else 1):
-                for suffix, s in suffixes.items():
-                    expected[pattern.format(bid=bid) + suffix] = (tensor, s)
-        return expected
+            in_blocks = any("{bid}" in o.name for o in tensor.origins)
+            for bid in range(layers) if in_blocks else [None]:
+                if bid is not None and not _is(tensor.where, kinds[bid]):
+                    continue
+                s = by_layer[bid]
+                name = stem.format(bid=bid) if "{bid}" in stem else stem if bid is None else f"blk.{bid}.{stem}"
+                shape = tuple(size(d, s) for d in tensor.dims)
+                found.append(_Role(tensor, name + tensor.suffix, shape, s, bid, False))
+                if h.get(tensor.bias, False) if isinstance(tensor.bias, str) else tensor.bias:
+                    found.append(_Role(tensor, f"{name}.bias", shape[:-1], s, bid, True))
+        return found
+
+    # ---- metadata
 
     def metadata(self, config: Config, generation_config: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """GGUF's key-value pairs that follow from config.json and generation_config.json.
@@ -291,42 +401,88 @@ class Arch:
         """
         h = self.hyperparameters(config)
         window = h.get("sliding_window")
-        if window and h.get("use_sliding_window", True) and window < h.get("max_position_embeddings", 0):
+        if not self.window and window and h.get("use_sliding_window", True) and window < h.get("max_position_embeddings", 0):
             logger.warning("config.json: llama.cpp's %s graph has no sliding_window (%s): it attends to all", self.name, window)
         found: dict[str, Any] = {gguf.Keys.General.ARCHITECTURE: self.name}
-        found.update(_sampling(generation_config or {}))
+        found.update(sampling(generation_config or {}))
         for pattern, (key, kind) in self.metadata_keys.items():
             if kind is dict:
                 found.update({k.format(arch=self.name): v for k, v in rope_metadata(h[key]).items()})
             elif key in h:
-                found[pattern.format(arch=self.name)] = _number(h, key, kind)
+                found[pattern.format(arch=self.name)] = stated(h, key, kind)
+        if self.computed is not None:
+            found.update({k.format(arch=self.name): v for k, v in self.computed(h).items()})
         if h.get("is_causal") is False:
             found[gguf.Keys.Attention.CAUSAL.format(arch=self.name)] = False
         return found
 
 
-class _NameMap(gguf.TensorNameMap):
-    """gguf's map from checkpoint names to GGUF names, built on a copy of its table."""
+@dataclass(frozen=True, slots=True)
+class _Spelling:
+    """What a role is made of in a checkpoint."""
 
-    def __init__(self, arch: gguf.MODEL_ARCH, n_blocks: int) -> None:
-        self.block_mappings_cfg = dict(_BLOCK_NAMES)
-        super().__init__(arch, n_blocks)
+    pieces: tuple[Piece, ...]
+    shapes: Mapping[str, Shape]
+    order: NDArray[np.int64] | None
 
-
-def _names(arch: gguf.MODEL_ARCH, n_blocks: int) -> gguf.TensorNameMap:
-    return _NameMap(arch, n_blocks)
-
-
-def _checkpoint_name(names: gguf.TensorNameMap, name: str) -> str:
-    """The Hugging Face spelling of a GGUF name, for messages."""
-    stem, dot, suffix = name.rpartition(".")
-    spellings = [k for k, (_, v) in names.mapping.items() if v == stem and k.startswith(("model.", "lm_head"))]
-    spellings.sort(key=lambda k: not k.endswith(_USUAL))
-    return (spellings[0] if spellings else stem) + dot + suffix
+    @property
+    def names(self) -> Collection[str]:
+        return self.shapes.keys()
 
 
-_USUAL = ("self_attn.q_norm", "self_attn.k_norm")
-"""Spellings of transformers that are not the first ones in gguf's table."""
+@dataclass(frozen=True)
+class _Role:
+    """One tensor of a GGUF file."""
+
+    tensor: Tensor
+    name: str
+    shape: Shape
+    sizes: Sizes
+    bid: int | None
+    is_bias: bool
+
+    @cached_property
+    def spellings(self) -> list[_Spelling]:
+        others = [(From(o) if isinstance(o, str) else o,) for o in self.tensor.also]
+        return [self._spelling(origins) for origins in (self.tensor.origins, *others)]
+
+    def _spelling(self, origins: Sequence[From]) -> _Spelling:
+        pieces: list[Piece] = []
+        shapes: dict[str, Shape] = {}
+        order: NDArray[np.int64] | None = None
+        for origin in origins:
+            rows = None if origin.rows is None else origin.rows(self.sizes)
+            groups = size(origin.groups, self.sizes) if origin.groups and not self.is_bias else 0
+            for name, shape in self._named(origin):
+                shapes[name] = shape
+                count = rows_of(shape) if rows is None else len(rows)
+                if groups:
+                    count = groups * shape[-1]
+                pieces.append(Piece(name, count, rows, groups))
+            if origin.picked is not None:
+                if len(origins) > 1:
+                    raise AssertionError(self.name)
+                order = origin.picked(self.sizes)
+        return _Spelling(tuple(pieces), shapes, order)
+
+    def _named(self, origin: From) -> Iterator[tuple[str, Shape]]:
+        dims = tuple(size(d, self.sizes) for d in origin.dims)
+        stacked = "{eid}" in origin.name
+        shape = dims[:-1] if self.is_bias and dims else dims or (self.shape[1:] if stacked else self.shape)
+        if stacked and self.shape[0] > _MOST_EXPERTS:
+            raise ShapeError(f"{self.name}: {self.shape[0]} experts; the limit is {_MOST_EXPERTS}")
+        suffix = ".bias" if self.is_bias and origin.suffix == ".weight" else "_bias" if self.is_bias else origin.suffix
+        for eid in range(self.shape[0]) if stacked else [None]:
+            yield origin.name.format(bid=self.bid, eid=eid) + suffix, shape
+
+
+def _is(where: str, kinds: Collection[str]) -> bool:
+    """Is a layer of these kinds one of those that "a", "!a" or "a & !b" names?"""
+    return all((term[1:] not in kinds) if term.startswith("!") else (term in kinds) for term in where.split(" & ") if term)
+
+
+def _squeezed(shape: Shape) -> Shape:
+    return tuple(n for n in shape if n != 1)
 
 
 def _some(names: list[str]) -> str:
@@ -334,104 +490,35 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
-def _number(h: Mapping[str, Any], key: str, kind: type[Any]) -> Any:
-    """The config value as int or float; positive where it is an int."""
-    value: Any = h.get(key)
-    if value is None:
-        raise UnsupportedError(f"config.json lacks {key}")
-    allowed: Any = (int, float) if kind is float else kind
-    if isinstance(value, bool) or not isinstance(value, allowed) or (kind is int and not 0 < value < 2**31):
-        raise UnsupportedError(f"config.json: {key} = {value!r} is not a {'positive integer' if kind is int else 'number'}")
-    return kind(value)
-
-
 def rope_freqs(h: Config) -> list[Weight]:
     """The tensor in which llama.cpp takes Llama 3's rope scaling, if the model has one."""
     if h["rope"]["rope_type"] != "llama3":
         return []
     factors = llama3_rope_factors(h["rope"], h["key_length"])
-    return [Weight(ROPE_FREQS, factors.shape, (), constant=factors)]
+    return [Weight(ROPE_FREQS, factors.shape, constant=factors)]
 
-
-def interleave_rope(heads_key: str) -> Callable[[Config], Transform]:
-    """Rows from transformers' rotary layout (halves) to Meta's (pairs), which llama.cpp's llama graph rotates."""
-
-    def transform(h: Config) -> Transform:
-        heads, dim = h[heads_key], h["key_length"]
-        rows = np.arange(heads * dim, dtype=np.int64).reshape(heads, 2, dim // 2)
-        return Transform(rows=rows.swapaxes(1, 2).reshape(-1))
-
-    return transform
-
-
-_g = gguf.Keys.General
-_SAMPLING: dict[str, tuple[str, Callable[[Any], Any]]] = {
-    "sequence": (_g.SAMPLING_SEQUENCE, str),
-    "top_k": (_g.SAMPLING_TOP_K, np.int32),
-    "top_p": (_g.SAMPLING_TOP_P, float),
-    "min_p": (_g.SAMPLING_MIN_P, float),
-    "xtc_probability": (_g.SAMPLING_XTC_PROBABILITY, float),
-    "xtc_threshold": (_g.SAMPLING_XTC_THRESHOLD, float),
-    "temperature": (_g.SAMPLING_TEMP, float),
-    "penalty_last_n": (_g.SAMPLING_PENALTY_LAST_N, np.int32),
-    "repetition_penalty": (_g.SAMPLING_PENALTY_REPEAT, float),  # transformers' name; the converter of llama.cpp drops it
-    "penalty_repeat": (_g.SAMPLING_PENALTY_REPEAT, float),
-    "mirostat": (_g.SAMPLING_MIROSTAT, np.int32),
-    "mirostat_tau": (_g.SAMPLING_MIROSTAT_TAU, float),
-    "mirostat_eta": (_g.SAMPLING_MIROSTAT_ETA, float),
-}
-
-
-def _sampling(generation_config: Mapping[str, Any]) -> dict[str, Any]:
-    found = {}
-    for key, (name, kind) in _SAMPLING.items():
-        value = generation_config.get(key)
-        if value is None:
-            continue
-        if kind is not str and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            raise UnsupportedError(f"generation_config.json: {key} = {value!r} is not a number")
-        found[name] = kind(value)
-    return found
-
-
-_llm, _att, _rp = gguf.Keys.LLM, gguf.Keys.Attention, gguf.Keys.Rope
-METADATA: dict[str, tuple[str, type]] = {
-    _llm.BLOCK_COUNT: ("num_hidden_layers", int),
-    _llm.CONTEXT_LENGTH: ("max_position_embeddings", int),
-    _llm.EMBEDDING_LENGTH: ("hidden_size", int),
-    _llm.FEED_FORWARD_LENGTH: ("intermediate_size", int),
-    _att.HEAD_COUNT: ("num_attention_heads", int),
-    _att.HEAD_COUNT_KV: ("num_key_value_heads", int),
-    _rp.FREQ_BASE: ("rope", dict),
-    _att.LAYERNORM_RMS_EPS: ("rms_norm_eps", float),
-    _att.KEY_LENGTH: ("head_dim", int),
-    _att.VALUE_LENGTH: ("head_dim", int),
-}
-"""What nearly every decoder states; an architecture adds its own after these."""
-
-LLAMA_METADATA = METADATA | {
-    _att.KEY_LENGTH: ("key_length", int),
-    _att.VALUE_LENGTH: ("key_length", int),
-    _llm.VOCAB_SIZE: ("vocab_size", int),
-    _rp.DIMENSION_COUNT: ("key_length", int),
-}
-"""What all models state that llama.cpp runs as llama."""
 
 DECODER: dict[str, Tensor] = {
-    "token_embd": Tensor(("vocab", "embd")),
-    "output_norm": Tensor(("embd",)),
-    "output": Tensor(("vocab", "embd"), tied="tie_word_embeddings"),
-    "attn_norm": Tensor(("embd",)),
-    "attn_q": Tensor(("q", "embd")),
-    "attn_k": Tensor(("kv", "embd")),
-    "attn_v": Tensor(("kv", "embd")),
-    "attn_output": Tensor(("embd", "q")),
-    "ffn_norm": Tensor(("embd",)),
-    "ffn_gate": Tensor(("ff", "embd")),
-    "ffn_up": Tensor(("ff", "embd")),
-    "ffn_down": Tensor(("embd", "ff")),
+    "token_embd": Tensor(("vocab", "embd"), "model.embed_tokens"),
+    "output_norm": Tensor(("embd",), "model.norm"),
+    "output": Tensor(("vocab", "embd"), "lm_head", tied="tie_word_embeddings"),
+    "attn_norm": Tensor(("embd",), "model.layers.{bid}.input_layernorm"),
+    "attn_q": Tensor(("q", "embd"), "model.layers.{bid}.self_attn.q_proj"),
+    "attn_k": Tensor(("kv", "embd"), "model.layers.{bid}.self_attn.k_proj"),
+    "attn_v": Tensor(("kv", "embd"), "model.layers.{bid}.self_attn.v_proj"),
+    "attn_output": Tensor(("embd", "q"), "model.layers.{bid}.self_attn.o_proj"),
+    "ffn_norm": Tensor(("embd",), "model.layers.{bid}.post_attention_layernorm"),
+    "ffn_gate": Tensor(("ff", "embd"), "model.layers.{bid}.mlp.gate_proj"),
+    "ffn_up": Tensor(("ff", "embd"), "model.layers.{bid}.mlp.up_proj"),
+    "ffn_down": Tensor(("embd", "ff"), "model.layers.{bid}.mlp.down_proj"),
 }
 """A pre-norm decoder with gated MLP, without biases; architectures override roles and add to them."""
+
+QK_NORM: dict[str, Tensor] = {
+    "attn_q_norm": Tensor(("head",), "model.layers.{bid}.self_attn.q_norm"),
+    "attn_k_norm": Tensor(("head",), "model.layers.{bid}.self_attn.k_norm"),
+}
+"""A norm on each head's queries and keys."""
 
 DECODER_SCALE_GROUPS = (
     ScaleGroup("attn_norm", ("attn_q", "attn_k", "attn_v")),
@@ -441,19 +528,55 @@ DECODER_SCALE_GROUPS = (
 )
 
 
-def _check(given: Any) -> Arch:
-    if not isinstance(given, Arch):
+def experts(
+    mlp: str = "model.layers.{bid}.mlp", where: str = "", router: str = "gate", words: str = "gate up down"
+) -> dict[str, Tensor]:
+    """A router and the stacked experts, which releases have one by one or, as transformers holds them, joined.
+
+    words: what gate, up and down are called; "gate_proj" and so on by default.
+    """
+    gate, up, down = (f"{w}_proj" if w in ("gate", "up", "down") else w for w in words.split())
+    joined = f"{mlp}.experts.gate_up_proj"
+    both: Dims = ("experts", "2*expert_ff", "embd")
+    return {
+        "ffn_gate_inp": Tensor(("experts", "embd"), f"{mlp}.{router}", where=where),
+        "ffn_gate_exps": Tensor(
+            ("experts", "expert_ff", "embd"),
+            f"{mlp}.experts.{{eid}}.{gate}",
+            where=where,
+            also=(From(joined, both, part(0, "expert_ff", "expert_ff", per="experts"), suffix=""),),
+        ),
+        "ffn_up_exps": Tensor(
+            ("experts", "expert_ff", "embd"),
+            f"{mlp}.experts.{{eid}}.{up}",
+            where=where,
+            also=(From(joined, both, part(1, "expert_ff", "expert_ff", per="experts"), suffix=""),),
+        ),
+        "ffn_down_exps": Tensor(
+            ("experts", "embd", "expert_ff"),
+            f"{mlp}.experts.{{eid}}.{down}",
+            where=where,
+            also=(From(f"{mlp}.experts.down_proj", suffix=""),),
+        ),
+    }
+
+
+def _check(given: Any) -> Sequence[Arch]:
+    arches = given if isinstance(given, list | tuple) else [given]
+    if not arches or not all(isinstance(a, Arch) for a in arches):
         raise UnsupportedError(f"{given!r} is no quantforge.archs.Arch")
-    return given
+    return arches
 
 
-_registry: Registry[Arch] = Registry(__package__, "architecture", _check, marker="ARCH", names=lambda arch: arch.hf)
+_registry: Registry[Sequence[Arch]] = Registry(
+    __package__, "architecture", _check, marker="ARCH", names=lambda arches: (n for a in arches for n in a.hf)
+)
 register = _registry.register
 
 
 def supported() -> dict[str, Arch]:
     """Every architecture by its name in config.json."""
-    return _registry.all()
+    return {name: next(a for a in arches if name in a.hf) for name, arches in _registry.all().items()}
 
 
 def find(config: Config) -> Arch:

@@ -14,8 +14,9 @@ import gguf
 from .. import archs
 from ..arrays import F32, shortest
 from ..errors import FormatError, UnsupportedError
-from .base import Arch, Shape
+from .base import Arch
 from .rope import llama3_scaling, rope_scaling
+from .weight import Shape, Weight
 
 _K = gguf.Keys
 
@@ -23,13 +24,15 @@ _K = gguf.Keys
 def find_arch(metadata: Mapping[str, Any], path: Path) -> Arch:
     """The architecture of a GGUF file. Raises UnsupportedError listing the known ones."""
     name = metadata.get(_K.General.ARCHITECTURE)
-    known = list(archs.supported().values())
-    # several models may share a graph: the one that gave it its name goes first
-    found = sorted((a for a in known if a.name == name), key=lambda a: a.model_type or a.name != name)
-    if not found:
+    known = list(dict.fromkeys(archs.supported().values()))
+    same = [a for a in known if a.name == name]
+    if not same:
         names = ", ".join(sorted({a.name for a in known}))
         raise UnsupportedError(f"{path}: architecture {name!r} is not known as a checkpoint; known: {names}")
-    return found[0]
+    told = [a for a in same if a.told_by is not None and a.told_by(lambda p: metadata.get(p.format(arch=name)))]
+    untold = [a for a in same if a.told_by is None]
+    # several models may share a graph: the one that gave it its name goes first
+    return sorted(told or untold or same, key=lambda a: a.model_type or a.name != name)[0]
 
 
 def config(
@@ -41,33 +44,49 @@ def config(
     FormatError.
     """
     arch = find_arch(metadata, path)
-    if "token_embd.weight" not in tensors:
+    embedding = next((n for n in ("token_embd.weight",) if n in tensors), None)
+    if embedding is None:
         raise FormatError(path, "tensor token_embd.weight is missing")
 
     def get(pattern: str) -> Any:
         return metadata.get(pattern.format(arch=arch.name))
 
-    found: dict[str, Any] = {"architectures": [arch.hf[0]], "model_type": arch.model_type or arch.name}
-    found |= {k: v for k, v in arch.defaults.items() if k not in ("head_dim", "num_key_value_heads")} | dict(arch.required)
+    made: dict[str, Any] = {"architectures": [arch.hf[0]], "model_type": arch.model_type or arch.name}
+    made |= {k: v for k, v in arch.defaults.items() if k not in ("head_dim", "num_key_value_heads")}
     try:
         for pattern, (key, kind) in arch.metadata_keys.items():
             if kind is not dict and (value := get(pattern)) is not None:
-                found[key] = shortest(value) if kind is float else kind(value)
-        head = found.pop("key_length", None) or get(_K.Attention.KEY_LENGTH)
-        found |= {"head_dim": int(head)} if head is not None else {}
-        found.setdefault("num_key_value_heads", found.get("num_attention_heads"))
-        found["rope_theta"] = shortest(get(_K.Rope.FREQ_BASE) or 10000.0)
-        found["rope_scaling"] = rope_scaling(get)
-    except (TypeError, ValueError):
+                made[key] = _restored(value, kind)
+        head = made.pop("key_length", None) or get(_K.Attention.KEY_LENGTH)
+        if "num_attention_heads" in made:
+            made |= {"head_dim": int(head)} if head is not None else {}
+            made.setdefault("num_key_value_heads", made.get("num_attention_heads"))
+        if arch.rope_types:
+            made["rope_theta"] = shortest(get(_K.Rope.FREQ_BASE) or 10000.0)
+            made["rope_scaling"] = rope_scaling(get)
+        made["vocab_size"] = int(tensors[embedding][0])
+        made["tie_word_embeddings"] = "output.weight" not in tensors
+        for role, tensor in arch.tensors.items():
+            if isinstance(tensor.bias, str):
+                made[tensor.bias] = bool(made.get(tensor.bias)) or any(
+                    n.endswith(".bias") and Weight(n, ()).role == role for n in tensors
+                )
+        for key, pattern in (("bos", _K.Tokenizer.BOS_ID), ("eos", _K.Tokenizer.EOS_ID), ("pad", _K.Tokenizer.PAD_ID)):
+            if (value := metadata.get(pattern)) is not None:
+                made[f"{key}_token_id"] = int(value)
+        if rope_freqs is not None:
+            made["rope_scaling"] = llama3_scaling(rope_freqs, made["rope_theta"], path)
+        if arch.restored is not None:
+            made |= arch.restored(get)
+        arch.state_implied(made)
+    except (TypeError, ValueError, KeyError, ZeroDivisionError):
         raise FormatError(path, f"{arch.name}.*: a value is no number where one is needed") from None
-    found["vocab_size"] = int(tensors["token_embd.weight"][0])
-    found["tie_word_embeddings"] = "output.weight" not in tensors
-    for role, tensor in arch.tensors.items():
-        if isinstance(tensor.bias, str):
-            found[tensor.bias] = bool(found.get(tensor.bias)) or f"blk.0.{role}.bias" in tensors
-    for key, pattern in (("bos", _K.Tokenizer.BOS_ID), ("eos", _K.Tokenizer.EOS_ID), ("pad", _K.Tokenizer.PAD_ID)):
-        if (value := metadata.get(pattern)) is not None:
-            found[f"{key}_token_id"] = int(value)
-    if rope_freqs is not None:
-        found["rope_scaling"] = llama3_scaling(rope_freqs, found["rope_theta"], path)
-    return found
+    return made
+
+
+def _restored(value: Any, kind: type[Any]) -> Any:
+    if kind is float:
+        return shortest(value)
+    if kind is list:
+        return [v.item() if hasattr(v, "item") else v for v in value]
+    return kind(value)

@@ -1,26 +1,29 @@
 """Llama 1, 2 and 3.x, dense."""
 
-import gguf
+from dataclasses import replace
 
-from .base import DECODER, DECODER_SCALE_GROUPS, LLAMA_METADATA, Arch, Tensor, interleave_rope, rope_freqs
+from .base import DECODER, DECODER_SCALE_GROUPS, Arch, From, Tensor, paired, rope_freqs
+from .keys import LLAMA_METADATA
+
+ROPE_TYPES = frozenset({"default", "linear", "dynamic", "yarn", "llama3"})
+PAIRED = {
+    "attn_q": Tensor(("q", "embd"), From("model.layers.{bid}.self_attn.q_proj", rows=paired("heads"))),
+    "attn_k": Tensor(("kv", "embd"), From("model.layers.{bid}.self_attn.k_proj", rows=paired("kv_heads"))),
+}
+"""Queries and keys as llama.cpp's llama graph rotates them."""
+
+_biased = {**DECODER, **PAIRED}
 
 ARCH = Arch(
     hf=("LlamaForCausalLM", "LLaMAForCausalLM"),
-    gguf=gguf.MODEL_ARCH.LLAMA,
-    tensors=DECODER
-    | {
-        "attn_q": Tensor(("q", "embd"), bias="attention_bias", transform=interleave_rope("num_attention_heads")),
-        "attn_k": Tensor(("kv", "embd"), bias="attention_bias", transform=interleave_rope("num_key_value_heads")),
-        "attn_v": Tensor(("kv", "embd"), bias="attention_bias"),
-        "attn_output": Tensor(("embd", "q"), bias="attention_bias"),
-        "ffn_gate": Tensor(("ff", "embd"), bias="mlp_bias"),
-        "ffn_up": Tensor(("ff", "embd"), bias="mlp_bias"),
-        "ffn_down": Tensor(("embd", "ff"), bias="mlp_bias"),
-    },
+    name="llama",
+    tensors=_biased
+    | {r: replace(_biased[r], bias="attention_bias") for r in ("attn_q", "attn_k", "attn_v", "attn_output")}
+    | {r: replace(_biased[r], bias="mlp_bias") for r in ("ffn_gate", "ffn_up", "ffn_down")},
     scale_groups=DECODER_SCALE_GROUPS,
     defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-6},
     metadata_keys=LLAMA_METADATA,
-    required={"hidden_act": "silu"},
-    rope_types=frozenset({"default", "linear", "dynamic", "yarn", "llama3"}),
+    implied={"hidden_act": "silu"},
+    rope_types=ROPE_TYPES,
     generated=rope_freqs,
 )

@@ -1,13 +1,12 @@
 """Qwen3, dense: Qwen2 without biases, with a norm on each head's queries and keys."""
 
-import gguf
-
-from .base import DECODER, DECODER_SCALE_GROUPS, METADATA, Arch, Tensor
+from .base import DECODER, DECODER_SCALE_GROUPS, QK_NORM, Arch
+from .keys import METADATA
 
 ARCH = Arch(
     hf=("Qwen3ForCausalLM",),
-    gguf=gguf.MODEL_ARCH.QWEN3,
-    tensors=DECODER | {"attn_q_norm": Tensor(("head",)), "attn_k_norm": Tensor(("head",))},
+    name="qwen3",
+    tensors=DECODER | QK_NORM,
     scale_groups=DECODER_SCALE_GROUPS,
     defaults={
         "head_dim": 128,
@@ -17,5 +16,5 @@ ARCH = Arch(
         "use_sliding_window": False,
     },
     metadata_keys=METADATA,
-    required={"hidden_act": "silu", "attention_bias": False},
+    implied={"hidden_act": "silu", "attention_bias": False},
 )

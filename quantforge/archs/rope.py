@@ -21,10 +21,10 @@ ROPE_FREQS = gguf.TENSOR_NAMES[gguf.MODEL_TENSOR.ROPE_FREQS] + ".weight"
 """GGUF's name of the tensor that Llama 3's rope scaling is kept in."""
 
 
-def rope_settings(h: Mapping[str, Any]) -> dict[str, Any]:
+def rope_settings(h: Mapping[str, Any], *, partial: bool = False) -> dict[str, Any]:
     """Rope settings of either config generation in the newer form: rope_type, rope_theta and the scaling's numbers.
 
-    h: config.json. Raises UnsupportedError.
+    h: config.json; partial: may a part of each head be rotated? Raises UnsupportedError.
     """
     given = h.get("rope_parameters") or h.get("rope_scaling") or {}
     given = given.get("full_attention") or given
@@ -38,7 +38,7 @@ def rope_settings(h: Mapping[str, Any]) -> dict[str, Any]:
     if kind in ("yarn", "llama3"):
         key = "original_max_position_embeddings"  # some configs keep it outside of the scaling's own dict
         rope[key] = h.get(key, rope.get(key, h.get("max_position_embeddings")))
-    if rope.get("partial_rotary_factor", h.get("partial_rotary_factor", 1.0)) != 1.0:
+    if not partial and rope.get("partial_rotary_factor", h.get("partial_rotary_factor", 1.0)) != 1.0:
         raise UnsupportedError("config.json: partial_rotary_factor other than 1 does not fit this architecture in llama.cpp")
     for key, value in rope.items():
         if key.endswith(("theta", "factor", "embeddings", "fast", "slow", "mscale", "mscale_all_dim")) and (

@@ -15,9 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
-from ..archs.base import IDENTITY, ScaleGroup, Transform, Weight
+from ..archs.base import ScaleGroup
+from ..archs.weight import Value, Weight, numbers
 from ..arrays import F32, Parts
 from ..calibration.corpus import Ints
 from ..calibration.gather import FEW_TOKENS, Progress, observing, stored_names
@@ -46,7 +48,10 @@ class Task:
     name: str
     """In the output."""
     codec: Codec
-    transform: Transform
+    order: NDArray[np.int64] | None
+    """Its rows in the output's order."""
+    value: Value | None
+    """How its numbers change."""
     mates: tuple[str, ...] = ()
     """Tensors of the output, this one among them, that share one scale."""
     row: int = 0
@@ -169,23 +174,31 @@ def quantize_blocks(
 def _tasks(model: Model, tensors: Sequence[tuple[str, Codec, Weight]], mates: Mapping[str, tuple[str, ...]]) -> dict[str, Task]:
     """Checkpoint name -> what it becomes."""
     found = {}
-    by_source = {
-        (s, weight.expert): (name, codec, weight, k) for name, codec, weight in tensors for k, s in enumerate(weight.sources)
-    }
+    by_source: dict[str, tuple[str, Codec, Weight]] = {s: t for t in tensors for s in t[2].sources}
+    forward = (
+        {}
+        if model.source.format != "gguf" or model.arch is None
+        else {w.name: w for w in model.arch.weights(model.config, {n: p.shape for n, p in model.places.items()})}
+    )
     for name, place in model.places.items():
-        task = by_source.get((place.stored, place.expert)) or by_source.get((place.stored, None))
+        task = by_source.get(place.sources[0])
         if task is None:
             continue
-        output, codec, weight, k = task
+        output, codec, weight = task
+        made = forward.get(place.sources[0], weight)  # of the checkpoint's tensors
         if output != weight.name:  # a checkpoint's tensor: the model's own numbers
-            found[name] = Task(output, codec, IDENTITY, mates.get(output, ()))
+            found[name] = Task(output, codec, None, None, mates.get(output, ()))
             continue
-        transform = weight.transform if place.inverse is None else place.inverse.inverse
-        at = k if place.expert is None else place.expert
-        stacked = len(weight.shape) > 2 and (len(weight.sources) > 1 or place.expert is not None)
+        own = name if forward else place.sources[0]
+        if len(place.sources) > 1 or any(p.groups or p.rows is not None for p in made.pieces if len(made.sources) > 1):
+            raise UnsupportedError(f"{output}: a part of {name}; use method rtn")
+        at = made.sources.index(own)
+        stacked = len(weight.shape) > 2
         if stacked and not codec.row_local:
             raise UnsupportedError(f"{output}: {codec.name} cannot hold experts that are quantized one by one; use method rtn")
-        found[name] = Task(output, codec, transform, (), at * weight.shape[-2] if stacked else 0)
+        rows = made.pieces[at].rows if made.order is None else made.order
+        rows = None if rows is None else numbers(rows)
+        found[name] = Task(output, codec, rows, made.value, (), at * weight.shape[-2] if stacked else 0)
     return found
 
 
@@ -328,13 +341,13 @@ class _Block:
                 self.matrix(layer, t).mul_(s)
             for suffix in (".weight", ".bias"):
                 if (name := names.get(group.source + suffix)) is not None:
-                    self._divide(self.matrix(layer, name), divisor, self.tasks[name].transform)
+                    self._divide(self.matrix(layer, name), divisor, self.tasks[name].value)
 
     @staticmethod
-    def _divide(w: torch.Tensor, s: torch.Tensor, transform: Transform) -> None:
+    def _divide(w: torch.Tensor, s: torch.Tensor, value: Value | None) -> None:
         """Divide the rows of what feeds a group; norms that add 1 to their weight are divided with the 1 in it."""
-        if transform.value is not None and transform.inverse.value is not None:
-            divided = transform.inverse.value((torch.from_numpy(transform.value(w.cpu().numpy())).to(w) / s).cpu().numpy())
+        if value is not None:
+            divided = value.back((torch.from_numpy(value.forward(w.cpu().numpy())).to(w) / s).cpu().numpy())
             w.copy_(torch.from_numpy(divided))
         else:
             w.div_(s if w.ndim == 1 else s[:, None])
@@ -407,10 +420,10 @@ class _Block:
         """Quantize matrices of one codec; of each, keep what errs less on the held-out windows."""
         codec, ws, orders = self._codec(names[0]), [], []
         for name in names:
-            transform = self.tasks[name].transform
-            if transform.value is not None:
+            task = self.tasks[name]
+            if task.value is not None:
                 raise UnsupportedError(f"{name}: its numbers change on the way to the output; {self.method.name} cannot follow")
-            rows = None if transform.rows is None else torch.from_numpy(transform.rows)
+            rows = None if task.order is None else torch.from_numpy(task.order)
             w = self.matrix(self.before, name).float()
             ws.append(w if rows is None else w[rows.to(w.device)])
             orders.append(rows)
@@ -446,9 +459,9 @@ class _Block:
         """A tensor that is stored as it is, but for what `prepare` did to it."""
         task = self.tasks[name]
         w = self.matrix(self.after, name).float().cpu().numpy()
-        if task.transform.rows is not None:
-            w = w.reshape(-1, *w.shape[max(1, w.ndim - 1) :])[task.transform.rows].reshape(w.shape)
-        if task.transform.value is not None:
-            w = task.transform.value(w)
+        if task.order is not None:
+            w = w.reshape(-1, *w.shape[max(1, w.ndim - 1) :])[task.order].reshape(w.shape)
+        if task.value is not None:
+            w = task.value.forward(w)
         w = np.ascontiguousarray(w)
         return Outcome(task, task.codec.encode(w), w, "rtn")

@@ -13,8 +13,8 @@ import gguf
 
 from .. import archs, tokenizer
 from ..archs import from_gguf
-from ..archs.base import Shape, Weight
 from ..archs.rope import ROPE_FREQS
+from ..archs.weight import Shape, Weight
 from ..calibration import overlap
 from ..calibration.importance import Importance
 from ..codecs import Codec
@@ -48,7 +48,7 @@ def contents(source: Source, target: str, pre_tokenizer: str | None) -> Contents
     """
     shapes = {name: stored.shape for name, stored in source.weights.items()}
     if source.format == "gguf":
-        weights = [Weight(name, shape, (name,)) for name, shape in shapes.items()]
+        weights = [Weight.of(name, shape) for name, shape in shapes.items()]
         if target == "gguf":
             metadata = {k: v for k, v in source.config.items() if not k.startswith("split.")}
             return Contents(weights, {w.name: [(w.name, w)] for w in weights}, metadata)
@@ -60,7 +60,7 @@ def contents(source: Source, target: str, pre_tokenizer: str | None) -> Contents
             weights = archs.find(source.config).weights(source.config, shapes, source.optional)
         except UnsupportedError as e:
             log.warning("%s; every tensor keeps its name and only --type and --tensor-type decide", e)
-            weights = [Weight(name, shape, (name,)) for name, shape in shapes.items()]
+            weights = [Weight.of(name, shape) for name, shape in shapes.items()]
         files = {
             f.name: f.read_bytes()
             for f in sorted(directory.iterdir())
@@ -68,7 +68,11 @@ def contents(source: Source, target: str, pre_tokenizer: str | None) -> Contents
             and f.name not in ("config.json", "quantize_config.json")
             and ".safetensors" not in f.name
         }
-        outputs = {w.name: [(s, Weight(w.name, shapes[s], (s,))) for s in w.sources] for w in weights}
+        outputs: dict[str, list[tuple[str, Weight]]] = {w.name: [] for w in weights}
+        taken: set[str] = set()
+        for w in weights:  # a tensor that several are made of goes by the first one
+            outputs[w.name] = [(s, Weight.of(w.name, shapes[s], s)) for s in w.sources if s not in taken]
+            taken.update(w.sources)
         return Contents(weights, outputs, source.config, files)
     arch = archs.find(source.config)
     weights = arch.weights(source.config, shapes, source.optional)

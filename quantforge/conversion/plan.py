@@ -12,13 +12,14 @@ import gguf
 import numpy as np
 
 from .. import codecs, formats, layouts, recipes
-from ..archs.base import Weight
+from ..archs.weight import Weight
 from ..arrays import F32
 from ..calibration.importance import Importance
 from ..codecs import Codec, repacks
 from ..codecs.plain import PlainCodec, as_floats, prevailing
 from ..errors import CalibrationError, RecipeError, ShapeError, UnsupportedError
 from ..formats import Format, Header, Source, Stored
+from ..formats.rows import codec_of
 from ..layouts import Layout
 from ..recipes import linears
 from ..recipes.linears import Scheme, choose_scheme
@@ -134,7 +135,7 @@ def decide(source: Source, options: Options) -> Plan:
     target, layout = options.target()
     held = contents(source, target.name, options.pre_tokenizer)
     weights, outputs = held.weights, held.outputs
-    stored = {w.name: source.weights[w.sources[0]].codec if w.sources else codecs.get("F32") for w in weights}
+    stored = {w.name: codec_of(source, w) for w in weights}
     table = _check_importance(options.importance, weights)
     how = None if options.method is None else Calibrated(options.method, options.calibration, options.device)
     chosen = _choose(source, options, target, layout, held, stored, table)
@@ -148,7 +149,7 @@ def decide(source: Source, options: Options) -> Plan:
                 f"{w.name}: the source is already quantized ({have.name}); --method chooses codes for the original "
                 "model's weights: use that, or --allow-requantize"
             )
-        unchanged = all(made.transform.value is None for _, made in outputs[w.name])
+        unchanged = all(made.by_row for _, made in outputs[w.name])
         codec, via, note = _written_as(w, choices[w.name], have, unchanged, target, options.allow_requantize)
         tensors += [PlannedTensor(n, made, codec, have, note, via) for n, made in outputs[w.name]]
     if layout is not None:

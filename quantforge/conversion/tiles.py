@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 
 import numpy as np
 
 from .. import device
-from ..archs.base import IDENTITY, Weight
 from ..arrays import F32, Parts
 from ..codecs import Codec, Encoded, repack, repacks
 from ..codecs.base import GgmlCodec
@@ -17,6 +16,7 @@ from ..codecs.fp4 import NVFP4
 from ..codecs.plain import PlainCodec
 from ..errors import NonFiniteError
 from ..formats import Source
+from ..formats.rows import by_rows, codec_of, decoded, origin, read_rows
 from .plan import Plan, PlannedTensor
 
 TILE = 1 << 18
@@ -37,7 +37,7 @@ class Tile:
     @property
     def weights(self) -> F32 | None:
         """The numbers before rounding; None where nothing was rounded."""
-        return None if self.before is None else _decoded(self.before)
+        return None if self.before is None else decoded(self.before)
 
 
 class Tiles:
@@ -51,15 +51,15 @@ class Tiles:
     def cut(self, t: PlannedTensor) -> Iterator[tuple[int, int]]:
         """(first row, last row) of every tile of a tensor, leading axes merged."""
         rows = prod(t.shape[:-1])
-        stored = [self.job.source.weights[s].codec for s in t.weight.sources]
-        if not t.codec.row_local or (t.via and not t.via.row_local) or not all(c.sliceable for c in stored):
+        if not t.codec.row_local or (t.via and not t.via.row_local) or not by_rows(self.job.source, t.weight):
             yield 0, rows
             return
         step = max(1, (device.TILE if self._goes_up(t) else TILE) // max(1, t.shape[-1]))
         # a tile never spans two sources or two experts
         q = self.job.importance.get(t.name)
         experts = len(q) if q is not None and q.ndim > 1 and rows % len(q) == 0 else 1
-        within = max(1, rows // max(1, len(t.weight.sources), experts))
+        pieces = max(1, len(t.weight.pieces), experts)
+        within = max(1, rows // pieces) if rows % pieces == 0 else rows
         for b in range(0, rows, within):
             for a in range(b, b + within, step):
                 yield a, min(a + step, b + within)
@@ -71,24 +71,21 @@ class Tiles:
 
     def _encode(self, t: PlannedTensor, a: int, b: int, q: F32 | None) -> tuple[Parts, Encoded | F32 | None]:
         """Stored parts of rows a:b, and what they were made of (None where bytes were copied)."""
-        source, names = self.job.source, t.weight.sources
-        same = len(names) == 1 and source.weights[names[0]].codec is t.codec
-        same = same and t.weight.transform is IDENTITY and t.weight.expert is None
+        source = self.job.source
+        same = t.weight.plain and codec_of(source, t.weight) is t.codec
         if same and b - a == prod(t.shape[:-1]) and not isinstance(t.codec, PlainCodec):
-            return source.read(names[0]).parts, None
-        stored = _stored_rows(source, t.weight, a, b)
+            return source.read(t.weight.sources[0]).parts, None
+        stored = read_rows(source, t.weight, a, b)
         if isinstance(stored, Encoded):
-            if stored.codec is t.codec and not isinstance(t.codec, PlainCodec) and t.weight.transform.value is None:
+            if stored.codec is t.codec and not isinstance(t.codec, PlainCodec):
                 return stored.parts, None
-            if t.via is None and t.weight.transform.value is None and repacks(stored.codec, t.codec, stored.shape):
+            if t.via is None and repacks(stored.codec, t.codec, stored.shape):
                 return repack(stored, t.codec).parts, stored
         if self._goes_up(t) and self.encoder is not None and isinstance(t.codec, GgmlCodec):
             parts = self.encoder.encode(t.codec, stored, q)
             if parts is not None:
                 return parts, stored
-        w = _decoded(stored)
-        if t.weight.transform.value is not None:
-            w = t.weight.transform.value(w)
+        w = decoded(stored)
         if not t.codec.row_local or len(t.shape) == 1:
             w = w.reshape(t.shape)
         try:
@@ -100,7 +97,7 @@ class Tiles:
                 raise NonFiniteError(f"{t.weight.name}: {e}", ()) from None
             row, column = (0, e.index[0]) if len(e.index) == 1 else (a + e.index[-2], e.index[-1])
             value = w.reshape(-1, w.shape[-1])[e.index[-2] if len(e.index) > 1 else 0, column]
-            where, index = _origin(t.weight, row, column)
+            where, index = origin(t.weight, row, column)
             raise NonFiniteError(
                 f"{where}: weight {list(index)} is {value}; the checkpoint is damaged or overflowed", index
             ) from None
@@ -121,60 +118,16 @@ class Tiles:
         if t.mates not in self._largest:
             source = self.job.source
             weights = [other.weight for other in self.job.tensors if other.name in t.mates]
-            largest = (float(np.abs(_decoded(_stored_rows(source, w, 0, prod(w.shape[:-1])))).max()) for w in weights)
+            largest = (float(np.abs(decoded(read_rows(source, w))).max()) for w in weights)
             self._largest[t.mates] = max(largest)
         return t.codec.sharing(self._largest[t.mates])
 
     def _goes_up(self, t: PlannedTensor) -> bool:
         """True if the device encodes that tensor."""
-        up = t.codec.row_local and t.via is None and len(t.shape) > 1 and t.weight.transform.value is None
+        up = t.codec.row_local and t.via is None and len(t.shape) > 1 and t.weight.value is None
         return up and self.encoder is not None and device.has_kernel(t.codec, "encode")
 
 
 def original(source: Source, t: PlannedTensor, a: int, b: int) -> F32:
     """Rows a:b of a tensor as another source has it, in the output's order."""
-    w = _decoded(_stored_rows(source, t.weight, a, b))
-    return w if t.weight.transform.value is None else t.weight.transform.value(w)
-
-
-def _stored_rows(source: Source, weight: Weight, a: int, b: int) -> Encoded | F32:
-    """Rows a:b of a weight in GGUF's row order, still encoded where the codec can be cut by rows."""
-    if weight.constant is not None:
-        return weight.constant
-    n = len(weight.sources)
-    rows = prod(weight.shape[:-1])
-    per = rows // n
-    order = weight.transform.rows
-    if b - a > per:  # the whole of a stacked tensor
-        return np.stack(
-            [
-                _decoded(_stored_rows(source, replace(weight, sources=(s,), shape=(per, weight.shape[-1])), 0, per))
-                for s in weight.sources
-            ]
-        )
-    at, first = divmod(a, per)
-    if weight.expert is not None:
-        first += weight.expert * rows
-        order = None if order is None else order + weight.expert * rows
-    e = source.read(weight.sources[at])
-    if e.codec.sliceable and len(e.shape) > 1:
-        return e.flat().rows(slice(first, first + b - a) if order is None else order[first : first + b - a])
-    w = e.decode()
-    if w.ndim == 1:
-        return w if order is None else w[order]
-    return w.reshape(-1, w.shape[-1])[slice(first, first + b - a) if order is None else order[first : first + b - a]]
-
-
-def _decoded(x: Encoded | F32) -> F32:
-    return x.decode() if isinstance(x, Encoded) else x
-
-
-def _origin(weight: Weight, row: int, column: int) -> tuple[str, tuple[int, ...]]:
-    """The checkpoint's own name and index of a weight."""
-    if not weight.sources:
-        return weight.name, (row, column)
-    order = weight.transform.rows
-    if len(weight.shape) == 1:
-        return weight.sources[0], (int(order[column]) if order is not None else column,)
-    at, row = divmod(row, prod(weight.shape[:-1]) // len(weight.sources))
-    return weight.sources[at], (int(order[row]) if order is not None else row, column)
+    return decoded(read_rows(source, t.weight, a, b))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import codecs, layouts
-from ..archs.base import Weight
+from ..archs.weight import Weight
 from ..codecs import Codec
 from ..codecs.plain import PlainCodec, as_floats
 from ..errors import RecipeError, UnsupportedError

@@ -16,7 +16,7 @@ import gguf
 import numpy as np
 
 from .. import codecs
-from ..archs.base import Weight
+from ..archs.weight import Weight
 from ..codecs.base import Codec
 from ..errors import ShapeError
 

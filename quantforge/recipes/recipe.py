@@ -17,7 +17,7 @@ from typing import Any
 import gguf
 
 from .. import codecs
-from ..archs.base import Weight
+from ..archs.weight import Weight
 from ..codecs.base import Codec
 from ..errors import RecipeError, UnsupportedError, nearest
 from .presets import (

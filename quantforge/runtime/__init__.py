@@ -10,7 +10,7 @@ from .head import SLICE_BYTES, Head, rows_at_once
 from .model import Model
 from .passes import TOKENS_AT_ONCE, Observer, advance, embed, finish, generate
 from .skeleton import FUSED, RENAMED
-from .stored import Place, gguf_config
+from .stored import gguf_config
 
 __all__ = [
     "FUSED",
@@ -20,7 +20,6 @@ __all__ = [
     "Head",
     "Model",
     "Observer",
-    "Place",
     "advance",
     "embed",
     "finish",

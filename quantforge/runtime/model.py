@@ -128,13 +128,13 @@ class Model(StoredModel):
             raise ShapeError(f"{self.name}: {name}: shape {list(e.shape)}, config says {list(expected)}")
         linear = isinstance(child, nn.Linear)
         fresh = QuantLinear(e, activations=self.activations) if linear else QuantEmbedding(e, dtype=self.dtype)
-        self.source.release(self.places[name].stored)
+        self.release(name)
         return fresh
 
     def _stacked(self, name: str, count: int) -> list[list[Encoded]] | None:
         """The stored matrices of each expert of a fused parameter, or None if some must be decoded."""
         if name in self.places:
-            e = self.source.read(self.places[name].stored)
+            e = self.source.read(self.places[name].sources[0])
             if e.codec.row_local and len(e.shape) == 3 and FLOATS.get(e.codec.name) != self.dtype:
                 n = e.shape[1]
                 return [[e.flat().rows(slice(i * n, (i + 1) * n))] for i in range(count)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,24 +12,17 @@ from numpy.typing import NDArray
 
 from .. import archs
 from ..archs import from_gguf
+from ..archs.weight import Weight
 from ..arrays import F32
 from ..codecs import Codec, Encoded
 from ..errors import FormatError, NonFiniteError, QuantForgeError
+from ..formats.rows import codec_of, decoded, read_encoded, read_rows
 from .skeleton import FUSED, checkpoint_shapes, find_layers, find_tied, meta_module, module_name
 
 if TYPE_CHECKING:
     from ..formats import Source
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where the numbers of one parameter lie: a tensor of the source, or one expert of it, and how to turn it back."""
-
-    stored: str
-    inverse: archs.Transform | None = None
-    expert: int | None = None
 
 
 class StoredModel:
@@ -48,29 +40,17 @@ class StoredModel:
         """Head's weight -> embedding's weight, where they are one."""
         self.places = self._places()
 
-    def _places(self) -> dict[str, Place]:
-        """Checkpoint name -> where it is stored, for every tensor that the source has."""
-        source = self.source
+    def _places(self) -> dict[str, Weight]:
+        """Checkpoint name -> what it is made of in the source, for every tensor that the source has."""
+        source, shapes = self.source, dict(checkpoint_shapes(self.module))
         if source.format != "gguf":
-            expected = {k for k, _ in checkpoint_shapes(self.module)}
-            return {module_name(k, expected, self.module.base_model_prefix): Place(k) for k in source.weights}
+            base = self.module.base_model_prefix
+            names = {module_name(k, set(shapes), base): k for k in source.weights}
+            return {name: Weight.of(name, source.weights[k].shape, k) for name, k in names.items()}
         assert self.arch is not None
-        shapes = dict(checkpoint_shapes(self.module))
-        found = {}
-        for w in self.arch.weights(self.config, shapes):
-            if w.name not in source.weights:
-                if w.constant is None:
-                    raise FormatError(source.path, f"tensor {w.name} is missing")
-                continue
-            if tuple(source.weights[w.name].shape) != tuple(w.shape):
-                raise FormatError(
-                    source.path, f"{w.name}: shape {list(source.weights[w.name].shape)}, the metadata make it {list(w.shape)}"
-                )
-            for i, name in enumerate(w.sources):
-                found[name] = Place(w.name, w.transform.inverse, i if len(w.sources) > 1 or len(w.shape) > 2 else None)
-        return found
+        return self.arch.checkpoint(self.config, {k: s.shape for k, s in source.weights.items()}, shapes)
 
-    def _place(self, name: str) -> Place:
+    def _place(self, name: str) -> Weight:
         try:
             return self.places[name]
         except KeyError:
@@ -79,8 +59,7 @@ class StoredModel:
     def stored(self, name: str) -> tuple[Codec, tuple[int, ...]]:
         """Codec and shape of a checkpoint tensor, without reading it."""
         place = self._place(name)
-        info = self.source.weights[place.stored]
-        return info.codec, info.shape if place.expert is None else info.shape[1:]
+        return codec_of(self.source, place), place.shape
 
     def decode(self, name: str, rows: slice | NDArray[np.int64] | None = None) -> F32:
         """The numbers of a checkpoint tensor as this file has them: f32, in the checkpoint's layout.
@@ -88,53 +67,37 @@ class StoredModel:
         rows: only these; other rows are not decoded, where the codec can do without them.
         Raises NonFiniteError naming the tensor if there is NaN or infinity among them.
         """
-        place = self._place(name)
-        encoded = self.source.read(place.stored)
-        order = None if place.inverse is None else place.inverse.rows
-        if place.expert is not None and encoded.codec.row_local and len(encoded.shape) == 3:
-            n = encoded.shape[1]
-            encoded = encoded.flat().rows(slice(place.expert * n, (place.expert + 1) * n))
-            w = encoded.decode(threads=os.cpu_count() or 1)
-        elif rows is not None and order is None and place.expert is None and encoded.codec.sliceable and len(encoded.shape) == 2:
-            w = encoded.rows(rows).decode(threads=os.cpu_count() or 1)
-            return self._checked(w, place, rows)
+        place, threads = self._place(name), os.cpu_count() or 1
+        if isinstance(rows, slice):
+            rows = slice(*rows.indices(place.shape[0])[:2])
+        if rows is None or len(place.shape) != 2:
+            w = decoded(read_rows(self.source, place), threads).reshape(place.shape)
+            w = w if rows is None else w[rows]
+        elif isinstance(rows, slice):
+            w = decoded(read_rows(self.source, place, rows.start, rows.stop), threads)
         else:
-            w = encoded.decode(threads=os.cpu_count() or 1)
-            w = w if place.expert is None else w[place.expert]
-        if order is not None:
-            w = w.reshape(-1, *w.shape[max(1, w.ndim - 1) :])[order].reshape(w.shape)
-        return self._checked(w if rows is None else w[rows], place, rows)
-
-    def _checked(self, w: F32, place: Place, rows: slice | NDArray[np.int64] | None) -> F32:
-        if place.inverse is not None and place.inverse.value is not None:
-            w = place.inverse.value(w)
+            some = read_rows(self.source, place)
+            w = decoded(some.rows(rows) if isinstance(some, Encoded) else some[rows], threads)
         if w.size and not (math.isfinite(w.min()) and math.isfinite(w.max())):
             index = tuple(int(i) for i in np.argwhere(~np.isfinite(w))[0])
             value = w[index]
             if rows is not None:
-                index = ((rows.start or 0) + index[0] if isinstance(rows, slice) else int(rows[index[0]]), *index[1:])
-            raise NonFiniteError(f"{self.name}: {place.stored}: weight {list(index)} is {value}; the file is damaged", index)
-        self.source.release(place.stored)
+                index = (rows.start + index[0] if isinstance(rows, slice) else int(rows[index[0]]), *index[1:])
+            raise NonFiniteError(f"{self.name}: {place.sources[0]}: weight {list(index)} is {value}; the file is damaged", index)
+        self.release(name)
         return w
+
+    def release(self, name: str) -> None:
+        """Tell the system that this tensor's pages are not needed any more."""
+        for stored in self._place(name).sources:
+            self.source.release(stored)
 
     def encoded(self, name: str) -> Encoded | None:
         """A matrix of the checkpoint as it is stored, its rows in the checkpoint's order; None where only its numbers
         can be had, and where a plain parameter of this model's dtype would be the same bytes.
         """
-        place = self.places.get(name)
-        if place is None or (place.inverse is not None and place.inverse.value is not None):
-            return None
-        e = self.source.read(place.stored)
-        if place.expert is not None and len(e.shape) == 3 and e.codec.row_local:
-            n = e.shape[1]
-            e = e.flat().rows(slice(place.expert * n, (place.expert + 1) * n))
-        if len(e.shape) != 2 or FLOATS.get(e.codec.name) == self.dtype:
-            return None
-        if place.inverse is not None and place.inverse.rows is not None:
-            if not e.codec.sliceable:
-                return None
-            e = e.rows(place.inverse.rows)
-        return e
+        e = read_encoded(self.source, self.places[name]) if name in self.places else None
+        return None if e is None or len(e.shape) != 2 or FLOATS.get(e.codec.name) == self.dtype else e
 
     def parts(self, name: str) -> list[str]:
         """The checkpoint tensors that a parameter of the module is made of; empty if it has none of its own."""
@@ -173,7 +136,7 @@ class StoredModel:
         """Names in the file of the embeddings and the head."""
         ends = (self.module.get_input_embeddings(), self.module.get_output_embeddings())
         names = {f"{k}.weight" for k, m in self.module.named_modules() if any(m is e for e in ends)}
-        return {self.places[n].stored for n in names if n in self.places}
+        return {s for n in names if n in self.places for s in self.places[n].sources}
 
     def shape(self) -> dict[str, int]:
         """Sizes: layers, hidden, vocabulary, context, and the bytes that a token takes in an f16 KV cache."""

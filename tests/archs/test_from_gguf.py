@@ -114,7 +114,6 @@ def test_names_and_model_types_are_those_of_transformers() -> None:
 
 
 def test_experts_come_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoints.mixture(monkeypatch)
     sizes = {"head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
     original = checkpoints.model(tmp_path / "m", "Qwen3Moe", **sizes)
     qf.convert(original, tmp_path / "m.gguf", "F32")
@@ -146,7 +145,6 @@ def test_experts_come_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_experts_have_their_own_importance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Experts that stand alone in the output are encoded as in the stacked tensor, from either kind of source."""
-    checkpoints.mixture(monkeypatch)
     sizes = {"head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
     original = checkpoints.model(tmp_path / "m", "Qwen3Moe", **sizes)
     qf.convert(original, tmp_path / "m.gguf", "F32")

@@ -69,7 +69,6 @@ def test_logits_equal_transformers(name, tmp_path):
 
 def test_experts_are_stacked(tmp_path, monkeypatch):
     """A mixture of experts needs no more than an Arch: one declared here, converted and run."""
-    checkpoints.mixture(monkeypatch)
     sizes = {"head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
     assert_same_logits(checkpoints.model(tmp_path, "Qwen3Moe", **sizes), tmp_path / "model.gguf")
 

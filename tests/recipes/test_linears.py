@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from quantforge import codecs, layouts
-from quantforge.archs.base import Weight
+from quantforge.archs.weight import Weight
 from quantforge.errors import RecipeError, UnsupportedError
 from quantforge.recipes import Recipe
 from quantforge.recipes import get as recipe
@@ -20,7 +20,7 @@ NAMES = {
     "model.layers.1.mlp.gate_proj.weight": ("blk.1.ffn_gate.weight", (96, 64)),
     "lm_head.weight": ("output.weight", (100, 64)),
 }
-WEIGHTS = [Weight(ours, shape, (theirs,)) for theirs, (ours, shape) in NAMES.items()]
+WEIGHTS = [Weight.of(ours, shape, theirs) for theirs, (ours, shape) in NAMES.items()]
 OUTPUTS = {w.name: [(w.sources[0], w)] for w in WEIGHTS}
 STORED = {w.name: codecs.get("BF16") for w in WEIGHTS}
 

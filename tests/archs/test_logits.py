@@ -1,0 +1,87 @@
+"""Every registered architecture against transformers and real llama.cpp, on small random models: there, and back again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import quantforge as qf
+from quantforge import archs
+from tests.archs import models
+from tests.llama_cpp import Llama
+
+TOLERANCE = 1e-3
+"""Of the range of the logits; ggml's GELU (a table in 16 bits) alone makes 2e-4 to 4e-4."""
+TOKENS = [int(i) for i in np.random.default_rng(5).integers(2, 300, 120)]
+
+
+def reference(directory: Path) -> np.ndarray:
+    """f32[tokens, vocab]: transformers' logits, computed the plain way."""
+    import torch
+    import transformers
+
+    name = transformers.AutoConfig.from_pretrained(directory).architectures[0]
+    model = getattr(transformers, name).from_pretrained(directory, attn_implementation="eager", dtype=torch.float32)
+    with torch.no_grad():
+        logits: np.ndarray = model(input_ids=torch.tensor([TOKENS])).logits[0].float().numpy()
+    return logits
+
+
+def error(got: np.ndarray, expected: np.ndarray) -> float:
+    """Largest difference in parts of the range; where that is within TOLERANCE the likeliest token is the same too, unless
+    the two likeliest differ by less."""
+    spread = expected.max() - expected.min()
+    assert spread > 1
+    assert np.isfinite(got).all()
+    worst = float(np.abs(got - expected).max() / spread)
+    first, second = np.sort(expected, -1)[:, -1], np.sort(expected, -1)[:, -2]
+    clear = first - second > 2 * TOLERANCE * spread
+    if worst <= TOLERANCE:
+        assert (got.argmax(-1) == expected.argmax(-1))[clear].all()
+    return worst
+
+
+@pytest.mark.parametrize(("name", "sample"), models.names(), ids=lambda v: v or "usual")
+def test_logits_equal_transformers(name: str, sample: str, tmp_path: Path, record_property: Any) -> None:
+    directory = models.make(tmp_path / "model", name, sample)
+    expected = reference(directory)
+    qf.convert(directory, tmp_path / "f32.gguf", "F32")
+    with Llama(tmp_path / "f32.gguf") as llama:
+        worst = error(llama.logits(TOKENS), expected)
+    record_property("logits", worst)
+    print(f"{name} {sample}: max |Δ| / range = {worst:.1e}")
+    assert worst <= TOLERANCE
+
+    qf.convert(tmp_path / "f32.gguf", tmp_path / "back", "F32")
+    again = error(reference(tmp_path / "back"), expected)
+    record_property("back", again)
+    assert again <= 1e-6
+    both = qf.evaluate(
+        [tmp_path / "f32.gguf"], reference=directory, chunks=2, ctx=64, metrics=["kld"], noise_floor=False,
+    )  # fmt: skip
+    kld = both.models[0].kld_mean
+    assert kld is not None and abs(kld) < 1e-6
+
+
+@pytest.mark.parametrize("name", sorted({n for n, _ in models.names()}))
+def test_quantized(name: str, tmp_path: Path) -> None:
+    """Presets convert and load, with an error that is theirs."""
+    directory = models.make(tmp_path / "model", name)
+    expected = reference(directory)
+    for preset, most in (("Q8_0", 0.05), ("Q4_K_M", 0.5)):
+        qf.convert(directory, tmp_path / "m.gguf", preset, force=True)
+        with Llama(tmp_path / "m.gguf") as llama:
+            got = llama.logits(TOKENS)
+        # in the median: a token whose router is of two minds goes to another expert
+        assert np.median(np.abs(got - expected).max(-1)) < most * (expected.max() - expected.min())
+
+
+@pytest.mark.parametrize("name", sorted({a.hf[0] for a in archs.supported().values()}))
+def test_scale_groups_name_roles_that_fit(name: str) -> None:
+    arch = archs.supported()[name]
+    for group in arch.scale_groups:
+        assert group.source in arch.tensors
+        assert {arch.tensors[t].dims[-1] for t in group.targets}

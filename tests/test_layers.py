@@ -13,7 +13,7 @@ import quantforge
 
 PACKAGE = Path(quantforge.__file__).parent
 LAYERS = [
-    {"arrays", "discovery"},
+    {"arrays", "discovery", "sizes"},
     {"native"},
     {"codecs"},
     {"device", "archs", "layouts"},
@@ -34,6 +34,7 @@ LAYERS = [
 FREE = {"errors"}
 STACKED = {
     "codecs": ["grid", "base"],
+    "backends": ["worker", "base"],
     "formats": ["files", "base", "rows"],
     "archs": ["rope", "keys", "names", "weight", "base", "llama", "from_gguf"],
     "nn": ["tiles", "integers", "fp8", "lookups", "planes", "ops", "products", "stored", "cuda", "linear"],
@@ -41,7 +42,7 @@ STACKED = {
     "tokenizer": ["files", "pretokenizers", "special", "sentencepiece", "to_gguf", "from_gguf", "to_files", "engine"],
     "recipes": ["presets", "recipe", "linears"],
     "calibration": ["overlap", "corpus", "importance", "gather"],
-    "conversion": ["contents", "plan", "tiles", "moments", "blockwise", "run"],
+    "conversion": ["contents", "options", "plan", "library", "tiles", "moments", "blockwise", "run", "convert"],
     "evaluation": ["metrics", "similarity", "tasks", "report", "comparison", "run", "scorecard"],
     "cli": ["shared"],
 }  # modules that others of their package may import, if those do not stand before them here
@@ -122,7 +123,7 @@ def test_heavy_imports_only_where_allowed(path: Path) -> None:
 
 def test_import_does_not_load_torch() -> None:
     code = (
-        "import sys, quantforge, quantforge.cli; from quantforge import methods; methods.names();"
+        "import sys, quantforge.cli, quantforge.demo; from quantforge import methods; methods.names();"
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -10,8 +10,6 @@ import logging
 import os
 import platform
 import re
-import resource
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import gguf
 
+from .. import sizes
 from ..calibration import overlap
 from ..calibration.corpus import BUILTIN, Corpus, Windows, cut
 from ..device import available
@@ -104,7 +103,7 @@ def evaluate(
         corpus = Corpus.read(text, party.tokenizer)
         party.check_text(corpus)
         windows = cut(corpus, party.tokenizer, _context(ctx, party.reference), stride, chunks)
-        before = _memory("VmRSS")
+        before = sizes.resident()
         run = Comparison(party.running(wanted), windows, tell)
         run.go()
         loss = time.perf_counter() - began
@@ -323,7 +322,7 @@ def _about_run(
 ) -> dict[str, Any]:
     from .. import __version__
 
-    peak = _memory("VmHWM")
+    peak = sizes.resident(peak=True)
     passed = windows.ids.size
     packages = ("torch", "transformers", "tokenizers", "numpy")
     return {
@@ -347,15 +346,6 @@ def _about_run(
         "versions": {"quantforge": __version__, "python": platform.python_version(), **{p: version(p) for p in packages}},
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-
-
-def _memory(what: str) -> int:
-    """Of this process in bytes: "VmRSS", now, or "VmHWM", its peak; the peak for both where there is no /proc."""
-    try:
-        with open("/proc/self/status") as f:
-            return next(int(line.split()[1]) * 1024 for line in f if line.startswith(what))
-    except (OSError, StopIteration):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _machine() -> str:

@@ -20,7 +20,6 @@ import quantforge as qf
 from quantforge.cli import group
 from quantforge.demo import MODEL
 from quantforge.errors import FormatError, NonFiniteError, OutputError, RecipeError, ShapeError, UnsupportedError
-from quantforge.evaluation.scorecard import parse_bytes
 from quantforge.runtime import Model, advance, finish
 from tests import checkpoints
 from tests.llama_cpp import Llama
@@ -193,14 +192,14 @@ def test_architectures_that_only_transformers_knows(tmp_path: Path, kind: str, c
 PEAK = """
 import sys
 import quantforge as qf
-from quantforge.evaluation.run import _memory
+from quantforge import sizes
 options = {"text": sys.argv[1], "prompts": ["In Python, a list", "To open a table"], "answer_tokens": 3, "ctx": 128, "chunks": 6}
 qf.evaluate(sys.argv[2], reference=sys.argv[2], **options)  # what libraries load and keep
-before = _memory("VmRSS")
+before = sizes.resident()
 run = qf.evaluate(sys.argv[3:], reference=sys.argv[3], **options)
 weights = run.similarity["weight_bytes"]
 held = run.run["hidden_bytes"] + max(run.run["block_bytes"], run.run["head_bytes"] + run.run["logit_bytes"])
-print(_memory("VmHWM") - before, held, weights)
+print(sizes.resident(peak=True) - before, held, weights)
 """
 
 
@@ -254,12 +253,6 @@ def test_compare_ranks_and_chooses(tmp_path: Path) -> None:
     assert "Q8_0 would be closer but needs 9.3" in e.choice.why
     none = qf.compare(MODEL, ["Q8_0"], memory=1000, chunks=1, metrics=["kld"], noise_floor=False)
     assert none.choice.best is None and "None of these fits" in none.choice.why and none.noise_floor is None
-
-
-def test_sizes() -> None:
-    assert [parse_bytes(t) for t in ("6GB", "1.5 GiB", "800m", "42", "3kb")] == [6 * 10**9, 3 * 2**29, 8 * 10**8, 42, 3000]
-    with pytest.raises(RecipeError, match="write a size like 6GB"):
-        parse_bytes("much")
 
 
 # ---- bad input: one clear line each

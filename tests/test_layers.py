@@ -42,7 +42,7 @@ STACKED = {
     "recipes": ["presets", "recipe", "linears"],
     "calibration": ["overlap", "corpus", "importance", "gather"],
     "conversion": ["contents", "plan", "tiles", "blockwise", "run"],
-    "evaluation": ["metrics", "similarity", "tasks", "report", "comparison", "run", "scorecard"],
+    "evaluation": ["report", "metrics", "answers", "tasks", "comparison", "run", "scorecard"],
     "cli": ["shared"],
 }  # modules that others of their package may import, if those do not stand before them here
 HEAVY = {"torch", "transformers"}

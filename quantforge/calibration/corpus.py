@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +23,8 @@ _BREAK = re.compile(r"\n{3,}")
 _FEW = 10
 
 Ints = NDArray[np.int64]
+Stages: TypeAlias = Callable[[str, int, int], None]
+"""Told of long work on text: what is being done, how much of it is done, of how much."""
 
 
 def read_text(path: Path) -> tuple[bytes, str]:

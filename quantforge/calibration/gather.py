@@ -26,7 +26,7 @@ from ..formats import Header, Stored, open_path
 from ..runtime import FUSED, Model, advance
 from ..tokenizer import Tokenizer
 from . import overlap
-from .corpus import BUILTIN, Corpus, Ints, cut, read_text
+from .corpus import BUILTIN, Corpus, Ints, Stages, cut, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,6 @@ FEW_TOKENS = 32
 _PARAGRAPH, _GRAM, _SHARE = 60, 13, 0.02
 
 PathLike: TypeAlias = str | os.PathLike[str]
-Progress: TypeAlias = Callable[[str, int, int], None]
 Note: TypeAlias = Callable[[Sequence[str], torch.Tensor], None]
 
 
@@ -200,7 +199,7 @@ def calibrate(
     chunks: int | None = None,
     device: str = "cpu",
     force: bool = False,
-    progress: Progress | None = None,
+    progress: Stages | None = None,
 ) -> CalibrationReport:
     """Write the importance matrix of a model in llama-imatrix's GGUF layout.
 
@@ -253,7 +252,7 @@ def context(ctx: int | None, model: Model, option: str = "--ctx") -> int:
     return min(CTX, own) if ctx is None else ctx
 
 
-def gather(model: Model, ids: Ints, progress: Progress | None = None) -> _Squares:
+def gather(model: Model, ids: Ints, progress: Stages | None = None) -> _Squares:
     """Sums of squares of every matrix's inputs over windows of tokens int[windows, ctx]."""
     squares = _Squares()
     hooks = ExitStack()

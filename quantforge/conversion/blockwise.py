@@ -19,8 +19,8 @@ from torch import nn
 
 from ..archs.base import IDENTITY, ScaleGroup, Transform, Weight
 from ..arrays import F32, Parts
-from ..calibration.corpus import Ints
-from ..calibration.gather import FEW_TOKENS, Progress, observing, stored_names
+from ..calibration.corpus import Ints, Stages
+from ..calibration.gather import FEW_TOKENS, observing, stored_names
 from ..codecs import Codec, Encoded
 from ..codecs.fp4 import NVFP4
 from ..codecs.integers import ActOrderCodec
@@ -142,7 +142,7 @@ def quantize_blocks(
     write: Callable[[Outcome], None],
     *,
     device: str = "cpu",
-    progress: Progress | None = None,
+    progress: Stages | None = None,
     mates: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
 ) -> None:
     """Quantize every tensor of the blocks.

@@ -18,7 +18,8 @@ from ..errors import FormatError, RecipeError
 from ..tokenizer import Tokenizer
 
 BUILTIN = "builtin"
-"""The held-out text that ships with the package."""
+"""In place of a path: the text that ships with the package."""
+HELD_OUT = Path(str(files("quantforge") / "data" / "text" / "heldout.txt"))
 _BREAK = re.compile(r"\n{3,}")
 _FEW = 10
 
@@ -54,7 +55,7 @@ class Corpus:
     def read(cls, text: str | os.PathLike[str], tokenizer: Tokenizer) -> Corpus:
         """Read and tokenize a UTF-8 file, or the shipped text ("builtin"). Raises FormatError."""
         builtin = os.fspath(text) == BUILTIN
-        path = Path(str(files("quantforge") / "data" / "text" / "heldout.txt")) if builtin else Path(text)
+        path = HELD_OUT if builtin else Path(text)
         data, written = read_text(path)
         ids, starts = tokenizer.encode(written)
         first = [0, *(m.end() for m in _BREAK.finditer(written))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -43,7 +44,7 @@ STACKED = {
     "recipes": ["presets", "recipe", "linears"],
     "calibration": ["overlap", "corpus", "importance", "gather"],
     "conversion": ["contents", "options", "plan", "library", "tiles", "moments", "blockwise", "run", "convert"],
-    "evaluation": ["metrics", "similarity", "tasks", "report", "comparison", "run", "scorecard"],
+    "evaluation": ["report", "metrics", "answers", "tasks", "comparison", "run", "scorecard"],
     "cli": ["shared"],
 }  # modules that others of their package may import, if those do not stand before them here
 HEAVY = {"torch", "transformers"}
@@ -119,6 +120,15 @@ def test_heavy_imports_only_where_allowed(path: Path) -> None:
     }
     if not {p.as_posix() for p in (path.with_suffix(""), *path.parents)} & MAY_BE_HEAVY:
         assert not top & HEAVY, f"{path} imports {top & HEAVY} at module level"
+
+
+def test_the_table_is_the_one_in_the_docs() -> None:
+    text = (PACKAGE.parent / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| `([a-z_]+)(?:/|\.py)` \| \S.* \|$", text, flags=re.M)
+    assert [int(number) for number, _ in rows] == sorted(level(name) for names in LAYERS for name in names)
+    assert {name: int(number) for number, name in rows} == {name: level(name) for names in LAYERS for name in names}
+    here = {p.stem for p in PACKAGE.glob("*.py")} | {p.parent.name for p in PACKAGE.glob("*/__init__.py")}
+    assert here - FREE == {name for _, name in rows}, "a row for each folder and module, and no other"
 
 
 def test_import_does_not_load_torch() -> None:

@@ -20,8 +20,8 @@ from torch import nn
 
 from ..archs.weight import Value, numbers
 from ..arrays import F32, Parts
-from ..calibration.corpus import Ints
-from ..calibration.gather import Progress, observing, stored_names
+from ..calibration.corpus import Ints, Stages
+from ..calibration.gather import observing, stored_names
 from ..codecs import Codec, Encoded
 from ..codecs.integers import ActOrderCodec
 from ..codecs.plain import PlainCodec
@@ -103,7 +103,7 @@ def quantize_blocks(
     write: Callable[[Outcome], None],
     *,
     device: str = "cpu",
-    progress: Progress | None = None,
+    progress: Stages | None = None,
 ) -> None:
     """Quantize every tensor of the blocks.
 

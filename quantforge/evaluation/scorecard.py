@@ -12,11 +12,11 @@ from typing import Any
 
 from .. import sizes
 from ..calibration import importance
+from ..calibration.corpus import Stages
 from ..calibration.gather import calibrate
 from ..conversion.convert import convert
 from ..errors import CalibrationError, RecipeError
-from .comparison import Progress
-from .report import Choice, Evaluation, ModelResult
+from .report import Evaluation, ModelResult, Recommendation
 from .report.base import check_path
 from .run import PathLike, evaluate
 
@@ -35,7 +35,7 @@ def compare(
     context: int | None = None,
     out: PathLike | None = None,
     report: PathLike | Sequence[PathLike] = (),
-    progress: Progress | None = None,
+    progress: Stages | None = None,
     **options: Any,
 ) -> Evaluation:
     """Convert a checkpoint to several types, evaluate all of them at once, rank them and choose.
@@ -63,16 +63,16 @@ def compare(
             name = Path(kind).stem
             paths[name] = where / f"{name}.gguf"
             convert(Path(model), paths[name], kind, weights, force=True)
-        found = evaluate(paths, reference=model, progress=progress, **options)
+        evaluation = evaluate(paths, reference=model, progress=progress, **options)
     if limit is not None:
-        found.choice = choose(found, limit, context)
-    found.run["imatrix"] = origin
+        evaluation.choice = choose(evaluation, limit, context)
+    evaluation.run["imatrix"] = origin
     for path in reports:
-        found.save(path)
-    return found
+        evaluation.save(path)
+    return evaluation
 
 
-def choose(evaluation: Evaluation, limit: int, context: int | None) -> Choice:
+def choose(evaluation: Evaluation, limit: int, context: int | None) -> Recommendation:
     """The closest to the reference of the models whose weights and KV cache fit into `limit` bytes."""
     shape = evaluation.reference.shape
     context = context or shape.get("context", 0) or 4096
@@ -87,17 +87,17 @@ def choose(evaluation: Evaluation, limit: int, context: int | None) -> Choice:
     if not fitting:
         least = min(evaluation.models, key=lambda m: m.bytes)
         why = f"None of these fits into {sizes.show(limit)}: the smallest, {least.name}, needs {cost(least)}."
-        return Choice(limit, context, kv, None, why, needs)
+        return Recommendation(limit, context, kv, None, why, needs)
     best = fitting[0]
     measure = f"mean KLD {best.kld_mean:.3g}" if best.kld_mean is not None else f"PPL {best.ppl:.4g}"
     why = f"{best.name} is the closest to the reference ({measure}) of the {len(fitting)} that fit into {sizes.show(limit)}: "
     why += f"it needs {cost(best)}."
     if better := ranked[: ranked.index(best)]:
         why += f" {better[-1].name} would be closer but needs {sizes.show(needs[better[-1].name])}."
-    return Choice(limit, context, kv, best.name, why, needs)
+    return Recommendation(limit, context, kv, best.name, why, needs)
 
 
-def _imatrix(model: Path, imatrix: Any, scratch: Path, progress: Progress | None) -> tuple[importance.Importance | None, str]:
+def _imatrix(model: Path, imatrix: Any, scratch: Path, progress: Stages | None) -> tuple[importance.Importance | None, str]:
     """The importance to convert with, and where it is from."""
     if imatrix is None or isinstance(imatrix, importance.Importance):
         return imatrix, "none" if imatrix is None else "given"

@@ -193,7 +193,7 @@ def calibrate(
             raise CalibrationError(
                 f"{model}: an importance matrix names tensors as GGUF does, and this architecture has no such names"
             )
-        tokenizer = Tokenizer(Path(model), source.config, gguf_metadata=source.format == "gguf")
+        tokenizer = source.tokenizer()
         ids = read_windows(text, tokenizer, context(ctx, runner), chunks)
         squares = gather(runner, ids, progress)
         entries, experts, warnings = _entries(runner, squares)

@@ -11,7 +11,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from .. import codecs, formats, layouts, methods, recipes
+from .. import codecs, layouts, methods, recipes
 from ..archs.weight import Weight
 from ..arrays import F32, Parts
 from ..calibration.importance import Importance
@@ -147,7 +147,7 @@ def decide(source: Source, options: Options) -> Plan:
     Raises FormatError, UnsupportedError, RecipeError, ShapeError, CalibrationError.
     """
     target, layout = options.target()
-    held = contents(source, target.name, options.pre_tokenizer)
+    held = contents(source, target, options.pre_tokenizer)
     weights, outputs = held.weights, held.outputs
     stored = {w.name: codec_of(source, w) for w in weights}
     table = _check_importance(options.importance, weights)
@@ -232,7 +232,7 @@ def _choose(
         return _Chosen(codec.name, choices, layout=layout, warnings=warnings)
     if scheme != Scheme():
         raise RecipeError(f"--group-size and --sym go with --bits, or with --format {', '.join(layouts.names())}")
-    kept = formats.get(source.format).gguf_names or not all_floats(stored.values())
+    kept = source.gguf_names or not all_floats(stored.values())
     if recipe is None and not target.gguf_names and method is None and kept:
         return _Chosen("floats", {w.name: recipes.Choice(as_floats(stored[w.name])) for w in held.weights})
     preset = recipe if isinstance(recipe, recipes.Recipe) else recipes.get(str(recipe or "Q4_K_M"))

@@ -331,9 +331,8 @@ def _windows(source: Source, how: Calibration) -> Ints:
     """Calibration tokens: int[windows, ctx]."""
     from ..calibration.gather import context, read_windows
     from ..runtime import Model
-    from ..tokenizer import Tokenizer
 
-    tokenizer = Tokenizer(source.path, source.config, gguf_metadata=formats.get(source.format).gguf_names)
+    tokenizer = source.tokenizer()
     ctx = context(how.ctx, Model(source, source.path.name), "--calibration-ctx")
     return read_windows(how.text, tokenizer, ctx, how.chunks, spread=True)
 

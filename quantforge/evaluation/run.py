@@ -28,7 +28,6 @@ from ..calibration.corpus import BUILTIN, Corpus, Stages, Windows, cut
 from ..device import available
 from ..errors import RecipeError, ShapeError, UnsupportedError
 from ..formats import open_path
-from ..tokenizer import Tokenizer
 from . import answers as asking
 from . import metrics as registry
 from . import tasks as harness
@@ -174,7 +173,7 @@ class _Party:
         path = Path(reference)
         name = path.resolve().name.removesuffix(".gguf")
         self.reference = Model(source, name, device=device)
-        self.tokenizer = Tokenizer(path, source.config, gguf_metadata=source.format == "gguf")
+        self.tokenizer = source.tokenizer()
         self.ceiling = Model(source, f"{name} in bf16", device=device, dtype=torch.bfloat16)
         self.floor = floor
         self.candidates = []

@@ -86,7 +86,6 @@ def test_gguf_models_calibrate_to_the_same(tmp_path: Path) -> None:
 
 def test_experts_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Per expert: its tokens' sum; where it saw few, the mean of all stands in, and a warning says so."""
-    checkpoints.mixture(monkeypatch)
     sizes = {"head_dim": 32, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
     model = checkpoints.model(tmp_path / "moe", "Qwen3Moe", **sizes)
     report = qf.calibrate(model, tmp_path / "im.gguf", ctx=32, chunks=2)

@@ -140,14 +140,14 @@ def test_final_states_that_overflow(tmp_path: Path) -> None:
 PEAK = """
 import sys
 import quantforge as qf
-from quantforge.evaluation.run import _memory
+from quantforge import sizes
 options = {"text": sys.argv[1], "prompts": ["In Python, a list", "To open a table"], "answer_tokens": 3, "ctx": 128, "chunks": 6}
 qf.evaluate(sys.argv[2], reference=sys.argv[2], **options)  # what libraries load and keep
-before = _memory("VmRSS")
+before = sizes.resident()
 run = qf.evaluate(sys.argv[3:], reference=sys.argv[3], **options)
 weights = run.similarity["weight_bytes"]
 held = run.run["hidden_bytes"] + max(run.run["block_bytes"], run.run["head_bytes"] + run.run["logit_bytes"])
-print(_memory("VmHWM") - before, held, weights)
+print(sizes.resident(peak=True) - before, held, weights)
 """
 
 

@@ -65,6 +65,8 @@ class Codec(ABC):
     """ggml's spelling for ggml types ("Q4_K"), else like "int4-g128-sym"."""
     block_size: int = 1
     """Weights per parameter set, along the last axis."""
+    short_blocks: bool = False
+    """True where the last block of a row may have fewer weights."""
     ggml_type: int | None = None
     """Type id in GGUF files; None: no GGUF file can hold this codec."""
     needs_importance: bool = False
@@ -232,10 +234,11 @@ class Encoded:
 def repacks(source: Codec, target: Codec, shape: tuple[int, ...]) -> bool:
     """True if `repack` can take a tensor of `shape` from one codec to the other."""
     a, b = source.integers, target.integers
-    if a is None or b is None or a.real or b.whole or not shape:
+    n = shape[-1] if shape else 0
+    if a is None or b is None or a.real or b.whole or not n or (n % target.block_size and not target.short_blocks):
         return False
-    n = shape[-1]
-    if (a.group or n) % (b.group or n):
+    # one group takes any finer ones; of several, the last of which may be short, each has to end where a finer one does
+    if 0 < a.group < n and (not b.group or a.group % b.group):
         return False
     if b.zero is None:
         return a.hi <= b.hi
@@ -255,8 +258,11 @@ def repack(e: Encoded, target: Codec) -> Encoded:
         codes = codes + (grid.zero - zero.flat[0] if zero.size else 0)
         zero = np.full_like(zero, grid.zero)
     n, groups = e.shape[-1], found.step.shape[-1]
-    times = n // (grid.group or n) // groups
-    moved = Integers(codes.astype(np.uint8, copy=False), found.step.repeat(times, -1), zero.repeat(times, -1))
+    per = n if groups == 1 else e.codec.integers.group  # type: ignore[union-attr]
+    size = min(grid.group or n, n)
+    times, wanted = -(-per // size), -(-n // size)
+    step, zero = (p.repeat(times, -1)[..., :wanted] for p in (found.step, zero))
+    moved = Integers(codes.astype(np.uint8, copy=False), step, zero)
     return Encoded(target, e.shape, target.from_integers(moved))
 
 
@@ -265,7 +271,7 @@ def check_weights(w: Any, codec: Codec) -> F32:
     w = to_numpy(w)
     if w.ndim == 0:
         raise ShapeError(f"{codec.name}: a scalar has no rows to quantize")
-    check_block(w.shape, codec)
+    codec.layout(w.shape) if codec.short_blocks else check_block(w.shape, codec)
     return np.ascontiguousarray(w, dtype=np.float32)
 
 

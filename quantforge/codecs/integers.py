@@ -89,10 +89,13 @@ class IntegerCodec(GridCodec):
     """w = scale · (code − zero), code in 0 .. 2**bits − 1.
 
     Parts: codes: u8[..., in·bits/8]; scale: f16[..., groups] (for the whole tensor: [1]); where
-    asymmetric, zero: u8 of scale's shape, else zero is 2**(bits − 1). Without importance `encode`
+    asymmetric, zero: u8 of scale's shape, else zero is 2**(bits − 1). A row's last group may be
+    short: 192 columns in groups of 128 are 128 + 64. Without importance `encode`
     is plain rounding: to the largest magnitude (absmax), or from the smallest to the largest
     weight (zero-point). `fit`, and `encode` with importance, search for the best parameters.
     """
+
+    short_blocks = True
 
     def __init__(self, bits: int, per: str, *, symmetric: bool = True, scale: str = "f16") -> None:
         self.bits, self.per, self.symmetric, self.scale_dtype = bits, per, symmetric, _DTYPES[scale]
@@ -113,14 +116,11 @@ class IntegerCodec(GridCodec):
 
     def layout(self, shape: tuple[int, ...]) -> dict[str, TensorInfo]:
         """Parts codes, scale and, where asymmetric, zero."""
-        n = shape[-1] if shape else 0
-        if not shape or n % self.block_size or (self.group and not n):
-            raise ShapeError(
-                f"{self.name}: rows of {n} weights are not a multiple of the group size {self.block_size}; "
-                "choose a group size that divides them, or one group per row (--group-size -1)"
-            )
+        if not shape or (self.group and not shape[-1]):
+            raise ShapeError(f"{self.name}: weights {list(shape)} have no rows to quantize")
+        n = shape[-1]
         found = {"codes": TensorInfo(np.dtype(np.uint8), (*shape[:-1], -(-n * self.bits // 8)))}
-        groups = (*shape[:-1], n // self.group if self.group else 1) if self.row_local else (1,)
+        groups = (*shape[:-1], -(-n // self.group) if self.group else 1) if self.row_local else (1,)
         found["scale"] = TensorInfo(self.scale_dtype, groups)
         if not self.symmetric:
             found["zero"] = TensorInfo(np.dtype(np.uint8), groups)
@@ -139,16 +139,25 @@ class IntegerCodec(GridCodec):
                 inverse = np.where(step > 1.2e-38, 1 / np.maximum(step, 1.2e-38), 0).astype(np.float32)
             x = self._groups(w) * inverse[..., None]
             x = np.trunc(x + np.copysign(_BELOW_HALF, x)) + zero[..., None]
-            codes = np.clip(x, 0, self.top).astype(np.uint8).reshape(w.shape)
+            codes = self._columns_of(np.clip(x, 0, self.top).astype(np.uint8), w.shape)
             parts = {"codes": pack_bits(codes, self.bits), "scale": scale, "zero": zero.astype(np.uint8)}
         return {k: parts[k].reshape(info.shape) for k, info in layout.items()}
 
     def _groups(self, w: Array) -> Array:
-        """[..., group, column]"""
+        """[..., group, column]; a short last group is filled with zeros, which cost a range or a fit nothing."""
         if not self.row_local:
             return w.reshape(1, -1)
         group = self.group or w.shape[-1]
+        short = -w.shape[-1] % max(1, group)
+        w = np.pad(w, [(0, 0)] * (w.ndim - 1) + [(0, short)]) if short else w
         return w.reshape(*w.shape[:-1], w.shape[-1] // max(1, group), group)
+
+    def _columns_of(self, groups: Array, shape: tuple[int, ...]) -> Array:
+        """Inverse of `_groups`."""
+        if not self.row_local:
+            return groups.reshape(shape)
+        rows = groups.reshape(*shape[:-1], -1)
+        return rows if rows.shape[-1] == shape[-1] else np.ascontiguousarray(rows[..., : shape[-1]])
 
     def _range(self, w: F32) -> tuple[Any, Any]:
         """Real-valued steps f64[..., groups] and zeros of plain rounding."""
@@ -184,7 +193,7 @@ class IntegerCodec(GridCodec):
         x = self._groups(unpack_bits(codes, self.bits, shape[-1]).astype(np.float32))
         x -= zeros[0].astype(np.float32)[..., None] if zeros else np.float32(self.middle)
         x *= scale.astype(np.float32)[..., None]
-        return x.reshape(shape)
+        return self._columns_of(x, shape)
 
     def matmul(self, x: F32, parts: Parts, shape: tuple[int, ...], *, threads: int = 1, activations: str = "float") -> F32:
         """x wᵀ; see `Codec.matmul`. "int8" needs groups of a multiple of 16 columns, and is "float" for others."""
@@ -202,6 +211,8 @@ class IntegerCodec(GridCodec):
         """
         import torch
 
+        if self.group and (short := -w.shape[-1] % self.group):  # zeros cost a fit nothing
+            w, importance = (t if t is None else torch.nn.functional.pad(t, (0, short)) for t in (w, importance))
         check_matrix(w, importance, self)
         rows = w.shape[0]
         x = w.detach().float()
@@ -212,10 +223,9 @@ class IntegerCodec(GridCodec):
             return {k: p.expand(rows, 1) for k, p in found.items()}
         step = max(1, (1 << 18) // max(1, x.shape[1]))
         width = self.group or x.shape[1]
+        groups = x.shape[1] // width
         chunks = [
-            self._fit(
-                x[i : i + step].reshape(-1, x.shape[1] // width, width), c[i : i + step].reshape(-1, x.shape[1] // width, width)
-            )
+            self._fit(x[i : i + step].reshape(-1, groups, width), c[i : i + step].reshape(-1, groups, width))
             for i in range(0, rows, step)
         ]
         return {k: torch.cat([p[k] for p in chunks]) for k in chunks[0]}
@@ -324,6 +334,7 @@ class IntegerCodec(GridCodec):
 class ActOrderCodec(Codec):
     """An IntegerCodec whose columns belong to groups in any order: a further part, group: i32[in]."""
 
+    short_blocks = True
     shared = frozenset({"group"})
 
     def __init__(self, plain: IntegerCodec) -> None:

@@ -13,8 +13,9 @@ import numpy as np
 
 from ..arrays import BF16, Array, Parts, TensorInfo
 from ..codecs import Codec
+from ..codecs.integers import IntegerCodec
 from ..discovery import Registry
-from ..errors import UnsupportedError
+from ..errors import ShapeError, UnsupportedError
 
 SCALES = {np.dtype(np.float16): "f16", BF16: "bf16", np.dtype(np.float32): "f32"}
 """Dtypes of scales and how codecs' names call them."""
@@ -139,6 +140,46 @@ def left_out(modules: Iterable[str]) -> dict[str, Any]:
 def stems(arrays: Arrays, suffix: str) -> list[str]:
     """Modules that have an array of that name: "model.layers.0.mlp.up_proj"."""
     return [k[: -len(suffix) - 1] for k in arrays if k.endswith(f".{suffix}")]
+
+
+def group_size(module: str, columns: int, groups: int, stated: Iterable[Any]) -> int:
+    """Columns of a group, where `groups` of them make a row; the last may be short: 192 columns are 128 + 64.
+
+    stated: sizes that the config speaks of. Raises ShapeError where none of them, or more than one, gives so many groups.
+    """
+    sizes = sorted({g for g in stated if type(g) is int and g > 0})
+    fits = [g for g in sizes if -(-columns // g) == groups] if sizes else [columns // groups] if columns % groups == 0 else []
+    if groups == 1:
+        return columns
+    if len(fits) != 1:
+        raise ShapeError(
+            f"{module}: {groups} groups in rows of {columns} columns; the config's group_size is {sizes or 'not given'}"
+        )
+    return fits[0]
+
+
+def whole_groups(codec: IntegerCodec, shape: tuple[int, ...]) -> int:
+    """Groups of a row in a layout that has no short ones. Raises ShapeError."""
+    if codec.group and shape[-1] % codec.group:
+        raise ShapeError(
+            f"{codec.name}: rows of {shape[-1]} weights are not a multiple of the group size {codec.group}; "
+            "choose a group size that divides them, or one group per row (--group-size -1)"
+        )
+    return shape[-1] // codec.group if codec.group else 1
+
+
+def settings_of(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
+    """The config with what its `dynamic` (GPTQModel: the first regex that matches from the module's beginning) or
+    `extra_config` (AutoRound: names or regexes) says of one module."""
+    rules: list[tuple[str, Any]] = [(k.removeprefix("+:"), v) for k, v in (config.get("dynamic") or {}).items() if k[:2] != "-:"]
+    rules += [(re.escape(k) + "$" if "*" not in k else k, v) for k, v in (config.get("extra_config") or {}).items()]
+    for pattern, own in rules:
+        try:
+            if isinstance(own, Mapping) and re.match(pattern, module):
+                return {**config, **own}
+        except re.error:
+            raise UnsupportedError(f"{module}: the config's regular expression {pattern!r} cannot be read") from None
+    return config
 
 
 def words(packed: Array) -> Array:

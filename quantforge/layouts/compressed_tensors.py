@@ -21,7 +21,7 @@ from ..codecs import Codec
 from ..codecs.fp8 import Fp8Codec
 from ..codecs.integers import ActOrderCodec, IntegerCodec, pack_bits, unpack_bits
 from ..errors import ShapeError, UnsupportedError, nearest
-from .base import SCALES, Arrays, Found, Gathered, Layout, Load, experts, octets, stems, words
+from .base import SCALES, Arrays, Found, Gathered, Layout, Load, experts, group_size, octets, stems, whole_groups, words
 
 SCHEMES = {
     "W4A16": ("int4-g128-sym", False),
@@ -111,12 +111,12 @@ def _to_fp8(codec: Codec, shape: tuple[int, int], arrays: Parts) -> Parts:
     return {"codes": arrays["weight"], "scale": arrays["weight_scale"].reshape(codec.layout(shape)["scale"].shape)}
 
 
-def _per(scale: tuple[int, ...], n: int, k: int, stem: str) -> str:
+def _per(scale: tuple[int, ...], n: int, k: int, stem: str, sizes: Iterable[int | None] = ()) -> str:
     """What a weight_scale of this shape belongs to: "tensor", "channel", "g128"."""
     if int(np.prod(scale)) == 1 and (len(scale) < 2 or n > 1):
         return "tensor"
-    if len(scale) == 2 and scale[0] == n and scale[1] and k % scale[1] == 0:
-        return "channel" if scale[1] == 1 else f"g{k // scale[1]}"
+    if len(scale) == 2 and scale[0] == n and scale[1]:
+        return "channel" if scale[1] == 1 else f"g{group_size(stem, k, scale[1], sizes)}"
     if scale == (n,):
         return "channel"
     raise ShapeError(f"{stem}: a weight_scale of {list(scale)} does not fit weights {[n, k]}")
@@ -133,11 +133,12 @@ class CompressedTensors(Layout):
     def find(self, config: Mapping[str, Any], arrays: Arrays, load: Load) -> Found:
         """See `Layout.find`."""
         groups = (config.get("config_groups") or {}).values()
-        bits = {w["num_bits"] for g in groups if isinstance(g, Mapping) and isinstance(w := g.get("weights"), Mapping)}
+        schemes = [w for g in groups if isinstance(g, Mapping) and isinstance(w := g.get("weights"), Mapping)]
+        bits, sizes = {w["num_bits"] for w in schemes}, {w.get("group_size") for w in schemes if w.get("strategy") == "group"}
         tensors = {}
         for stem in stems(arrays, "weight_scale"):
             names = {k: f"{stem}.{k}" for k in _WEIGHT if f"{stem}.{k}" in arrays}
-            codec, shape, unpack = _one(stem, names, arrays, load, bits)
+            codec, shape, unpack = _one(stem, names, arrays, load, bits, sizes)
             tensors[f"{stem}.weight"] = Gathered(codec, shape, names, unpack)
         known = {f"{t.removesuffix('weight')}{a}" for t in tensors for a in _ACTIVATIONS}
         caches = {a for a in arrays if a.endswith((".q_scale", ".k_scale", ".v_scale"))}
@@ -189,6 +190,7 @@ class CompressedTensors(Layout):
             )
         if _format(codec) == "int-quantized":
             return {"weight": TensorInfo(np.dtype(np.int8), shape), "weight_scale": layout["scale"]}
+        whole_groups(codec, shape)
         if k * codec.bits % 32:
             raise ShapeError(f"{codec.name}: rows of {k} weights do not fill 32-bit words; choose a float type")
         found = {
@@ -285,7 +287,7 @@ _WEIGHT = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "weig
 
 
 def _one(
-    stem: str, names: Mapping[str, str], arrays: Arrays, load: Load, bits: set[int]
+    stem: str, names: Mapping[str, str], arrays: Arrays, load: Load, bits: set[int], sizes: set[int | None]
 ) -> tuple[Codec, tuple[int, int], Callable[[Parts], Parts]]:
     """Codec, shape and unpack of one module."""
     info = {k: arrays[v] for k, v in names.items()}
@@ -313,7 +315,7 @@ def _one(
                 "0.18 and later); decompress it with the version that wrote it"
             )
         zero = "asym" if "weight_zero_point" in info else "sym"
-        per_what = _per(scale.shape, n, k, stem)
+        per_what = _per(scale.shape, n, k, stem, sizes)
         act = ""
         if "weight_g_idx" in info and per_what.startswith("g"):
             group = load(names["weight_g_idx"])
@@ -326,7 +328,7 @@ def _one(
     n, k = info["weight"].shape
     if info["weight"].dtype == np.int8:
         zero = "asym" if "weight_zero_point" in info else "sym"
-        plain = codecs.get(f"int8-{_per(scale.shape, n, k, stem)}-{zero}-{kind}")
+        plain = codecs.get(f"int8-{_per(scale.shape, n, k, stem, sizes)}-{zero}-{kind}")
         assert isinstance(plain, IntegerCodec)
         return plain, (n, k), partial(_to_int8, plain, (n, k))
     if info["weight"].dtype != F8_E4M3 or not kind:

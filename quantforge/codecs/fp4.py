@@ -5,10 +5,19 @@ from __future__ import annotations
 import numpy as np
 
 from .. import native
-from ..arrays import F32, Array, Parts, TensorInfo, empty
+from ..arrays import F8_E4M3, F8_E8M0, F32, Array, Parts, TensorInfo, empty
 from .base import GgmlCodec, check_importance, check_parts, check_weights, raise_non_finite, register
 
 E4M3_MAX, E2M1_MAX = 448.0, 6.0
+
+
+class MXFP4(GgmlCodec):
+    """MXFP4 in ggml's blocks: an E8M0 scale, which is a power of two, and 32 levels."""
+
+    def scales(self, parts: Parts, shape: tuple[int, ...]) -> list[Array]:
+        """The blocks' E8M0 [..., blocks]."""
+        data = np.ascontiguousarray(parts["data"])
+        return [data.reshape(*data.shape[:-1], -1, self.type_size)[..., 0].view(F8_E8M0)]
 
 
 class NVFP4(GgmlCodec):
@@ -53,8 +62,18 @@ class NVFP4(GgmlCodec):
             # the largest weight is the largest level under the largest block scale
             scale[i] = max(min(amax, 3.4e38) / (E4M3_MAX * E2M1_MAX), np.finfo(np.float32).tiny)
             q = [per[i % len(per)]] if per else []
-            native.call_rows(self.name, "encode", [rows], [scale[i : i + 1], *q], [data], threads)
+            try:
+                native.call_rows(self.name, "encode", [rows], [scale[i : i + 1], *q], [data], threads)
+            except native.KernelError as e:
+                if e.code != native.ELARGE:  # `scale` is an f32, which nothing finite overflows
+                    raise
         return parts
+
+    def scales(self, parts: Parts, shape: tuple[int, ...]) -> list[Array]:
+        """The blocks' E4M3 [..., blocks, 4], and `scale`, which a file may lack."""
+        data = np.ascontiguousarray(parts["data"])
+        blocks = data.reshape(*data.shape[:-1], -1, self.type_size)[..., :4]
+        return [blocks.view(F8_E4M3), *([parts["scale"]] if "scale" in parts else [])]
 
     def decode(self, parts: Parts, shape: tuple[int, ...], *, threads: int = 1) -> F32:
         """f32[shape]: what llama.cpp computes with. Without a part `scale` it is 1, as in ggml."""
@@ -71,5 +90,5 @@ def _matrices(a: Array, n: int) -> Array:
     return a.reshape(n, -1, a.shape[-1])
 
 
-register(GgmlCodec("MXFP4"))
+register(MXFP4("MXFP4"))
 register(NVFP4)

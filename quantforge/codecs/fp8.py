@@ -10,7 +10,7 @@ import numpy as np
 from .. import native
 from ..arrays import BF16, F8_E4M3, F32, Array, Parts, TensorInfo
 from ..errors import ShapeError
-from .base import Codec, check_parts, check_weights, raise_non_finite, register_family
+from .base import Codec, check_parts, check_weights, raise_non_finite, raise_out_of_range, register_family
 
 _NAME = re.compile(r"fp8-(tensor|channel|block([1-9]\d{0,5}))(?:-(f16|bf16|f32))?")
 _DTYPES = {"f16": np.dtype(np.float16), "bf16": BF16, "f32": np.dtype(np.float32)}
@@ -52,7 +52,9 @@ class Fp8Codec(Codec):
         if not np.isfinite(amax).all():
             raise_non_finite(w, self.name)
         largest = 65504.0 if self.scale_dtype == np.float16 else 3.38e38
-        scale = np.minimum(amax / _MAX, largest).astype(self.scale_dtype)
+        reason = f"{self.name} stores its scales in {self.scale_dtype}, up to {largest:g}"
+        raise_out_of_range(w, amax / _MAX > largest, self, reason)
+        scale = (amax / _MAX).astype(self.scale_dtype)
         wide = self._spread(scale.astype(np.float32), w.shape)
         with np.errstate(over="ignore"):
             x = w / np.where(wide > 0, wide, np.float32(np.inf))

@@ -30,6 +30,7 @@ from .base import (
     check_weights,
     get,
     raise_non_finite,
+    raise_out_of_range,
     register,
     register_family,
 )
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 _NAME = re.compile(r"int([2-8])-(tensor|channel|g([1-9]\d{0,8}))(?:-(a?sym))?(?:-(f16|bf16|f32))?(-act)?")
 _DTYPES = {"f16": np.dtype(np.float16), "bf16": BF16, "f32": np.dtype(np.float32)}
 _LARGEST = {"f16": 65504.0, "bf16": 3.38e38, "f32": 3.4e38}
+_SEARCHED = 1e18  # the largest magnitude whose squares, weighted and summed, are finite
 _NONE = np.empty(0, np.uint8)  # zero points that are all in the middle
 _BELOW_HALF = np.float32(0.49999997)  # added before truncation: rounds halves away from zero, and nothing else up
 
@@ -110,6 +112,7 @@ class IntegerCodec(GridCodec):
             self.top, self.middle if symmetric else None, self.group, step=scale, whole=not self.row_local
         )
         self._largest = _LARGEST[scale]
+        self._reason = f"{self.name} stores its scales in {scale}, up to {self._largest:g}"
         # Half a level beyond the last one costs the largest weight no more than rounding costs others,
         # and is what GPTQ's and compressed-tensors' ranges are; 8 bits have Q8_0's and LLM.int8()'s range.
         self._reach = 127.0 if bits == 8 else self.top / 2
@@ -134,6 +137,7 @@ class IntegerCodec(GridCodec):
             parts = self._encode_weighted(w, importance)
         else:
             step, zero = self._range(w)
+            raise_out_of_range(w, step > self._largest, self, self._reason)
             scale = np.minimum(step, self._largest).astype(self.scale_dtype)
             with np.errstate(over="ignore"):
                 inverse = np.where(step > 1.2e-38, 1 / np.maximum(step, 1.2e-38), 0).astype(np.float32)
@@ -211,8 +215,10 @@ class IntegerCodec(GridCodec):
         """
         import torch
 
+        given = w
         if self.group and (short := -w.shape[-1] % self.group):  # zeros cost a fit nothing
-            w, importance = (t if t is None else torch.nn.functional.pad(t, (0, short)) for t in (w, importance))
+            w = torch.nn.functional.pad(w, (0, short))
+            importance = None if importance is None else torch.nn.functional.pad(importance, (0, short))
         check_matrix(w, importance, self)
         rows = w.shape[0]
         x = w.detach().float()
@@ -220,6 +226,7 @@ class IntegerCodec(GridCodec):
         c = c / c.amax().clamp_min(1e-30) + 1e-12
         if not self.row_local:
             found = self._fit(x.reshape(1, 1, -1), c.reshape(1, 1, -1))
+            self._check_fit(given, found["scale"])
             return {k: p.expand(rows, 1) for k, p in found.items()}
         step = max(1, (1 << 18) // max(1, x.shape[1]))
         width = self.group or x.shape[1]
@@ -228,13 +235,22 @@ class IntegerCodec(GridCodec):
             self._fit(x[i : i + step].reshape(-1, groups, width), c[i : i + step].reshape(-1, groups, width))
             for i in range(0, rows, step)
         ]
-        return {k: torch.cat([p[k] for p in chunks]) for k in chunks[0]}
+        found = {k: torch.cat([p[k] for p in chunks]) for k in chunks[0]}
+        self._check_fit(given, found["scale"])
+        return found
+
+    def _check_fit(self, w: torch.Tensor, scale: torch.Tensor) -> None:
+        """Raise RangeError where the search was cut off."""
+        bad = scale.float().abs() >= self._largest
+        bad = bad if bool(bad.any()) else w.abs() > _SEARCHED
+        if bool(bad.any()):
+            raise_out_of_range(np.asarray(to_numpy(w.float()), np.float32), to_numpy(bad), self, self._reason)
 
     def _fit(self, x: torch.Tensor, c: torch.Tensor) -> Params:
         import torch
 
         kind = {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(self.scale_dtype.name, torch.float32)
-        x = x.clamp(-1e18, 1e18)
+        x = x.clamp(-_SEARCHED, _SEARCHED)
         low, high = x.amin(-1).clamp_max(0), x.amax(-1).clamp_min(0)
         best = torch.full_like(low, float("inf"))
         scale, zero = torch.zeros_like(low), torch.full_like(low, float(self.middle))

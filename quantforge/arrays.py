@@ -68,7 +68,7 @@ def is_finite(a: Array) -> NDArray[np.bool_]:
     """np.isfinite, for any dtype that weights or scales are stored in; True of integers."""
     if a.dtype in _EXPONENTS:
         kind, bits = _EXPONENTS[a.dtype]
-        return (a.view(kind) & bits) != bits
+        return np.asarray((a.view(kind) & bits) != bits)
     return np.isfinite(a) if a.dtype.kind == "f" else np.ones(a.shape, bool)
 
 

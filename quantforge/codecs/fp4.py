@@ -86,6 +86,28 @@ class NVFP4(GgmlCodec):
         return w
 
 
+def mxfp4_data(packed: Array, scale: Array) -> Array:
+    """ggml's blocks u8[..., row_bytes] of codes u8[..., in/2], the even one in the low nibble, and E8M0 u8[..., in/32].
+
+    ggml pairs weights half a block apart. Bits move, nothing else.
+    """
+    codes = _codes(packed).reshape(*scale.shape, 2, 16)
+    data = np.concatenate([scale[..., None], codes[..., 0, :] | codes[..., 1, :] << np.uint8(4)], -1)
+    return data.reshape(*scale.shape[:-1], -1)
+
+
+def nvfp4_data(packed: Array, scale: Array) -> Array:
+    """ggml's blocks of codes u8[..., in/2], the even one in the low nibble, and E4M3 [..., in/16]; see `mxfp4_data`."""
+    lead = scale.shape[:-1]
+    codes = _codes(packed).reshape(*lead, -1, 2, 8)
+    pairs = (codes[..., 0, :] | codes[..., 1, :] << np.uint8(4)).reshape(*lead, -1, 32)
+    return np.concatenate([scale.view(np.uint8).reshape(*lead, -1, 4), pairs], -1).reshape(*lead, -1)
+
+
+def _codes(packed: Array) -> Array:
+    return np.stack([packed & 15, packed >> 4], -1)
+
+
 def _matrices(a: Array, n: int) -> Array:
     return a.reshape(n, -1, a.shape[-1])
 

@@ -24,6 +24,7 @@ from .base import (
     IntegerGrid,
     Integers,
     Params,
+    check_block,
     check_importance,
     check_matrix,
     check_parts,
@@ -160,7 +161,7 @@ class IntegerCodec(GridCodec):
         """Inverse of `_groups`."""
         if not self.row_local:
             return groups.reshape(shape)
-        rows = groups.reshape(*shape[:-1], -1)
+        rows = groups.reshape(*shape[:-1], groups.shape[-2] * groups.shape[-1])
         return rows if rows.shape[-1] == shape[-1] else np.ascontiguousarray(rows[..., : shape[-1]])
 
     def _range(self, w: F32) -> tuple[Any, Any]:
@@ -392,6 +393,56 @@ class ActOrderCodec(Codec):
         return x
 
 
+class MinCodec(Codec):
+    """w = scale · code + min, both stored per group as they are (MLX): int4-g64-min, scales and mins f16, or -bf16, -f32.
+
+    Parts: codes: u8[..., in·bits/8]; scale, min: [..., in/group]. Encoding is plain rounding from the smallest to the
+    largest weight.
+    """
+
+    row_local = True
+
+    def __init__(self, bits: int, group: int, scale: str = "f16") -> None:
+        self.bits, self.block_size, self.scale_dtype = bits, group, _DTYPES[scale]
+        self.name = f"int{bits}-g{group}-min" + ("" if scale == "f16" else f"-{scale}")
+        self._largest = _LARGEST[scale]
+
+    def layout(self, shape: tuple[int, ...]) -> dict[str, TensorInfo]:
+        """Parts codes, scale and min."""
+        check_block(shape, self)
+        group = TensorInfo(self.scale_dtype, (*shape[:-1], shape[-1] // self.block_size))
+        return {
+            "codes": TensorInfo(np.dtype(np.uint8), (*shape[:-1], -(-shape[-1] * self.bits // 8))),
+            "scale": group,
+            "min": group,
+        }
+
+    def encode(self, w: F32, importance: F32 | None = None, *, threads: int = 1) -> Parts:
+        """Round to the nearest; see `Codec.encode`. Importance does not matter here."""
+        w = check_weights(w, self)
+        x = w.reshape(*w.shape[:-1], -1, self.block_size).astype(np.float64)
+        low, high = x.min(-1, initial=np.inf), x.max(-1, initial=-np.inf)
+        if not (np.isfinite(low).all() and np.isfinite(high).all()):
+            raise_non_finite(w, self.name)
+        step = (high - low) / ((1 << self.bits) - 1)
+        bad = np.maximum(step, np.abs(low)) > self._largest
+        raise_out_of_range(w, bad, self, f"{self.name} stores its scales and mins up to {self._largest:g}")
+        codes = np.rint((x - low[..., None]) / np.where(step > 0, step, 1)[..., None]).astype(np.uint8)
+        return {
+            "codes": pack_bits(codes.reshape(w.shape), self.bits),
+            "scale": step.astype(self.scale_dtype),
+            "min": low.astype(self.scale_dtype),
+        }
+
+    def decode(self, parts: Parts, shape: tuple[int, ...], *, threads: int = 1) -> F32:
+        """f32[shape]."""
+        codes, scale, least = check_parts(parts, shape, self)
+        x = unpack_bits(codes, self.bits, shape[-1]).astype(np.float32).reshape(*scale.shape, self.block_size)
+        x *= scale.astype(np.float32)[..., None]
+        x += least.astype(np.float32)[..., None]
+        return x.reshape(shape)
+
+
 def reorder(e: Encoded, permutation: Array) -> Encoded:
     """Undo a permutation of columns: e holds w[:, permutation] in an IntegerCodec by groups; what comes back holds w.
 
@@ -471,6 +522,8 @@ class RowInt8(Codec):
 def _of_name(name: str) -> Codec | None:
     if naive := re.fullmatch(r"(absmax|zeropoint)-?(?:int)?([2-8])-([^-]+)", name):  # other words for the same
         name = f"int{naive[2]}-{naive[3]}-{'sym' if naive[1] == 'absmax' else 'asym'}"
+    if least := re.fullmatch(r"int([2-8])-g([1-9]\d{0,8})-min(?:-(f16|bf16|f32))?", name):
+        return MinCodec(int(least[1]), int(least[2]), least[3] or "f16")
     match = _NAME.fullmatch(name)
     if match is None or (match[6] and not match[3]):
         return None

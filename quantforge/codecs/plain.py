@@ -57,7 +57,7 @@ class PlainCodec(Codec):
         bad = ~is_finite(out) if limits is None else (np.trunc(w) < limits.min) | (np.trunc(w) > limits.max)
         if bad.any():
             index = tuple(int(i) for i in np.unravel_index(int(np.argmax(bad)), w.shape))
-            largest = limits.max if limits else ml_dtypes.finfo(self.dtype).max.astype(np.float64)
+            largest = limits.max if limits else float(ml_dtypes.finfo(self.dtype).max)  # type: ignore[no-untyped-call]
             raise RangeError(self.name, f"{self.name} holds magnitudes up to {largest:g}", index, float(w[index]))
 
     def decode(self, parts: Parts, shape: tuple[int, ...], *, threads: int = 1) -> F32:

@@ -6,12 +6,13 @@ Tensors of plain codecs are ordinary safetensors. Any other codec's are stored p
     "quantization_config": {"quant_method": "quantforge", "version": 1,
                             "tensors": {NAME: {"codec": "my-int3", "shape": [out, in]}}}
 
-or as one of the `layouts` has it: GPTQ, AWQ, compressed-tensors, bitsandbytes.
+or as one of the `layouts` has it: GPTQ, AWQ, compressed-tensors, bitsandbytes, and those that are only read.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import re
 import threading
 from collections import OrderedDict
@@ -28,6 +29,8 @@ from ..errors import FormatError, OutputError, QuantForgeError, ShapeError, Unsu
 from .base import FileSink, Format, Header, MappedSource, Place, Placement, Sink, Slot, Source, Stored, shards
 from .files import MappedFile
 
+logger = logging.getLogger(__name__)
+
 _MAX_HEADER = 100_000_000  # bytes; the reference's limit
 _MAX_CONFIG = 1 << 26  # bytes of a config.json or an index
 _MAX_DIMS = 64  # NumPy's limit
@@ -35,6 +38,7 @@ _MAX_DIM = (1 << 63) - 1
 _VERSION = 1
 _UNPACKED = 4  # tensors of a layout that are kept in memory: rows are read in tiles, by a few threads
 _SINGLE, _INDEX, _CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+_FLOATS = {SAFETENSORS_DTYPES[k] for k in ("F64", "F32", "F16", "BF16")}
 _DTYPE_NAMES = {dtype: dtype_name for dtype_name, dtype in SAFETENSORS_DTYPES.items()}
 
 
@@ -210,14 +214,22 @@ class SafetensorsSource(MappedSource):
         self._layout_tensors: dict[str, layouts.Gathered] = {}
         self._unpacked: OrderedDict[str, Encoded] = OrderedDict()
         self._lock = threading.Lock()
-        own = self.config.get("quantization_config")
-        if isinstance(own, dict) and own.get("quant_method") == "quantforge":
+        own = layouts.stated(self.config, lambda name: _read_json(p) if (p := directory / name).is_file() else None)
+        if own is not None and own["quant_method"] == "quantforge":
             self._gather(config, own, tensors)
-        elif isinstance(own, dict) and (layout := layouts.find(own)) is not None:
-            self._find(layout, own, tensors)
+        elif own is not None and (layouts.find(own) is not None or not all(v.info.dtype in _FLOATS for v in tensors.values())):
+            self._find(own, tensors)
+        elif own is not None:
+            logger.warning(
+                "%s: config.json speaks of %r, but all tensors are floats; taken as they are", path, own["quant_method"]
+            )
 
-    def _find(self, layout: layouts.Layout, config: Mapping[str, Any], tensors: Mapping[str, Place]) -> None:
+    def _find(self, config: Mapping[str, Any], tensors: Mapping[str, Place]) -> None:
         """Make one tensor of those that a layout holds together."""
+        try:
+            layout = layouts.layout_of(config)
+        except UnsupportedError as e:
+            raise FormatError(self.path, str(e)) from None
 
         def load(tensor: str) -> Array:
             return tensors[tensor].file.array(tensors[tensor].offset, tensors[tensor].info)
@@ -328,9 +340,9 @@ def _dump(value: Any) -> bytes:
 def _config(header: Header, quantized: Mapping[str, Stored]) -> dict[str, Any]:
     """header.metadata with the quantization_config of what is written, or without one where there is none any more."""
     config = dict(header.metadata)
-    before = config.get("quantization_config")
-    if isinstance(before, dict) and before.get("quant_method") in ("quantforge", *layouts.names()):
-        del config["quantization_config"]
+    for key in ("quantization_config", "compression_config", "quantization"):  # what it was read by
+        if isinstance(config.get(key), dict):
+            del config[key]
     if quantized and header.layout is not None:
         matrices = [k.removesuffix(".weight") for k, v in header.tensors.items() if len(v.shape) == 2 and k.endswith(".weight")]
         modules = {k.removesuffix(".weight"): v.codec for k, v in quantized.items()}

@@ -52,6 +52,13 @@ class Layout(ABC):
 
     name: ClassVar[str]
     """`quant_method` in config.json, and --format."""
+    also: ClassVar[tuple[str, ...]] = ()
+    """Other values of `quant_method` that are read so."""
+
+    @property
+    def writes(self) -> bool:
+        """Can it be written? One that is only read implements `find`."""
+        return type(self).pack is not Layout.pack
 
     @abstractmethod
     def find(self, config: Mapping[str, Any], arrays: Arrays, load: Load) -> Found:
@@ -61,7 +68,6 @@ class Layout(ABC):
         what the codec is. Raises UnsupportedError, ShapeError.
         """
 
-    @abstractmethod
     def choose(
         self, kind: str | None, bits: int | None, group_size: int | None, symmetric: bool | None, scale: str
     ) -> tuple[Layout, Codec]:
@@ -69,21 +75,25 @@ class Layout(ABC):
 
         scale: the model's dtype, "bf16". Raises UnsupportedError, saying what there is.
         """
+        raise self._only_read()
 
-    @abstractmethod
     def arrays(self, codec: Codec, shape: tuple[int, ...]) -> dict[str, TensorInfo]:
         """Suffix ("qweight") -> dtype and shape of what `pack` gives. Raises UnsupportedError, ShapeError."""
+        raise self._only_read()
 
-    @abstractmethod
     def pack(self, codec: Codec, parts: Parts, shape: tuple[int, ...]) -> Parts:
         """The arrays of a whole tensor, by suffix."""
+        raise self._only_read()
 
-    @abstractmethod
     def config(self, modules: Mapping[str, Codec], kept: Iterable[str]) -> dict[str, Any]:
         """The quantization_config. modules: the quantized ones; kept: those that are linear and not quantized.
 
         Raises UnsupportedError for a mixture that the library does not know.
         """
+        raise self._only_read()
+
+    def _only_read(self) -> UnsupportedError:
+        return UnsupportedError(f"{self.name} checkpoints are read, not written; --format has {', '.join(names())}")
 
     def sharing(self, modules: Mapping[str, Codec]) -> list[list[str]]:
         """Groups of modules that have to have one scale for all, because kernels join them."""
@@ -203,6 +213,11 @@ register = _registry.register
 
 
 def names() -> list[str]:
+    """Names of the layouts that can be written."""
+    return [name for name, kind in _registry.all().items() if kind().writes]
+
+
+def readable() -> list[str]:
     """Names of all layouts."""
     return list(_registry.all())
 
@@ -214,5 +229,5 @@ def get(name: str, **options: Any) -> Layout:
 
 def find(config: Mapping[str, Any]) -> Layout | None:
     """The layout that a quantization_config speaks of, or None."""
-    name = config.get("quant_method")
-    return get(name) if isinstance(name, str) and name in names() else None
+    method = config.get("quant_method")
+    return next((kind() for kind in _registry.all().values() if method in (kind.name, *kind.also)), None)

@@ -18,7 +18,8 @@ import numpy as np
 from .. import codecs
 from ..arrays import F8_E4M3, Array, Parts, TensorInfo
 from ..codecs import Codec
-from ..codecs.fp8 import Fp8Codec
+from ..codecs.fp4 import mxfp4_data, nvfp4_data
+from ..codecs.fp8 import Fp8Codec, fp8_under
 from ..codecs.integers import ActOrderCodec, IntegerCodec, pack_bits, unpack_bits
 from ..errors import ShapeError, UnsupportedError, nearest
 from .base import SCALES, Arrays, Found, Gathered, Layout, Load, experts, group_size, octets, stems, whole_groups, words
@@ -58,10 +59,7 @@ def _from_mxfp4(data: Array) -> Parts:
 
 
 def _to_mxfp4(arrays: Parts) -> Parts:
-    scale = arrays["weight_scale"]
-    codes = unpack_bits(arrays["weight_packed"], 4, scale.shape[1] * 32).reshape(*scale.shape, 2, 16)
-    data = np.concatenate([scale[..., None], codes[..., 0, :] | codes[..., 1, :] << np.uint8(4)], -1)
-    return {"data": data.reshape(len(data), -1)}
+    return {"data": mxfp4_data(arrays["weight_packed"], arrays["weight_scale"])}
 
 
 def _from_nvfp4(data: Array, scale: Array) -> Parts:
@@ -75,11 +73,7 @@ def _from_nvfp4(data: Array, scale: Array) -> Parts:
 
 
 def _to_nvfp4(arrays: Parts) -> Parts:
-    scale = arrays["weight_scale"].view(np.uint8)
-    n = len(scale)
-    codes = unpack_bits(arrays["weight_packed"], 4, scale.shape[1] * 16).reshape(n, -1, 2, 8)
-    pairs = (codes[..., 0, :] | codes[..., 1, :] << np.uint8(4)).reshape(n, -1, 32)
-    data = np.concatenate([scale.reshape(n, -1, 4), pairs], -1).reshape(n, -1)
+    data = nvfp4_data(arrays["weight_packed"], arrays["weight_scale"])
     return {"data": data, "scale": np.float32(1) / arrays["weight_global_scale"].reshape(1).astype(np.float32)}
 
 
@@ -331,16 +325,7 @@ def _one(
         plain = codecs.get(f"int8-{_per(scale.shape, n, k, stem, sizes)}-{zero}-{kind}")
         assert isinstance(plain, IntegerCodec)
         return plain, (n, k), partial(_to_int8, plain, (n, k))
-    if info["weight"].dtype != F8_E4M3 or not kind:
-        raise UnsupportedError(f"{stem}: a weight of {info['weight'].dtype} under a scale of {scale.dtype} is not known")
-    if len(scale.shape) == 2 and scale.shape not in ((n, 1), (1, 1)):
-        tile = max(-(-n // scale.shape[0]), -(-k // scale.shape[1]))
-        tile = 1 << (tile - 1).bit_length()  # the last tiles may be cut off
-        codec = codecs.get(f"fp8-block{tile}-{kind}")
-        if codec.layout((n, k))["scale"].shape != scale.shape:
-            raise ShapeError(f"{stem}: a weight_scale of {list(scale.shape)} cuts weights {[n, k]} into no square tiles")
-    else:
-        codec = codecs.get(f"fp8-{_per(scale.shape, n, k, stem)}-{kind}")
+    codec = fp8_under(scale, info["weight"], stem)
     return codec, (n, k), partial(_to_fp8, codec, (n, k))
 
 

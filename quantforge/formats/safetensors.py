@@ -27,6 +27,7 @@ from ..arrays import SAFETENSORS_DTYPES, Array, Parts, TensorInfo
 from ..codecs import Encoded
 from ..errors import FormatError, OutputError, QuantForgeError, ShapeError, UnsupportedError
 from .base import FileSink, Format, Header, MappedSource, Place, Placement, Sink, Slot, Source, Stored, shards
+from .diagnosis import ADAPTER
 from .files import MappedFile
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _parse(path: Path, data: bytes, base: int = 0) -> dict[str, Any]:
     """A JSON object; `base` is where `data` begins in the file."""
     try:
-        text = data.decode()
+        text = data.decode("utf-8" if base else "utf-8-sig")  # some editors begin a file with a byte order mark
         found = json.loads(text, object_pairs_hook=_unique)
     except UnicodeDecodeError as e:
         raise FormatError(path, "the JSON is not UTF-8", base + e.start) from None
@@ -180,11 +181,26 @@ def _files(directory: Path) -> tuple[list[Path], dict[str, str]]:
     found = sorted(directory.glob("*.safetensors"))
     if not found:
         raise FormatError(directory, "has no *.safetensors")
+    if len(found) > 1:  # an adapter beside a model
+        found = [p for p in found if p.name != ADAPTER]
     complete = shards(found[0])
     if set(complete) != set(found):
         extra = sorted(p.name for p in set(found) - set(complete))
         raise FormatError(directory, f"{complete[0].name} and {extra[0]} are not one checkpoint; give the file you mean")
     return complete, {}
+
+
+def _same(a: Place, b: Place) -> bool:
+    """Do two places hold the same bytes?"""
+    if a.info != b.info:
+        return False
+    step = 1 << 24
+    ends = (a.offset + a.info.nbytes, b.offset + b.info.nbytes)
+    for i in range(0, a.info.nbytes, step):
+        x, y = (p.file.bytes[p.offset + i : min(p.offset + i + step, end)] for p, end in zip((a, b), ends, strict=True))
+        if x != y:
+            return False
+    return True
 
 
 class SafetensorsSource(MappedSource):
@@ -195,14 +211,18 @@ class SafetensorsSource(MappedSource):
     def __init__(self, path: Path) -> None:
         self.path = path
         directory = path if path.is_dir() else path.parent
-        paths, index = _files(path) if path.is_dir() else ([path], {})
+        paths, index = _files(path) if path.is_dir() else (shards(path), {})
+        if paths[0].name != ADAPTER and (directory / ADAPTER).exists():
+            logger.warning("%s: the adapter in it (%s) is left out: only the model is read", path, ADAPTER)
         self._files = [MappedFile(p) for p in paths]
         tensors: dict[str, Place] = {}
         for file in self._files:
             for tensor, place in _read_header(file).items():
-                if tensor in tensors:
-                    raise FormatError(file.path, f"tensor {tensor} is also in {tensors[tensor].file.path.name}", place.offset)
-                tensors[tensor] = place
+                if (other := tensors.get(tensor)) is not None and not _same(other, place):
+                    where = other.file.path.name
+                    raise FormatError(file.path, f"tensor {tensor} is also in {where}, with other bytes", place.offset)
+                if other is None or index.get(tensor) == file.path.name:
+                    tensors[tensor] = place
         for tensor, shard in index.items():
             if tensor not in tensors or tensors[tensor].file.path.name != shard:
                 raise FormatError(directory / shard, f"has no tensor {tensor}, which {_INDEX} promises; fetch it again")

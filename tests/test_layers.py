@@ -34,7 +34,7 @@ LAYERS = [
 FREE = {"errors"}
 STACKED = {
     "codecs": ["grid", "base"],
-    "formats": ["files", "base"],
+    "formats": ["diagnosis", "files", "base"],
     "archs": ["rope", "base", "from_gguf"],
     "nn": ["tiles", "integers", "fp8", "lookups", "planes", "ops", "products", "stored", "cuda", "linear"],
     "runtime": ["skeleton", "stored", "head", "model", "passes", "loading"],

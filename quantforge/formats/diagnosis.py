@@ -52,7 +52,7 @@ def refuse_adapter(path: Path) -> None:
         base = None
     raise FormatError(
         path,
-        f"an adapter (PEFT) of {base or 'another model'}, not a model; give the base model, with the adapter as --lora {directory}",
+        f"an adapter (PEFT) of {base or 'another model'}, not a model; give that model, and the adapter as --lora {directory}",
     )
 
 

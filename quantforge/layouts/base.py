@@ -13,12 +13,15 @@ import numpy as np
 
 from ..arrays import BF16, Array, Parts, TensorInfo
 from ..codecs import Codec
+from ..codecs.fp8 import Fp8Codec
 from ..codecs.integers import IntegerCodec
 from ..discovery import Registry
 from ..errors import ShapeError, UnsupportedError
 
 SCALES = {np.dtype(np.float16): "f16", BF16: "bf16", np.dtype(np.float32): "f32"}
 """Dtypes of scales and how codecs' names call them."""
+
+_ACTIVATIONS = ("activation_scale", "input_scale", "input_scale_ub", "k_scale", "v_scale", "q_scale")
 
 Arrays = Mapping[str, TensorInfo]
 Load = Callable[[str], Array]
@@ -190,6 +193,16 @@ def settings_of(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
         except re.error:
             raise UnsupportedError(f"{module}: the config's regular expression {pattern!r} cannot be read") from None
     return config
+
+
+def unpack_fp8(codec: Fp8Codec, shape: tuple[int, ...], arrays: Parts) -> Parts:
+    """Parts of the arrays `weight` and `scale`."""
+    return {"codes": arrays["weight"], "scale": arrays["scale"].reshape(codec.layout(shape)["scale"].shape)}
+
+
+def activations(arrays: Arrays) -> frozenset[str]:
+    """Arrays that are scales of activations and caches."""
+    return frozenset(a for a in arrays if a.rpartition(".")[2].rpartition("_proj_")[2] in _ACTIVATIONS)
 
 
 def words(packed: Array) -> Array:

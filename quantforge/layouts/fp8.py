@@ -11,22 +11,10 @@ from functools import partial
 from typing import Any, ClassVar
 
 from .. import codecs  # noqa: F401 - registers the family
-from ..arrays import F8_E4M3, Parts
-from ..codecs.fp8 import Fp8Codec, fp8_under
+from ..arrays import F8_E4M3
+from ..codecs.fp8 import fp8_under
 from ..errors import ShapeError, UnsupportedError
-from .base import Arrays, Found, Gathered, Layout, Load
-
-_ACTIVATIONS = ("activation_scale", "input_scale", "input_scale_ub", "k_scale", "v_scale", "q_scale")
-
-
-def unpack(codec: Fp8Codec, shape: tuple[int, ...], arrays: Parts) -> Parts:
-    """Parts of `weight` and `scale`."""
-    return {"codes": arrays["weight"], "scale": arrays["scale"].reshape(codec.layout(shape)["scale"].shape)}
-
-
-def activations(arrays: Arrays) -> frozenset[str]:
-    """Arrays that are scales of activations and caches."""
-    return frozenset(a for a in arrays if a.rpartition(".")[2].rpartition("_proj_")[2] in _ACTIVATIONS)
+from .base import Arrays, Found, Gathered, Layout, Load, activations, unpack_fp8
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +37,9 @@ class Fp8(Layout):
             if scale is None:
                 raise ShapeError(f"{weight} is FP8, but has no {weight}_scale_inv beside it")
             codec = fp8_under(arrays[scale], info, weight, tile[0])
-            tensors[weight] = Gathered(codec, info.shape, {"weight": weight, "scale": scale}, partial(unpack, codec, info.shape))
+            tensors[weight] = Gathered(
+                codec, info.shape, {"weight": weight, "scale": scale}, partial(unpack_fp8, codec, info.shape)
+            )
         return Found(tensors, activations(arrays))
 
 

@@ -17,8 +17,7 @@ from ..arrays import F8_E4M3, Parts, TensorInfo
 from ..codecs.fp4 import nvfp4_data
 from ..codecs.fp8 import fp8_under
 from ..errors import ShapeError, UnsupportedError
-from .base import Arrays, Found, Gathered, Layout, Load, stems
-from .fp8 import activations, unpack
+from .base import Arrays, Found, Gathered, Layout, Load, activations, stems, unpack_fp8
 
 _ALGORITHMS = ("FP8", "NVFP4", "W4A16_NVFP4", "FP8_PB_WO", "FP8_PER_CHANNEL_PER_TOKEN", "MIXED_PRECISION", None)
 
@@ -53,7 +52,7 @@ class ModelOpt(Layout):
                 scale = TensorInfo(scale.dtype, (scale.shape[0], scale.shape[2]))
             codec, shape = fp8_under(scale, info["weight"], stem), info["weight"].shape
             places = {"weight": names["weight"], "scale": names["weight_scale"]}
-            tensors[f"{stem}.weight"] = Gathered(codec, shape, places, partial(unpack, codec, shape))
+            tensors[f"{stem}.weight"] = Gathered(codec, shape, places, partial(unpack_fp8, codec, shape))
         known = {name for g in tensors.values() for name in g.arrays.values()}
         left = [a for a, i in arrays.items() if a not in known and (i.dtype == F8_E4M3 or a.endswith(".weight_scale_2"))]
         if left:

@@ -21,11 +21,12 @@
 extern "C" {
 #endif
 
-#define QF_ABI 2
+#define QF_ABI 3
 #define QF_API __attribute__((visibility("default")))
 
-/* QF_EDEVICE comes with CUDA's own error in the bits above the lowest eight. */
-enum { QF_OK = 0, QF_ESHAPE = 1, QF_EDTYPE = 2, QF_ENONFINITE = 3, QF_ENOMEM = 4, QF_EDEVICE = 5 };
+/* QF_EDEVICE comes with CUDA's own error in the bits above the lowest eight. QF_ELARGE: all is encoded, but of weights so
+ * large that what is stored in f16 or bf16 may have overflowed; the caller looks. */
+enum { QF_OK = 0, QF_ESHAPE = 1, QF_EDTYPE = 2, QF_ENONFINITE = 3, QF_ENOMEM = 4, QF_EDEVICE = 5, QF_ELARGE = 6 };
 
 enum { QF_U8 = 0, QF_I8, QF_U16, QF_I16, QF_U32, QF_I32, QF_I64, QF_F16, QF_BF16, QF_F32, QF_F64 };
 

@@ -16,6 +16,7 @@ Parts: TypeAlias = dict[str, Array]
 BF16 = np.dtype(ml_dtypes.bfloat16)
 F8_E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 F8_E5M2 = np.dtype(ml_dtypes.float8_e5m2)
+F8_E8M0 = np.dtype(ml_dtypes.float8_e8m0fnu)
 
 # safetensors' dtype names
 SAFETENSORS_DTYPES: dict[str, np.dtype[Any]] = {
@@ -51,6 +52,24 @@ class TensorInfo:
         for dim in self.shape:
             n *= dim
         return n
+
+
+_EXPONENTS = {
+    np.dtype(np.float16): ("<u2", 0x7C00),
+    BF16: ("<u2", 0x7F80),
+    F8_E4M3: ("u1", 0x7F),
+    F8_E5M2: ("u1", 0x7C),
+    F8_E8M0: ("u1", 0xFF),
+}
+"""Of floats that NumPy is slow with: as unsigned integers, and the bits that are all set in what is not finite."""
+
+
+def is_finite(a: Array) -> NDArray[np.bool_]:
+    """np.isfinite, for any dtype that weights or scales are stored in; True of integers."""
+    if a.dtype in _EXPONENTS:
+        kind, bits = _EXPONENTS[a.dtype]
+        return np.asarray((a.view(kind) & bits) != bits)
+    return np.isfinite(a) if a.dtype.kind == "f" else np.ones(a.shape, bool)
 
 
 def empty(shape: tuple[int, ...], dtype: Any) -> Array:

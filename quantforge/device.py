@@ -83,9 +83,14 @@ def quantize(w: Any, codec: str | Codec, *, importance: Any = None, threads: int
     codec = codecs.get(codec)
     if getattr(w, "is_cuda", False) and has_kernel(codec, "encode") and isinstance(codec, GgmlCodec):
         data, bad = encode(codec, w, None if importance is None else to_numpy(importance))
-        if not bad.item():
-            return Encoded(codec, tuple(w.shape), {"data": to_numpy(data)})
+        if not bad.item() and _in_range(codec, found := {"data": to_numpy(data)}, tuple(w.shape)):
+            return Encoded(codec, tuple(w.shape), found)
     return codecs.quantize(w, codec, importance=importance, threads=threads)
+
+
+def _in_range(codec: GgmlCodec, parts: Parts, shape: tuple[int, ...]) -> bool:
+    """False where an f16 scale has overflowed or been cut off: the CPU's `encode` says where."""
+    return all(s.dtype != np.float16 or not ((s.view("<u2") & 0x7FFF) >= 0x7BFF).any() for s in codec.scales(parts, shape))
 
 
 def has_kernel(codec: Codec, op: str) -> bool:
@@ -159,7 +164,7 @@ class Encoder:
             self._slots.put(_Slot(self._device))
 
     def encode(self, codec: GgmlCodec, w: Encoded | F32, importance: F32 | None) -> Parts | None:
-        """Parts of w: [..., in], f32 or stored; None where w is not finite (the CPU's `encode` says where).
+        """Parts of w: [..., in], f32 or stored; None where w is not finite or too large (the CPU's `encode` says where).
 
         Raises NativeError for an error of the device.
         """
@@ -193,7 +198,8 @@ class _Slot:
             back.copy_(data.reshape(-1), non_blocking=True)
             if bad.item():  # waits for the stream
                 return None
-        return {"data": back.numpy().reshape(data.shape).copy()}
+        parts = {"data": back.numpy().reshape(data.shape).copy()}
+        return parts if _in_range(codec, parts, tuple(w.shape)) else None
 
     def _weights(self, w: Encoded | F32) -> torch.Tensor:
         """w on the device: f32[..., in]."""

@@ -4,6 +4,7 @@
     ├── FormatError        a file is not what it says it is (has .path and .offset)
     ├── ShapeError         a tensor's shape does not fit the codec or architecture
     ├── NonFiniteError     NaN or infinity in a weight (has .index)
+    │   └── RangeError     a finite weight, but more than the type can hold (has .index, .value, .reason)
     ├── UnsupportedError   valid input that quantforge does not handle
     ├── RecipeError        options that name nothing, contradict or cannot be met
     ├── CalibrationError   calibration text or statistics unfit for use
@@ -51,6 +52,22 @@ class NonFiniteError(QuantForgeError):
     def __init__(self, message: str, index: tuple[int, ...]) -> None:
         self.index = index
         super().__init__(message)
+
+
+class RangeError(NonFiniteError):
+    """A finite weight that a type cannot hold: its scale, or the weight itself, would become infinite or be cut off.
+
+    reason: what the type holds at most, without the tensor: RangeError(tensor, e.reason, index, e.value) says it again of
+    a tensor whose place is known.
+    """
+
+    def __init__(self, what: str, reason: str, index: tuple[int, ...], value: float) -> None:
+        self.reason, self.value = reason, value
+        super().__init__(
+            f"{what}: weight {list(index)} is {value:g}; {reason}; keep this tensor in a wider type, such as BF16 or F32 "
+            "(--tensor-type NAME=BF16)",
+            index,
+        )
 
 
 class UnsupportedError(QuantForgeError):

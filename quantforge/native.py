@@ -20,14 +20,15 @@ import numpy as np
 from .arrays import BF16, F32, Array, empty
 from .errors import NativeError
 
-ABI = 2
-OK, ESHAPE, EDTYPE, ENONFINITE, ENOMEM, EDEVICE = range(6)
+ABI = 3
+OK, ESHAPE, EDTYPE, ENONFINITE, ENOMEM, EDEVICE, ELARGE = range(7)
 _REASONS = {
     ESHAPE: "the arrays' shapes do not fit the kernel",
     EDTYPE: "the arrays' dtypes do not fit the kernel",
     ENONFINITE: "NaN or infinity in the input",
     ENOMEM: "out of memory",
     EDEVICE: "the device reported an error",
+    ELARGE: "weights so large that what was stored may have overflowed",
 }
 _DTYPES = ["u1", "i1", "u2", "i2", "u4", "i4", "i8", "f2", BF16, "f4", "f8"]
 _DTYPE_CODES = {np.dtype(d): i for i, d in enumerate(_DTYPES)}

@@ -36,7 +36,7 @@ FREE = {"errors"}
 STACKED = {
     "codecs": ["grid", "base"],
     "backends": ["worker", "base"],
-    "formats": ["files", "base", "rows"],
+    "formats": ["diagnosis", "files", "base", "rows"],
     "archs": ["rope", "keys", "names", "weight", "base", "llama", "from_gguf"],
     "nn": ["tiles", "integers", "fp8", "lookups", "planes", "ops", "products", "stored", "cuda", "linear"],
     "runtime": ["skeleton", "stored", "head", "model", "passes", "loading"],

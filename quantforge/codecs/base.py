@@ -13,13 +13,16 @@ import gguf
 import numpy as np
 
 from .. import native
-from ..arrays import F32, Array, Parts, TensorInfo, empty, to_numpy
+from ..arrays import F32, Array, Parts, TensorInfo, empty, is_finite, to_numpy
 from ..discovery import Registry
-from ..errors import NonFiniteError, ShapeError, UnsupportedError, nearest
+from ..errors import NonFiniteError, RangeError, ShapeError, UnsupportedError, nearest
 from .grid import AffineGrid
 
 if TYPE_CHECKING:
     import torch
+
+_F16_MAX = 65504
+_NO_SCALE_REACHES = 1e9  # Q6_K's 65504 · 127 · 32 is the most
 
 DECODED_AT_ONCE = 1 << 20
 """Weights that exist as f32 together in a product with a codec that has no kernel for it."""
@@ -65,6 +68,8 @@ class Codec(ABC):
     """ggml's spelling for ggml types ("Q4_K"), else like "int4-g128-sym"."""
     block_size: int = 1
     """Weights per parameter set, along the last axis."""
+    short_blocks: bool = False
+    """True where the last block of a row may have fewer weights."""
     ggml_type: int | None = None
     """Type id in GGUF files; None: no GGUF file can hold this codec."""
     needs_importance: bool = False
@@ -129,6 +134,18 @@ class Codec(ABC):
             native.matmul("F32", "matmul", x, [np.ascontiguousarray(w).view(np.uint8)], some, threads)
             y[:, a : a + step] = some
         return y
+
+    def scales(self, parts: Parts, shape: tuple[int, ...]) -> list[Array]:
+        """Views of the floats in `parts` that make weights infinite or NaN if they are: every part of floats, here."""
+        return list(parts.values())
+
+    def check_finite(self, parts: Parts, shape: tuple[int, ...]) -> None:
+        """Raise NonFiniteError if a stored scale is NaN or infinity: for parts that are copied, or repacked, undecoded."""
+        for scale in self.scales(parts, shape):
+            if not (fine := is_finite(scale)).all():
+                index = tuple(int(i) for i in np.unravel_index(int(np.argmin(fine)), scale.shape))
+                value = scale[index].astype(np.float32)
+                raise NonFiniteError(f"{self.name}: its scale {list(index)} is {value}; the file is damaged or overflowed", ())
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
         """Stored bytes of a tensor of `shape`."""
@@ -232,10 +249,11 @@ class Encoded:
 def repacks(source: Codec, target: Codec, shape: tuple[int, ...]) -> bool:
     """True if `repack` can take a tensor of `shape` from one codec to the other."""
     a, b = source.integers, target.integers
-    if a is None or b is None or a.real or b.whole or not shape:
+    n = shape[-1] if shape else 0
+    if a is None or b is None or a.real or b.whole or not n or (n % target.block_size and not target.short_blocks):
         return False
-    n = shape[-1]
-    if (a.group or n) % (b.group or n):
+    # one group takes any finer ones; of several, the last of which may be short, each has to end where a finer one does
+    if 0 < a.group < n and (not b.group or a.group % b.group):
         return False
     if b.zero is None:
         return a.hi <= b.hi
@@ -255,8 +273,11 @@ def repack(e: Encoded, target: Codec) -> Encoded:
         codes = codes + (grid.zero - zero.flat[0] if zero.size else 0)
         zero = np.full_like(zero, grid.zero)
     n, groups = e.shape[-1], found.step.shape[-1]
-    times = n // (grid.group or n) // groups
-    moved = Integers(codes.astype(np.uint8, copy=False), found.step.repeat(times, -1), zero.repeat(times, -1))
+    per = n if groups == 1 else e.codec.integers.group  # type: ignore[union-attr]
+    size = min(grid.group or n, n)
+    times, wanted = -(-per // size), -(-n // size)
+    step, zero = (p.repeat(times, -1)[..., :wanted] for p in (found.step, zero))
+    moved = Integers(codes.astype(np.uint8, copy=False), step, zero)
     return Encoded(target, e.shape, target.from_integers(moved))
 
 
@@ -265,7 +286,7 @@ def check_weights(w: Any, codec: Codec) -> F32:
     w = to_numpy(w)
     if w.ndim == 0:
         raise ShapeError(f"{codec.name}: a scalar has no rows to quantize")
-    check_block(w.shape, codec)
+    codec.layout(w.shape) if codec.short_blocks else check_block(w.shape, codec)
     return np.ascontiguousarray(w, dtype=np.float32)
 
 
@@ -287,6 +308,26 @@ def raise_non_finite(w: F32, what: str) -> None:
         raise NonFiniteError(f"{what}: weight {list(index)} is {w[index]}; the checkpoint is damaged or overflowed", index)
 
 
+def raise_out_of_range(w: F32, bad: Array, codec: Codec, reason: str) -> None:
+    """Raise RangeError naming the largest weight of `bad` blocks in the first row that has any; return if there is none.
+
+    bad: bool[..., blocks], or of any other shape for scales that whole tensors share.
+    """
+    if not bad.any():
+        return
+    rows = w.reshape(-1, w.shape[-1])
+    blocks = -(-w.shape[-1] // codec.block_size) if codec.block_size > 1 else 1
+    if bad.size == len(rows) * blocks:
+        bad = bad.reshape(-1, blocks)
+        row = int(bad.any(-1).argmax())
+        inside = bad[row].repeat(codec.block_size)[: w.shape[-1]] if blocks > 1 else True
+        at = row * w.shape[-1] + int(np.where(inside, np.abs(rows[row]), -1).argmax())
+    else:
+        at = int(np.abs(w).argmax())
+    index = tuple(int(i) for i in np.unravel_index(at, w.shape))
+    raise RangeError(codec.name, reason, index, float(w[index]))
+
+
 class GgmlCodec(Codec):
     """A ggml block type: one part, `data`: u8[..., row_bytes], the bytes of a GGUF tensor.
 
@@ -304,7 +345,9 @@ class GgmlCodec(Codec):
         takes_importance: bool = False,
         needs_importance: bool = False,
         size: tuple[int, int, int] | None = None,
+        halves: tuple[int, ...] = (),
     ) -> None:
+        """size: id, weights and bytes of a block, where gguf's tables lack it. halves: bytes of a block where f16s stand."""
         if size is None:
             kind = gguf.GGMLQuantizationType[name]
             size = (int(kind), *gguf.GGML_QUANT_SIZES[kind])
@@ -312,6 +355,7 @@ class GgmlCodec(Codec):
         self.ggml_type, self.block_size, self.type_size = size
         self.takes_importance = takes_importance
         self.needs_importance = needs_importance
+        self.halves = halves
 
     def layout(self, shape: tuple[int, ...]) -> dict[str, TensorInfo]:
         """One part, `data`: u8[..., row_bytes]."""
@@ -324,14 +368,34 @@ class GgmlCodec(Codec):
         info = self.layout(w.shape)["data"]
         data = empty(info.shape, info.dtype)
         rows, out = w.reshape(-1, w.shape[-1]), data.reshape(-1, info.shape[-1])
-        try:
-            for span, by_row, shared in self._encode_inputs(importance, w.shape):
+        large = False
+        for span, by_row, shared in self._encode_inputs(importance, w.shape):
+            try:
                 native.call_rows(self.name, "encode", [rows[span], *by_row], shared, [out[span]], threads)
-        except native.KernelError as e:
-            if e.code == native.ENONFINITE:
+            except native.KernelError as e:
+                if e.code not in (native.ENONFINITE, native.ELARGE):
+                    raise
                 raise_non_finite(w, self.name)
-            raise
+                large = True
+        if large:
+            self.check_range(w, data)
         return {"data": data}
+
+    def scales(self, parts: Parts, shape: tuple[int, ...]) -> list[Array]:
+        """The blocks' f16s: f16[..., blocks] each."""
+        data = np.ascontiguousarray(parts["data"])
+        halves = data.view("<f2").reshape(*data.shape[:-1], -1, self.type_size // 2)
+        return [halves[..., at // 2] for at in self.halves]
+
+    def check_range(self, w: F32, data: Array) -> None:
+        """Raise RangeError if a scale of data: u8[..., row_bytes], encoded from w, has overflowed or been cut off."""
+        for scale in self.scales({"data": data}, w.shape):
+            if scale.dtype != np.float16:
+                continue
+            # weights that no f16 scale reaches: the squares of some overflow, and what is fitted to them is any number
+            far = np.abs(w).reshape(*scale.shape, -1).max(-1, initial=0) > _NO_SCALE_REACHES
+            bad = ~(np.abs(scale.astype(np.float32)) < _F16_MAX) | far
+            raise_out_of_range(w, bad, self, f"{self.name} stores its blocks' scales in f16, up to {_F16_MAX}")
 
     def _encode_inputs(self, importance: F32 | None, shape: tuple[int, ...]) -> Iterator[tuple[slice, list[Array], list[Array]]]:
         """Rows, and what the kernel gets with them: arrays with a row for each, and arrays that all of them share."""
@@ -368,7 +432,7 @@ class AffineCodec(GgmlCodec, GridCodec):
     """
 
     def __init__(self, name: str, grid: AffineGrid, *, takes_importance: bool = True) -> None:
-        super().__init__(name, takes_importance=takes_importance)
+        super().__init__(name, takes_importance=takes_importance, halves=tuple(grid.floats.values()))
         self.grid = grid
         if not grid.ints:
             real = "m" in grid.floats
@@ -377,7 +441,12 @@ class AffineCodec(GgmlCodec, GridCodec):
     def fit(self, w: torch.Tensor, importance: torch.Tensor | None = None) -> Params:
         """Choose the stored scales and mins, minimising Σ importance (w − ŵ)²; see `GridCodec.fit`."""
         check_matrix(w, importance, self)
-        return self.grid.fit(w, importance)
+        params = self.grid.fit(w, importance)
+        for k in self.grid.floats:
+            if bool((bad := params[k].abs() >= _F16_MAX).any()):
+                reason = f"{self.name} stores its blocks' scales in f16, up to {_F16_MAX}"
+                raise_out_of_range(np.asarray(to_numpy(w.float()), np.float32), to_numpy(bad), self, reason)
+        return params
 
     def round(self, w: torch.Tensor, params: Params, at: int = 0) -> Codes:
         """Nearest codes: u8[out, n] of columns at:at+n."""

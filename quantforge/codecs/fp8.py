@@ -9,8 +9,8 @@ import numpy as np
 
 from .. import native
 from ..arrays import BF16, F8_E4M3, F32, Array, Parts, TensorInfo
-from ..errors import ShapeError
-from .base import Codec, check_parts, check_weights, raise_non_finite, register_family
+from ..errors import ShapeError, UnsupportedError
+from .base import Codec, check_parts, check_weights, get, raise_non_finite, raise_out_of_range, register_family
 
 _NAME = re.compile(r"fp8-(tensor|channel|block([1-9]\d{0,5}))(?:-(f16|bf16|f32))?")
 _DTYPES = {"f16": np.dtype(np.float16), "bf16": BF16, "f32": np.dtype(np.float32)}
@@ -52,7 +52,9 @@ class Fp8Codec(Codec):
         if not np.isfinite(amax).all():
             raise_non_finite(w, self.name)
         largest = 65504.0 if self.scale_dtype == np.float16 else 3.38e38
-        scale = np.minimum(amax / _MAX, largest).astype(self.scale_dtype)
+        reason = f"{self.name} stores its scales in {self.scale_dtype}, up to {largest:g}"
+        raise_out_of_range(w, amax / _MAX > largest, self, reason)
+        scale = (amax / _MAX).astype(self.scale_dtype)
         wide = self._spread(scale.astype(np.float32), w.shape)
         with np.errstate(over="ignore"):
             x = w / np.where(wide > 0, wide, np.float32(np.inf))
@@ -74,6 +76,34 @@ class Fp8Codec(Codec):
         if not self.tile:
             return scale
         return scale.repeat(self.tile, -2).repeat(self.tile, -1)[..., : shape[-2], : shape[-1]]
+
+
+def fp8_under(scale: TensorInfo, weight: TensorInfo, what: str, tile: int = 0) -> Fp8Codec:
+    """The codec of a matrix [..., out, in] under scales of that dtype and shape: of all, a row, or a square tile.
+
+    tile: its side, where known; else the power of two that fits. what: names the tensor. Raises ShapeError, UnsupportedError.
+    """
+    kind = next((k for k, dtype in _DTYPES.items() if dtype == scale.dtype), None)
+    if weight.dtype != F8_E4M3 or kind is None:
+        raise UnsupportedError(f"{what}: weights of {weight.dtype} under scales of {scale.dtype} are not known")
+    n, k = weight.shape[-2:] if len(weight.shape) > 1 else (1, weight.shape[-1] if weight.shape else 0)
+    shape, lead = scale.shape, weight.shape[:-2]
+    if TensorInfo(np.dtype(np.uint8), shape).nbytes == 1 and (len(shape) < 2 or n > 1) and not lead:
+        per = "tensor"
+    elif shape in ((*lead, n), (*lead, n, 1)):
+        per = "channel"
+    elif len(shape) == len(weight.shape) > 1 and all(shape):
+        side = max(-(-n // shape[-2]), -(-k // shape[-1]))
+        per = f"block{tile or 1 << (side - 1).bit_length()}"  # the last tiles may be cut off
+    else:
+        raise ShapeError(f"{what}: scales {list(shape)} do not fit weights {list(weight.shape)}")
+    codec = get(f"fp8-{per}-{kind}")
+    assert isinstance(codec, Fp8Codec)
+    if per[:5] == "block" and codec.layout(weight.shape)["scale"].shape != shape:
+        raise ShapeError(
+            f"{what}: scales {list(shape)} do not cut weights {list(weight.shape)} into tiles of {codec.tile} x {codec.tile}"
+        )
+    return codec
 
 
 def _of_name(name: str) -> Codec | None:

@@ -24,12 +24,14 @@ from .base import (
     IntegerGrid,
     Integers,
     Params,
+    check_block,
     check_importance,
     check_matrix,
     check_parts,
     check_weights,
     get,
     raise_non_finite,
+    raise_out_of_range,
     register,
     register_family,
 )
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 _NAME = re.compile(r"int([2-8])-(tensor|channel|g([1-9]\d{0,8}))(?:-(a?sym))?(?:-(f16|bf16|f32))?(-act)?")
 _DTYPES = {"f16": np.dtype(np.float16), "bf16": BF16, "f32": np.dtype(np.float32)}
 _LARGEST = {"f16": 65504.0, "bf16": 3.38e38, "f32": 3.4e38}
+_SEARCHED = 1e18  # the largest magnitude whose squares, weighted and summed, are finite
 _NONE = np.empty(0, np.uint8)  # zero points that are all in the middle
 _BELOW_HALF = np.float32(0.49999997)  # added before truncation: rounds halves away from zero, and nothing else up
 
@@ -89,10 +92,13 @@ class IntegerCodec(GridCodec):
     """w = scale · (code − zero), code in 0 .. 2**bits − 1.
 
     Parts: codes: u8[..., in·bits/8]; scale: f16[..., groups] (for the whole tensor: [1]); where
-    asymmetric, zero: u8 of scale's shape, else zero is 2**(bits − 1). Without importance `encode`
+    asymmetric, zero: u8 of scale's shape, else zero is 2**(bits − 1). A row's last group may be
+    short: 192 columns in groups of 128 are 128 + 64. Without importance `encode`
     is plain rounding: to the largest magnitude (absmax), or from the smallest to the largest
     weight (zero-point). `fit`, and `encode` with importance, search for the best parameters.
     """
+
+    short_blocks = True
 
     def __init__(self, bits: int, per: str, *, symmetric: bool = True, scale: str = "f16") -> None:
         self.bits, self.per, self.symmetric, self.scale_dtype = bits, per, symmetric, _DTYPES[scale]
@@ -107,20 +113,18 @@ class IntegerCodec(GridCodec):
             self.top, self.middle if symmetric else None, self.group, step=scale, whole=not self.row_local
         )
         self._largest = _LARGEST[scale]
+        self._reason = f"{self.name} stores its scales in {scale}, up to {self._largest:g}"
         # Half a level beyond the last one costs the largest weight no more than rounding costs others,
         # and is what GPTQ's and compressed-tensors' ranges are; 8 bits have Q8_0's and LLM.int8()'s range.
         self._reach = 127.0 if bits == 8 else self.top / 2
 
     def layout(self, shape: tuple[int, ...]) -> dict[str, TensorInfo]:
         """Parts codes, scale and, where asymmetric, zero."""
-        n = shape[-1] if shape else 0
-        if not shape or n % self.block_size or (self.group and not n):
-            raise ShapeError(
-                f"{self.name}: rows of {n} weights are not a multiple of the group size {self.block_size}; "
-                "choose a group size that divides them, or one group per row (--group-size -1)"
-            )
+        if not shape or (self.group and not shape[-1]):
+            raise ShapeError(f"{self.name}: weights {list(shape)} have no rows to quantize")
+        n = shape[-1]
         found = {"codes": TensorInfo(np.dtype(np.uint8), (*shape[:-1], -(-n * self.bits // 8)))}
-        groups = (*shape[:-1], n // self.group if self.group else 1) if self.row_local else (1,)
+        groups = (*shape[:-1], -(-n // self.group) if self.group else 1) if self.row_local else (1,)
         found["scale"] = TensorInfo(self.scale_dtype, groups)
         if not self.symmetric:
             found["zero"] = TensorInfo(np.dtype(np.uint8), groups)
@@ -134,21 +138,31 @@ class IntegerCodec(GridCodec):
             parts = self._encode_weighted(w, importance)
         else:
             step, zero = self._range(w)
+            raise_out_of_range(w, step > self._largest, self, self._reason)
             scale = np.minimum(step, self._largest).astype(self.scale_dtype)
             with np.errstate(over="ignore"):
                 inverse = np.where(step > 1.2e-38, 1 / np.maximum(step, 1.2e-38), 0).astype(np.float32)
             x = self._groups(w) * inverse[..., None]
             x = np.trunc(x + np.copysign(_BELOW_HALF, x)) + zero[..., None]
-            codes = np.clip(x, 0, self.top).astype(np.uint8).reshape(w.shape)
+            codes = self._columns_of(np.clip(x, 0, self.top).astype(np.uint8), w.shape)
             parts = {"codes": pack_bits(codes, self.bits), "scale": scale, "zero": zero.astype(np.uint8)}
         return {k: parts[k].reshape(info.shape) for k, info in layout.items()}
 
     def _groups(self, w: Array) -> Array:
-        """[..., group, column]"""
+        """[..., group, column]; a short last group is filled with zeros, which cost a range or a fit nothing."""
         if not self.row_local:
             return w.reshape(1, -1)
         group = self.group or w.shape[-1]
+        short = -w.shape[-1] % max(1, group)
+        w = np.pad(w, [(0, 0)] * (w.ndim - 1) + [(0, short)]) if short else w
         return w.reshape(*w.shape[:-1], w.shape[-1] // max(1, group), group)
+
+    def _columns_of(self, groups: Array, shape: tuple[int, ...]) -> Array:
+        """Inverse of `_groups`."""
+        if not self.row_local:
+            return groups.reshape(shape)
+        rows = groups.reshape(*shape[:-1], groups.shape[-2] * groups.shape[-1])
+        return rows if rows.shape[-1] == shape[-1] else np.ascontiguousarray(rows[..., : shape[-1]])
 
     def _range(self, w: F32) -> tuple[Any, Any]:
         """Real-valued steps f64[..., groups] and zeros of plain rounding."""
@@ -184,7 +198,7 @@ class IntegerCodec(GridCodec):
         x = self._groups(unpack_bits(codes, self.bits, shape[-1]).astype(np.float32))
         x -= zeros[0].astype(np.float32)[..., None] if zeros else np.float32(self.middle)
         x *= scale.astype(np.float32)[..., None]
-        return x.reshape(shape)
+        return self._columns_of(x, shape)
 
     def matmul(self, x: F32, parts: Parts, shape: tuple[int, ...], *, threads: int = 1, activations: str = "float") -> F32:
         """x wᵀ; see `Codec.matmul`. "int8" needs groups of a multiple of 16 columns, and is "float" for others."""
@@ -202,6 +216,10 @@ class IntegerCodec(GridCodec):
         """
         import torch
 
+        given = w
+        if self.group and (short := -w.shape[-1] % self.group):  # zeros cost a fit nothing
+            w = torch.nn.functional.pad(w, (0, short))
+            importance = None if importance is None else torch.nn.functional.pad(importance, (0, short))
         check_matrix(w, importance, self)
         rows = w.shape[0]
         x = w.detach().float()
@@ -209,22 +227,31 @@ class IntegerCodec(GridCodec):
         c = c / c.amax().clamp_min(1e-30) + 1e-12
         if not self.row_local:
             found = self._fit(x.reshape(1, 1, -1), c.reshape(1, 1, -1))
+            self._check_fit(given, found["scale"])
             return {k: p.expand(rows, 1) for k, p in found.items()}
         step = max(1, (1 << 18) // max(1, x.shape[1]))
         width = self.group or x.shape[1]
+        groups = x.shape[1] // width
         chunks = [
-            self._fit(
-                x[i : i + step].reshape(-1, x.shape[1] // width, width), c[i : i + step].reshape(-1, x.shape[1] // width, width)
-            )
+            self._fit(x[i : i + step].reshape(-1, groups, width), c[i : i + step].reshape(-1, groups, width))
             for i in range(0, rows, step)
         ]
-        return {k: torch.cat([p[k] for p in chunks]) for k in chunks[0]}
+        found = {k: torch.cat([p[k] for p in chunks]) for k in chunks[0]}
+        self._check_fit(given, found["scale"])
+        return found
+
+    def _check_fit(self, w: torch.Tensor, scale: torch.Tensor) -> None:
+        """Raise RangeError where the search was cut off."""
+        bad = scale.float().abs() >= self._largest
+        bad = bad if bool(bad.any()) else w.abs() > _SEARCHED
+        if bool(bad.any()):
+            raise_out_of_range(np.asarray(to_numpy(w.float()), np.float32), to_numpy(bad), self, self._reason)
 
     def _fit(self, x: torch.Tensor, c: torch.Tensor) -> Params:
         import torch
 
         kind = {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(self.scale_dtype.name, torch.float32)
-        x = x.clamp(-1e18, 1e18)
+        x = x.clamp(-_SEARCHED, _SEARCHED)
         low, high = x.amin(-1).clamp_max(0), x.amax(-1).clamp_min(0)
         best = torch.full_like(low, float("inf"))
         scale, zero = torch.zeros_like(low), torch.full_like(low, float(self.middle))
@@ -324,6 +351,7 @@ class IntegerCodec(GridCodec):
 class ActOrderCodec(Codec):
     """An IntegerCodec whose columns belong to groups in any order: a further part, group: i32[in]."""
 
+    short_blocks = True
     shared = frozenset({"group"})
 
     def __init__(self, plain: IntegerCodec) -> None:
@@ -363,6 +391,56 @@ class ActOrderCodec(Codec):
         x -= zeros[0].astype(np.float32)[..., group] if zeros else np.float32(self.plain.middle)
         x *= scale.astype(np.float32)[..., group]
         return x
+
+
+class MinCodec(Codec):
+    """w = scale · code + min, both stored per group as they are (MLX): int4-g64-min, scales and mins f16, or -bf16, -f32.
+
+    Parts: codes: u8[..., in·bits/8]; scale, min: [..., in/group]. Encoding is plain rounding from the smallest to the
+    largest weight.
+    """
+
+    row_local = True
+
+    def __init__(self, bits: int, group: int, scale: str = "f16") -> None:
+        self.bits, self.block_size, self.scale_dtype = bits, group, _DTYPES[scale]
+        self.name = f"int{bits}-g{group}-min" + ("" if scale == "f16" else f"-{scale}")
+        self._largest = _LARGEST[scale]
+
+    def layout(self, shape: tuple[int, ...]) -> dict[str, TensorInfo]:
+        """Parts codes, scale and min."""
+        check_block(shape, self)
+        group = TensorInfo(self.scale_dtype, (*shape[:-1], shape[-1] // self.block_size))
+        return {
+            "codes": TensorInfo(np.dtype(np.uint8), (*shape[:-1], -(-shape[-1] * self.bits // 8))),
+            "scale": group,
+            "min": group,
+        }
+
+    def encode(self, w: F32, importance: F32 | None = None, *, threads: int = 1) -> Parts:
+        """Round to the nearest; see `Codec.encode`. Importance does not matter here."""
+        w = check_weights(w, self)
+        x = w.reshape(*w.shape[:-1], -1, self.block_size).astype(np.float64)
+        low, high = x.min(-1, initial=np.inf), x.max(-1, initial=-np.inf)
+        if not (np.isfinite(low).all() and np.isfinite(high).all()):
+            raise_non_finite(w, self.name)
+        step = (high - low) / ((1 << self.bits) - 1)
+        bad = np.maximum(step, np.abs(low)) > self._largest
+        raise_out_of_range(w, bad, self, f"{self.name} stores its scales and mins up to {self._largest:g}")
+        codes = np.rint((x - low[..., None]) / np.where(step > 0, step, 1)[..., None]).astype(np.uint8)
+        return {
+            "codes": pack_bits(codes.reshape(w.shape), self.bits),
+            "scale": step.astype(self.scale_dtype),
+            "min": low.astype(self.scale_dtype),
+        }
+
+    def decode(self, parts: Parts, shape: tuple[int, ...], *, threads: int = 1) -> F32:
+        """f32[shape]."""
+        codes, scale, least = check_parts(parts, shape, self)
+        x = unpack_bits(codes, self.bits, shape[-1]).astype(np.float32).reshape(*scale.shape, self.block_size)
+        x *= scale.astype(np.float32)[..., None]
+        x += least.astype(np.float32)[..., None]
+        return x.reshape(shape)
 
 
 def reorder(e: Encoded, permutation: Array) -> Encoded:
@@ -444,6 +522,8 @@ class RowInt8(Codec):
 def _of_name(name: str) -> Codec | None:
     if naive := re.fullmatch(r"(absmax|zeropoint)-?(?:int)?([2-8])-([^-]+)", name):  # other words for the same
         name = f"int{naive[2]}-{naive[3]}-{'sym' if naive[1] == 'absmax' else 'asym'}"
+    if least := re.fullmatch(r"int([2-8])-g([1-9]\d{0,8})-min(?:-(f16|bf16|f32))?", name):
+        return MinCodec(int(least[1]), int(least[2]), least[3] or "f16")
     match = _NAME.fullmatch(name)
     if match is None or (match[6] and not match[3]):
         return None

@@ -81,9 +81,18 @@ class IQCodec(GgmlCodec, GridCodec):
     ggml_bytes = False
 
     def __init__(self, name: str, fields: Fields, *, needs_importance: bool = False) -> None:
-        super().__init__(name, takes_importance=True, needs_importance=needs_importance)
+        halves = (0,) if fields.d is _F16 else ()
+        super().__init__(name, takes_importance=True, needs_importance=needs_importance, halves=halves)
         self.fields = fields
         self.vector = fields.vector
+
+    def scales(self, parts: Parts, shape: tuple[int, ...]) -> list[Array]:
+        """The blocks' f16s; IQ1_M's are the high nibbles of its last odd bytes."""
+        if self.halves:
+            return super().scales(parts, shape)
+        data = np.ascontiguousarray(parts["data"])
+        nibbles = data.reshape(*data.shape[:-1], -1, self.type_size)[..., 49::2] >> 4
+        return [(nibbles.astype("<u2") << np.arange(0, 16, 4, dtype="<u2")).sum(-1, dtype="<u2").view("<f2")]
 
     @cached_property
     def entries(self) -> Array:

@@ -7,10 +7,12 @@ from math import prod
 from typing import Any
 
 import gguf
+import ml_dtypes
 import numpy as np
 
 from .. import native
-from ..arrays import BF16, F8_E4M3, F8_E5M2, F32, Array, Parts, TensorInfo, empty
+from ..arrays import BF16, F8_E4M3, F8_E5M2, F32, Array, Parts, TensorInfo, empty, is_finite
+from ..errors import RangeError
 from .base import Codec, check_parts, check_weights, get, raise_non_finite, register
 
 
@@ -38,12 +40,25 @@ class PlainCodec(Codec):
             try:
                 native.call_rows(self.name, "encode", [_rows(w)], [], [_bytes(out)], threads)
             except native.KernelError as e:
-                if e.code == native.ENONFINITE:
-                    raise_non_finite(w, self.name)
-                raise
+                if e.code != native.ELARGE:
+                    raise
+                raise_non_finite(w, self.name)
+                self._check_range(w, out)
             return {"data": out}
         raise_non_finite(w, self.name)
-        return {"data": w.astype(self.dtype)}
+        with np.errstate(over="ignore", invalid="ignore"):
+            out = w.astype(self.dtype)
+        self._check_range(w, out)
+        return {"data": out}
+
+    def _check_range(self, w: F32, out: Array) -> None:
+        """Raise RangeError for a weight that became infinite, NaN or another number."""
+        limits = np.iinfo(self.dtype) if self.dtype.kind in "iu" else None
+        bad = ~is_finite(out) if limits is None else (np.trunc(w) < limits.min) | (np.trunc(w) > limits.max)
+        if bad.any():
+            index = tuple(int(i) for i in np.unravel_index(int(np.argmax(bad)), w.shape))
+            largest = limits.max if limits else float(ml_dtypes.finfo(self.dtype).max)  # type: ignore[no-untyped-call]
+            raise RangeError(self.name, f"{self.name} holds magnitudes up to {largest:g}", index, float(w[index]))
 
     def decode(self, parts: Parts, shape: tuple[int, ...], *, threads: int = 1) -> F32:
         """Exact widening to f32 (F64 and 64-bit integers round)."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from .base import GgmlCodec, register
 
-for _name in ("TQ1_0", "TQ2_0"):
-    register(GgmlCodec(_name))
+register(GgmlCodec("TQ1_0", halves=(52,)))
+register(GgmlCodec("TQ2_0", halves=(64,)))
 # newer than the gguf package's tables: (id, weights per block, bytes per block)
-register(GgmlCodec("Q1_0", size=(41, 128, 18)))
-register(GgmlCodec("Q2_0", size=(42, 64, 18)))
+register(GgmlCodec("Q1_0", size=(41, 128, 18), halves=(0,)))
+register(GgmlCodec("Q2_0", size=(42, 64, 18), halves=(0,)))

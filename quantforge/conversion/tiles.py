@@ -13,7 +13,7 @@ from ..arrays import F32, Parts
 from ..codecs import Encoded, repack, repacks
 from ..codecs.base import GgmlCodec
 from ..codecs.plain import PlainCodec
-from ..errors import NonFiniteError
+from ..errors import NonFiniteError, RangeError
 from ..formats import Source
 from ..formats.rows import by_rows, codec_of, decoded, origin, read_rows
 from .plan import Plan, PlannedTensor
@@ -73,10 +73,11 @@ class Tiles:
         source = self.job.source
         same = t.weight.plain and codec_of(source, t.weight) is t.codec
         if same and b - a == prod(t.shape[:-1]) and not isinstance(t.codec, PlainCodec):
-            return source.read(t.weight.sources[0]).parts, None
+            return self._sound(t, source.read(t.weight.sources[0])).parts, None
         stored = read_rows(source, t.weight, a, b)
-        if isinstance(stored, Encoded):
-            if stored.codec is t.codec and not isinstance(t.codec, PlainCodec):
+        if isinstance(stored, Encoded) and not isinstance(stored.codec, PlainCodec):
+            self._sound(t, stored)
+            if stored.codec is t.codec:
                 return stored.parts, None
             if t.via is None and repacks(stored.codec, t.codec, stored.shape):
                 return repack(stored, t.codec).parts, stored
@@ -90,15 +91,31 @@ class Tiles:
         try:
             codec = t.sharing(self._largest)
             return t.stored(Encoded(codec, w.shape, codec.encode(w, q))), w
+        except RangeError as e:
+            where, index = self._place(t, a, e.index)
+            raise RangeError(where, e.reason, index, e.value) from None
         except NonFiniteError as e:
             if not e.index:
                 raise NonFiniteError(f"{t.weight.name}: {e}", ()) from None
-            row, column = (0, e.index[0]) if len(e.index) == 1 else (a + e.index[-2], e.index[-1])
-            value = w.reshape(-1, w.shape[-1])[e.index[-2] if len(e.index) > 1 else 0, column]
-            where, index = origin(t.weight, row, column)
+            where, index = self._place(t, a, e.index)
+            value = w.reshape(-1, w.shape[-1])[e.index[-2] if len(e.index) > 1 else 0, e.index[-1]]
             raise NonFiniteError(
                 f"{where}: weight {list(index)} is {value}; the checkpoint is damaged or overflowed", index
             ) from None
+
+    @staticmethod
+    def _place(t: PlannedTensor, a: int, index: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+        """The source's own name and index of a weight of a tile that begins at row a."""
+        return origin(t.weight, 0 if len(index) == 1 else a + index[-2], index[-1])
+
+    @staticmethod
+    def _sound(t: PlannedTensor, e: Encoded) -> Encoded:
+        """What is copied or repacked undecoded, its scales finite. Raises NonFiniteError."""
+        try:
+            e.codec.check_finite(e.parts, e.shape)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{t.weight.name}: {error}", ()) from None
+        return e
 
     def _importance(self, t: PlannedTensor, a: int, b: int) -> F32 | None:
         """Importance of a tile: f32[in], or f32[experts, in] for a whole stacked tensor."""

@@ -23,6 +23,7 @@ from ..discovery import Registry
 from ..errors import FormatError, OutputError, UnsupportedError, nearest
 from ..layouts import Layout
 from ..tokenizer import Tokenizer
+from .diagnosis import located, name_missing, name_unknown, refuse_adapter
 from .files import MappedFile, NewFiles
 
 
@@ -376,35 +377,21 @@ def by_suffix(suffix: str) -> Format | None:
 
 
 def open_path(path: str | Path) -> Source:
-    """Open a model file or directory of any known format. Raises FormatError."""
+    """Open a model file or directory of any known format; see `diagnosis` for what a path may stand for. Raises FormatError."""
     path = Path(path)
     try:
+        path = located(path)
         mode = path.stat().st_mode
+        refuse_adapter(path)
         for known in _registry.all().values():
             if known.recognises(path):
                 return known.open(path)
         if stat.S_ISREG(mode):
             MappedFile(path).close()  # says what is wrong with an empty file or a pointer
-            if path.suffix in _PICKLED:
-                raise FormatError(path, _PICKLED_ADVICE)
-        elif stat.S_ISDIR(mode):
-            inside = sorted(p.name for p in path.iterdir())
-            if ggufs := [n for n in inside if n.endswith(".gguf")]:
-                raise FormatError(path, f"a directory of GGUF files; give one of them: {', '.join(ggufs[:5])}")
-            if any(Path(n).suffix in _PICKLED for n in inside):
-                raise FormatError(path, _PICKLED_ADVICE)
-            if "config.json" in inside:
-                raise FormatError(path, "has a config.json but no *.safetensors; fetch the weights too")
+        raise name_unknown(path)
+    except FileNotFoundError as e:
+        raise name_missing(path) or FormatError(path, f"cannot read: {e.strerror or e}") from None
+    except RuntimeError as e:  # ~someone, of whom there is no home
+        raise FormatError(path, str(e)) from None
     except OSError as e:
         raise FormatError(path, f"cannot read: {e.strerror or e}") from None
-    raise FormatError(
-        path,
-        "not a model that quantforge knows: give a directory with config.json and *.safetensors, a .safetensors or a .gguf file",
-    )
-
-
-_PICKLED = {".bin", ".pt", ".pth", ".ckpt"}
-_PICKLED_ADVICE = (
-    "pickled PyTorch checkpoints are not loaded, because unpickling runs code from the file; convert with transformers "
-    "from a source you trust: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(OUT)"
-)

@@ -6,12 +6,13 @@ Tensors of plain codecs are ordinary safetensors. Any other codec's are stored p
     "quantization_config": {"quant_method": "quantforge", "version": 1,
                             "tensors": {NAME: {"codec": "my-int3", "shape": [out, in]}}}
 
-or as one of the `layouts` has it: GPTQ, AWQ, compressed-tensors, bitsandbytes.
+or as one of the `layouts` has it: GPTQ, AWQ, compressed-tensors, bitsandbytes, and those that are only read.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import re
 import threading
 from collections import OrderedDict
@@ -26,7 +27,10 @@ from ..arrays import SAFETENSORS_DTYPES, Array, Parts, TensorInfo
 from ..codecs import Encoded
 from ..errors import FormatError, OutputError, QuantForgeError, ShapeError, UnsupportedError
 from .base import FileSink, Format, Header, MappedSource, Place, Placement, Sink, Slot, Source, Stored, shards
+from .diagnosis import ADAPTER
 from .files import MappedFile
+
+logger = logging.getLogger(__name__)
 
 _MAX_HEADER = 100_000_000  # bytes; the reference's limit
 _MAX_CONFIG = 1 << 26  # bytes of a config.json or an index
@@ -35,6 +39,7 @@ _MAX_DIM = (1 << 63) - 1
 _VERSION = 1
 _UNPACKED = 4  # tensors of a layout that are kept in memory: rows are read in tiles, by a few threads
 _SINGLE, _INDEX, _CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+_FLOATS = {SAFETENSORS_DTYPES[k] for k in ("F64", "F32", "F16", "BF16")}
 _DTYPE_NAMES = {dtype: dtype_name for dtype_name, dtype in SAFETENSORS_DTYPES.items()}
 
 
@@ -56,7 +61,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _parse(path: Path, data: bytes, base: int = 0) -> dict[str, Any]:
     """A JSON object; `base` is where `data` begins in the file."""
     try:
-        text = data.decode()
+        text = data.decode("utf-8" if base else "utf-8-sig")  # some editors begin a file with a byte order mark
         found = json.loads(text, object_pairs_hook=_unique)
     except UnicodeDecodeError as e:
         raise FormatError(path, "the JSON is not UTF-8", base + e.start) from None
@@ -176,11 +181,26 @@ def _files(directory: Path) -> tuple[list[Path], dict[str, str]]:
     found = sorted(directory.glob("*.safetensors"))
     if not found:
         raise FormatError(directory, "has no *.safetensors")
+    if len(found) > 1:  # an adapter beside a model
+        found = [p for p in found if p.name != ADAPTER]
     complete = shards(found[0])
     if set(complete) != set(found):
         extra = sorted(p.name for p in set(found) - set(complete))
         raise FormatError(directory, f"{complete[0].name} and {extra[0]} are not one checkpoint; give the file you mean")
     return complete, {}
+
+
+def _same(a: Place, b: Place) -> bool:
+    """Do two places hold the same bytes?"""
+    if a.info != b.info:
+        return False
+    step = 1 << 24
+    ends = (a.offset + a.info.nbytes, b.offset + b.info.nbytes)
+    for i in range(0, a.info.nbytes, step):
+        x, y = (p.file.bytes[p.offset + i : min(p.offset + i + step, end)] for p, end in zip((a, b), ends, strict=True))
+        if x != y:
+            return False
+    return True
 
 
 class SafetensorsSource(MappedSource):
@@ -191,14 +211,18 @@ class SafetensorsSource(MappedSource):
     def __init__(self, path: Path) -> None:
         self.path = path
         directory = path if path.is_dir() else path.parent
-        paths, index = _files(path) if path.is_dir() else ([path], {})
+        paths, index = _files(path) if path.is_dir() else (shards(path), {})
+        if paths[0].name != ADAPTER and (directory / ADAPTER).exists():
+            logger.warning("%s: the adapter in it (%s) is left out: only the model is read", path, ADAPTER)
         self._files = [MappedFile(p) for p in paths]
         tensors: dict[str, Place] = {}
         for file in self._files:
             for tensor, place in _read_header(file).items():
-                if tensor in tensors:
-                    raise FormatError(file.path, f"tensor {tensor} is also in {tensors[tensor].file.path.name}", place.offset)
-                tensors[tensor] = place
+                if (other := tensors.get(tensor)) is not None and not _same(other, place):
+                    where = other.file.path.name
+                    raise FormatError(file.path, f"tensor {tensor} is also in {where}, with other bytes", place.offset)
+                if other is None or index.get(tensor) == file.path.name:
+                    tensors[tensor] = place
         for tensor, shard in index.items():
             if tensor not in tensors or tensors[tensor].file.path.name != shard:
                 raise FormatError(directory / shard, f"has no tensor {tensor}, which {_INDEX} promises; fetch it again")
@@ -210,14 +234,22 @@ class SafetensorsSource(MappedSource):
         self._layout_tensors: dict[str, layouts.Gathered] = {}
         self._unpacked: OrderedDict[str, Encoded] = OrderedDict()
         self._lock = threading.Lock()
-        own = self.config.get("quantization_config")
-        if isinstance(own, dict) and own.get("quant_method") == "quantforge":
+        own = layouts.stated(self.config, lambda name: _read_json(p) if (p := directory / name).is_file() else None)
+        if own is not None and own["quant_method"] == "quantforge":
             self._gather(config, own, tensors)
-        elif isinstance(own, dict) and (layout := layouts.find(own)) is not None:
-            self._find(layout, own, tensors)
+        elif own is not None and (layouts.find(own) is not None or not all(v.info.dtype in _FLOATS for v in tensors.values())):
+            self._find(own, tensors)
+        elif own is not None:
+            logger.warning(
+                "%s: config.json speaks of %r, but all tensors are floats; taken as they are", path, own["quant_method"]
+            )
 
-    def _find(self, layout: layouts.Layout, config: Mapping[str, Any], tensors: Mapping[str, Place]) -> None:
+    def _find(self, config: Mapping[str, Any], tensors: Mapping[str, Place]) -> None:
         """Make one tensor of those that a layout holds together."""
+        try:
+            layout = layouts.layout_of(config)
+        except UnsupportedError as e:
+            raise FormatError(self.path, str(e)) from None
 
         def load(tensor: str) -> Array:
             return tensors[tensor].file.array(tensors[tensor].offset, tensors[tensor].info)
@@ -328,9 +360,9 @@ def _dump(value: Any) -> bytes:
 def _config(header: Header, quantized: Mapping[str, Stored]) -> dict[str, Any]:
     """header.metadata with the quantization_config of what is written, or without one where there is none any more."""
     config = dict(header.metadata)
-    before = config.get("quantization_config")
-    if isinstance(before, dict) and before.get("quant_method") in ("quantforge", *layouts.names()):
-        del config["quantization_config"]
+    for key in ("quantization_config", "compression_config", "quantization"):  # what it was read by
+        if isinstance(config.get(key), dict):
+            del config[key]
     if quantized and header.layout is not None:
         matrices = [k.removesuffix(".weight") for k, v in header.tensors.items() if len(v.shape) == 2 and k.endswith(".weight")]
         modules = {k.removesuffix(".weight"): v.codec for k, v in quantized.items()}

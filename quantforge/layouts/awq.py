@@ -27,11 +27,13 @@ from .base import (
     Layout,
     Load,
     expert_readers,
+    group_size,
     in_blocks,
     left_out,
     octets,
     one_type,
     stems,
+    whole_groups,
     words,
 )
 
@@ -76,10 +78,11 @@ class Awq(Layout):
             scale = SCALES.get(infos["scales"].dtype)
             groups, n = infos["scales"].shape if len(infos["scales"].shape) == 2 else (0, 0)
             k = infos["qweight"].shape[0]
-            if scale is None or not groups or k % groups or infos["qweight"].shape[1:] != (n // 8,) or n % 8:
+            if scale is None or not groups or infos["qweight"].shape[1:] != (n // 8,) or n % 8:
                 shapes = {key: list(i.shape) for key, i in infos.items()}
                 raise ShapeError(f"{stem}: arrays {shapes} are no AWQ gemm weights")
-            per = f"g{k // groups}" if groups > 1 else "channel"
+            size = group_size(stem, k, groups, [config.get("group_size", config.get("q_group_size"))])
+            per = f"g{size}" if groups > 1 else "channel"
             symmetric = not config.get("zero_point", True) and bool((load(names["qzeros"]) == -0x77777778).all())
             codec = codecs.get(f"int4-{per}-{'sym' if symmetric else 'asym'}-{scale}")
             tensors[f"{stem}.weight"] = Gathered(codec, (n, k), names, partial(_parts, symmetric))
@@ -104,7 +107,7 @@ class Awq(Layout):
         if len(shape) != 2 or shape[0] % 8 or shape[1] % 8:
             raise ShapeError(f"AWQ checkpoints hold matrices whose sides are multiples of 8, not {list(shape)}")
         n, k = shape
-        groups = codec.layout(shape)["scale"].shape[1]
+        groups = whole_groups(codec, shape)
         i32 = np.dtype(np.int32)
         return {
             "qweight": TensorInfo(i32, (k, n // 8)),

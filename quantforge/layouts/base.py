@@ -13,11 +13,15 @@ import numpy as np
 
 from ..arrays import BF16, Array, Parts, TensorInfo
 from ..codecs import Codec
+from ..codecs.fp8 import Fp8Codec
+from ..codecs.integers import IntegerCodec
 from ..discovery import Registry
-from ..errors import UnsupportedError
+from ..errors import ShapeError, UnsupportedError
 
 SCALES = {np.dtype(np.float16): "f16", BF16: "bf16", np.dtype(np.float32): "f32"}
 """Dtypes of scales and how codecs' names call them."""
+
+_ACTIVATIONS = ("activation_scale", "input_scale", "input_scale_ub", "k_scale", "v_scale", "q_scale")
 
 Arrays = Mapping[str, TensorInfo]
 Load = Callable[[str], Array]
@@ -51,6 +55,13 @@ class Layout(ABC):
 
     name: ClassVar[str]
     """`quant_method` in config.json, and --format."""
+    also: ClassVar[tuple[str, ...]] = ()
+    """Other values of `quant_method` that are read so."""
+
+    @property
+    def writes(self) -> bool:
+        """Can it be written? One that is only read implements `find`."""
+        return type(self).pack is not Layout.pack
 
     @abstractmethod
     def find(self, config: Mapping[str, Any], arrays: Arrays, load: Load) -> Found:
@@ -60,7 +71,6 @@ class Layout(ABC):
         what the codec is. Raises UnsupportedError, ShapeError.
         """
 
-    @abstractmethod
     def choose(
         self, kind: str | None, bits: int | None, group_size: int | None, symmetric: bool | None, scale: str
     ) -> tuple[Layout, Codec]:
@@ -68,21 +78,25 @@ class Layout(ABC):
 
         scale: the model's dtype, "bf16". Raises UnsupportedError, saying what there is.
         """
+        raise self._only_read()
 
-    @abstractmethod
     def arrays(self, codec: Codec, shape: tuple[int, ...]) -> dict[str, TensorInfo]:
         """Suffix ("qweight") -> dtype and shape of what `pack` gives. Raises UnsupportedError, ShapeError."""
+        raise self._only_read()
 
-    @abstractmethod
     def pack(self, codec: Codec, parts: Parts, shape: tuple[int, ...]) -> Parts:
         """The arrays of a whole tensor, by suffix."""
+        raise self._only_read()
 
-    @abstractmethod
     def config(self, modules: Mapping[str, Codec], kept: Iterable[str]) -> dict[str, Any]:
         """The quantization_config. modules: the quantized ones; kept: those that are linear and not quantized.
 
         Raises UnsupportedError for a mixture that the library does not know.
         """
+        raise self._only_read()
+
+    def _only_read(self) -> UnsupportedError:
+        return UnsupportedError(f"{self.name} checkpoints are read, not written; --format has {', '.join(names())}")
 
     def sharing(self, modules: Mapping[str, Codec]) -> list[list[str]]:
         """Groups of modules that have to have one scale for all, because kernels join them."""
@@ -141,6 +155,56 @@ def stems(arrays: Arrays, suffix: str) -> list[str]:
     return [k[: -len(suffix) - 1] for k in arrays if k.endswith(f".{suffix}")]
 
 
+def group_size(module: str, columns: int, groups: int, stated: Iterable[Any]) -> int:
+    """Columns of a group, where `groups` of them make a row; the last may be short: 192 columns are 128 + 64.
+
+    stated: sizes that the config speaks of. Raises ShapeError where none of them, or more than one, gives so many groups.
+    """
+    sizes = sorted({g for g in stated if type(g) is int and g > 0})
+    fits = [g for g in sizes if -(-columns // g) == groups] if sizes else [columns // groups] if columns % groups == 0 else []
+    if groups == 1:
+        return columns
+    if len(fits) != 1:
+        raise ShapeError(
+            f"{module}: {groups} groups in rows of {columns} columns; the config's group_size is {sizes or 'not given'}"
+        )
+    return fits[0]
+
+
+def whole_groups(codec: IntegerCodec, shape: tuple[int, ...]) -> int:
+    """Groups of a row in a layout that has no short ones. Raises ShapeError."""
+    if codec.group and shape[-1] % codec.group:
+        raise ShapeError(
+            f"{codec.name}: rows of {shape[-1]} weights are not a multiple of the group size {codec.group}; "
+            "choose a group size that divides them, or one group per row (--group-size -1)"
+        )
+    return shape[-1] // codec.group if codec.group else 1
+
+
+def settings_of(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
+    """The config with what its `dynamic` (GPTQModel: the first regex that matches from the module's beginning) or
+    `extra_config` (AutoRound: names or regexes) says of one module."""
+    rules: list[tuple[str, Any]] = [(k.removeprefix("+:"), v) for k, v in (config.get("dynamic") or {}).items() if k[:2] != "-:"]
+    rules += [(re.escape(k) + "$" if "*" not in k else k, v) for k, v in (config.get("extra_config") or {}).items()]
+    for pattern, own in rules:
+        try:
+            if isinstance(own, Mapping) and re.match(pattern, module):
+                return {**config, **own}
+        except re.error:
+            raise UnsupportedError(f"{module}: the config's regular expression {pattern!r} cannot be read") from None
+    return config
+
+
+def unpack_fp8(codec: Fp8Codec, shape: tuple[int, ...], arrays: Parts) -> Parts:
+    """Parts of the arrays `weight` and `scale`."""
+    return {"codes": arrays["weight"], "scale": arrays["scale"].reshape(codec.layout(shape)["scale"].shape)}
+
+
+def activations(arrays: Arrays) -> frozenset[str]:
+    """Arrays that are scales of activations and caches."""
+    return frozenset(a for a in arrays if a.rpartition(".")[2].rpartition("_proj_")[2] in _ACTIVATIONS)
+
+
 def words(packed: Array) -> Array:
     """A row-wise stream of bytes u8[..., n] as little-endian int32[..., n/4]."""
     return np.ascontiguousarray(packed).view("<i4").astype(np.int32, copy=False)
@@ -162,6 +226,11 @@ register = _registry.register
 
 
 def names() -> list[str]:
+    """Names of the layouts that can be written."""
+    return [name for name, kind in _registry.all().items() if kind().writes]
+
+
+def readable() -> list[str]:
     """Names of all layouts."""
     return list(_registry.all())
 
@@ -173,5 +242,5 @@ def get(name: str, **options: Any) -> Layout:
 
 def find(config: Mapping[str, Any]) -> Layout | None:
     """The layout that a quantization_config speaks of, or None."""
-    name = config.get("quant_method")
-    return get(name) if isinstance(name, str) and name in names() else None
+    method = config.get("quant_method")
+    return next((kind() for kind in _registry.all().values() if method in (kind.name, *kind.also)), None)

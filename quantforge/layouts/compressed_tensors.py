@@ -18,10 +18,11 @@ import numpy as np
 from .. import codecs
 from ..arrays import F8_E4M3, Array, Parts, TensorInfo
 from ..codecs import Codec
-from ..codecs.fp8 import Fp8Codec
+from ..codecs.fp4 import mxfp4_data, nvfp4_data
+from ..codecs.fp8 import Fp8Codec, fp8_under
 from ..codecs.integers import ActOrderCodec, IntegerCodec, pack_bits, unpack_bits
 from ..errors import ShapeError, UnsupportedError, nearest
-from .base import SCALES, Arrays, Found, Gathered, Layout, Load, experts, octets, stems, words
+from .base import SCALES, Arrays, Found, Gathered, Layout, Load, experts, group_size, octets, stems, whole_groups, words
 
 SCHEMES = {
     "W4A16": ("int4-g128-sym", False),
@@ -58,10 +59,7 @@ def _from_mxfp4(data: Array) -> Parts:
 
 
 def _to_mxfp4(arrays: Parts) -> Parts:
-    scale = arrays["weight_scale"]
-    codes = unpack_bits(arrays["weight_packed"], 4, scale.shape[1] * 32).reshape(*scale.shape, 2, 16)
-    data = np.concatenate([scale[..., None], codes[..., 0, :] | codes[..., 1, :] << np.uint8(4)], -1)
-    return {"data": data.reshape(len(data), -1)}
+    return {"data": mxfp4_data(arrays["weight_packed"], arrays["weight_scale"])}
 
 
 def _from_nvfp4(data: Array, scale: Array) -> Parts:
@@ -75,11 +73,7 @@ def _from_nvfp4(data: Array, scale: Array) -> Parts:
 
 
 def _to_nvfp4(arrays: Parts) -> Parts:
-    scale = arrays["weight_scale"].view(np.uint8)
-    n = len(scale)
-    codes = unpack_bits(arrays["weight_packed"], 4, scale.shape[1] * 16).reshape(n, -1, 2, 8)
-    pairs = (codes[..., 0, :] | codes[..., 1, :] << np.uint8(4)).reshape(n, -1, 32)
-    data = np.concatenate([scale.reshape(n, -1, 4), pairs], -1).reshape(n, -1)
+    data = nvfp4_data(arrays["weight_packed"], arrays["weight_scale"])
     return {"data": data, "scale": np.float32(1) / arrays["weight_global_scale"].reshape(1).astype(np.float32)}
 
 
@@ -111,12 +105,12 @@ def _to_fp8(codec: Codec, shape: tuple[int, int], arrays: Parts) -> Parts:
     return {"codes": arrays["weight"], "scale": arrays["weight_scale"].reshape(codec.layout(shape)["scale"].shape)}
 
 
-def _per(scale: tuple[int, ...], n: int, k: int, stem: str) -> str:
+def _per(scale: tuple[int, ...], n: int, k: int, stem: str, sizes: Iterable[int | None] = ()) -> str:
     """What a weight_scale of this shape belongs to: "tensor", "channel", "g128"."""
     if int(np.prod(scale)) == 1 and (len(scale) < 2 or n > 1):
         return "tensor"
-    if len(scale) == 2 and scale[0] == n and scale[1] and k % scale[1] == 0:
-        return "channel" if scale[1] == 1 else f"g{k // scale[1]}"
+    if len(scale) == 2 and scale[0] == n and scale[1]:
+        return "channel" if scale[1] == 1 else f"g{group_size(stem, k, scale[1], sizes)}"
     if scale == (n,):
         return "channel"
     raise ShapeError(f"{stem}: a weight_scale of {list(scale)} does not fit weights {[n, k]}")
@@ -133,11 +127,12 @@ class CompressedTensors(Layout):
     def find(self, config: Mapping[str, Any], arrays: Arrays, load: Load) -> Found:
         """See `Layout.find`."""
         groups = (config.get("config_groups") or {}).values()
-        bits = {w["num_bits"] for g in groups if isinstance(g, Mapping) and isinstance(w := g.get("weights"), Mapping)}
+        schemes = [w for g in groups if isinstance(g, Mapping) and isinstance(w := g.get("weights"), Mapping)]
+        bits, sizes = {w["num_bits"] for w in schemes}, {w.get("group_size") for w in schemes if w.get("strategy") == "group"}
         tensors = {}
         for stem in stems(arrays, "weight_scale"):
             names = {k: f"{stem}.{k}" for k in _WEIGHT if f"{stem}.{k}" in arrays}
-            codec, shape, unpack = _one(stem, names, arrays, load, bits)
+            codec, shape, unpack = _one(stem, names, arrays, load, bits, sizes)
             tensors[f"{stem}.weight"] = Gathered(codec, shape, names, unpack)
         known = {f"{t.removesuffix('weight')}{a}" for t in tensors for a in _ACTIVATIONS}
         caches = {a for a in arrays if a.endswith((".q_scale", ".k_scale", ".v_scale"))}
@@ -189,6 +184,7 @@ class CompressedTensors(Layout):
             )
         if _format(codec) == "int-quantized":
             return {"weight": TensorInfo(np.dtype(np.int8), shape), "weight_scale": layout["scale"]}
+        whole_groups(codec, shape)
         if k * codec.bits % 32:
             raise ShapeError(f"{codec.name}: rows of {k} weights do not fill 32-bit words; choose a float type")
         found = {
@@ -285,7 +281,7 @@ _WEIGHT = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "weig
 
 
 def _one(
-    stem: str, names: Mapping[str, str], arrays: Arrays, load: Load, bits: set[int]
+    stem: str, names: Mapping[str, str], arrays: Arrays, load: Load, bits: set[int], sizes: set[int | None]
 ) -> tuple[Codec, tuple[int, int], Callable[[Parts], Parts]]:
     """Codec, shape and unpack of one module."""
     info = {k: arrays[v] for k, v in names.items()}
@@ -313,7 +309,7 @@ def _one(
                 "0.18 and later); decompress it with the version that wrote it"
             )
         zero = "asym" if "weight_zero_point" in info else "sym"
-        per_what = _per(scale.shape, n, k, stem)
+        per_what = _per(scale.shape, n, k, stem, sizes)
         act = ""
         if "weight_g_idx" in info and per_what.startswith("g"):
             group = load(names["weight_g_idx"])
@@ -326,19 +322,10 @@ def _one(
     n, k = info["weight"].shape
     if info["weight"].dtype == np.int8:
         zero = "asym" if "weight_zero_point" in info else "sym"
-        plain = codecs.get(f"int8-{_per(scale.shape, n, k, stem)}-{zero}-{kind}")
+        plain = codecs.get(f"int8-{_per(scale.shape, n, k, stem, sizes)}-{zero}-{kind}")
         assert isinstance(plain, IntegerCodec)
         return plain, (n, k), partial(_to_int8, plain, (n, k))
-    if info["weight"].dtype != F8_E4M3 or not kind:
-        raise UnsupportedError(f"{stem}: a weight of {info['weight'].dtype} under a scale of {scale.dtype} is not known")
-    if len(scale.shape) == 2 and scale.shape not in ((n, 1), (1, 1)):
-        tile = max(-(-n // scale.shape[0]), -(-k // scale.shape[1]))
-        tile = 1 << (tile - 1).bit_length()  # the last tiles may be cut off
-        codec = codecs.get(f"fp8-block{tile}-{kind}")
-        if codec.layout((n, k))["scale"].shape != scale.shape:
-            raise ShapeError(f"{stem}: a weight_scale of {list(scale.shape)} cuts weights {[n, k]} into no square tiles")
-    else:
-        codec = codecs.get(f"fp8-{_per(scale.shape, n, k, stem)}-{kind}")
+    codec = fp8_under(scale, info["weight"], stem)
     return codec, (n, k), partial(_to_fp8, codec, (n, k))
 
 

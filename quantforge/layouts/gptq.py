@@ -8,6 +8,7 @@ readers disagree, and AutoGPTQ's own packer spoils the zeros beside it.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -22,7 +23,24 @@ from ..arrays import Array, Parts, TensorInfo
 from ..codecs import Codec
 from ..codecs.integers import ActOrderCodec, IntegerCodec, pack_bits, unpack_bits
 from ..errors import ShapeError, UnsupportedError
-from .base import SCALES, Arrays, Found, Gathered, Layout, Load, expert_readers, in_blocks, left_out, octets, stems, words
+from .base import (
+    SCALES,
+    Arrays,
+    Found,
+    Gathered,
+    Layout,
+    Load,
+    expert_readers,
+    group_size,
+    in_blocks,
+    left_out,
+    octets,
+    settings_of,
+    stems,
+    words,
+)
+
+logger = logging.getLogger(__name__)
 
 BITS = (2, 3, 4, 8)
 V1, V2 = "gptq", "gptq_v2"
@@ -32,6 +50,18 @@ def _zeros(qzeros: Array, bits: int, n: int, version: str) -> Array:
     """Zeros u8[groups, n] of int32[groups, n·bits/32]."""
     zeros = unpack_bits(octets(qzeros), bits, n)
     return zeros if version == V2 else (zeros + np.uint8(1)) & np.uint8((1 << bits) - 1)
+
+
+def _version_by_zeros(qzeros: Array, bits: int, version: str) -> str:
+    """The version in which symmetric zeros are stored, which is not always the one that the config names.
+
+    All zeros 2**(bits − 1) is v2, all one less is v1; symmetric weights have no others.
+    """
+    middle = 1 << (bits - 1)
+    for known, stored in ((V1, middle - 1), (V2, middle)):
+        if (octets(qzeros) == pack_bits(np.full(32, stored, np.uint8), bits)[np.arange(qzeros.shape[-1] * 4) % (4 * bits)]).all():
+            return known
+    return version
 
 
 def _unpack(codec: IntegerCodec | ActOrderCodec, version: str, arrays: Parts) -> Parts:
@@ -71,43 +101,53 @@ class Gptq(Layout):
             )
         if config.get("pack_dtype", "int32") != "int32":
             raise UnsupportedError(f"GPTQ pack_dtype {config['pack_dtype']!r}: int32 is read; pack it so with GPTQModel")
-        tensors = {}
+        tensors, other = {}, 0
         for stem in stems(arrays, "qweight"):
-            tensors[f"{stem}.weight"] = self._gather(stem, config, version, arrays, load)
+            tensors[f"{stem}.weight"], stored = self._gather(stem, settings_of(config, stem), version, arrays, load)
+            other += stored != version
+        if other:
+            logger.warning(
+                "checkpoint_format says %s, but %d of %d matrices store their zeros as %s does; they are read so",
+                version,
+                other,
+                len(tensors),
+                V2 if version == V1 else V1,
+            )
         biases = {f"{stem}.bias" for stem in stems(arrays, "qweight")} & arrays.keys()
         # AutoGPTQ gives every layer a bias, of zeros where the model has none
         optional = {b for b in biases if not load(b).any()}
         return Found(tensors, frozenset(), frozenset(optional))
 
-    def _gather(self, stem: str, config: Mapping[str, Any], version: str, arrays: Arrays, load: Load) -> Gathered:
+    def _gather(self, stem: str, config: Mapping[str, Any], version: str, arrays: Arrays, load: Load) -> tuple[Gathered, str]:
+        """A matrix, and the version in which it stores its zeros."""
         names = {k: f"{stem}.{k}" for k in ("qweight", "qzeros", "scales", "g_idx") if f"{stem}.{k}" in arrays}
         if missing := {"qweight", "qzeros", "scales"} - names.keys():
             raise ShapeError(f"{stem}: {', '.join(sorted(missing))} missing beside qweight")
         shapes = {k: arrays[v].shape for k, v in names.items()}
         groups, n = shapes["scales"] if len(shapes["scales"]) == 2 else (0, 0)
-        bits = config.get("bits")
-        inputs = shapes["g_idx"][0] if "g_idx" in names else 0
-        if inputs:
-            bits = shapes["qweight"][0] * 32 // inputs
-        elif bits in BITS:
-            inputs = shapes["qweight"][0] * 32 // int(bits)
-        wanted = {"qweight": (inputs * int(bits or 0) // 32, n), "qzeros": (groups, n * int(bits or 0) // 32)}
+        bits = shapes["qzeros"][-1] * 32 // n if n and shapes["qzeros"] else 0
+        inputs = shapes["qweight"][0] * 32 // bits if bits and shapes["qweight"] else 0
+        wanted = {"qweight": (inputs * bits // 32, n), "qzeros": (groups, n * bits // 32), "g_idx": (inputs,)}
         scale = SCALES.get(arrays[names["scales"]].dtype)
-        if bits not in BITS or not groups or scale is None or any(shapes[k] != v for k, v in wanted.items()):
-            raise ShapeError(f"{stem}: arrays { ({k: list(v) for k, v in shapes.items()}) } are no GPTQ weights of {bits} bits")
-        if inputs % groups:
-            raise ShapeError(f"{stem}: {inputs} columns are no multiple of its {groups} groups")
-        size = inputs // groups
-        middle = 1 << (bits - 1)
-        symmetric = config.get("sym") is not False and bool((_zeros(load(names["qzeros"]), bits, n, version) == middle).all())
-        act = ""
-        if groups > 1 and "g_idx" in names:
-            g_idx = load(names["g_idx"])
-            act = "" if np.array_equal(g_idx, np.arange(inputs) // size) else "-act"
+        if bits not in BITS or not groups or scale is None or any(shapes.get(k, v) != v for k, v in wanted.items()):
+            raise ShapeError(
+                f"{stem}: arrays { ({k: list(v) for k, v in shapes.items()}) } are no GPTQ weights of {config.get('bits')} bits"
+            )
+        symmetric = config.get("sym") is not False
+        if symmetric:
+            qzeros = load(names["qzeros"])
+            version = _version_by_zeros(qzeros, bits, version)
+            symmetric = bool((_zeros(qzeros, bits, n, version) == 1 << (bits - 1)).all())
+        g_idx = load(names["g_idx"]) if groups > 1 and "g_idx" in names else None
+        stated = [config.get("group_size")]
+        if g_idx is not None and g_idx.any():  # all zeros say nothing: exporters leave them so
+            stated = [int(np.bincount(g_idx.clip(0, groups)).max())]
+        size = group_size(stem, inputs, groups, stated)
+        act = "" if g_idx is None or not g_idx.any() or np.array_equal(g_idx, np.arange(inputs) // size) else "-act"
         per = f"g{size}" if groups > 1 else "channel"
         codec = codecs.get(f"int{bits}-{per}-{'sym' if symmetric else 'asym'}-{scale}{act}")
         assert isinstance(codec, IntegerCodec | ActOrderCodec)
-        return Gathered(codec, (n, inputs), names, partial(_unpack, codec, version))
+        return Gathered(codec, (n, inputs), names, partial(_unpack, codec, version)), version
 
     def choose(
         self, kind: str | None, bits: int | None, group_size: int | None, symmetric: bool | None, scale: str

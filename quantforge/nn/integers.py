@@ -49,6 +49,10 @@ class Integers:
         """How often a group's parameters lie there."""
         return self.group // (CHUNK // self.per) if self.per > 1 else 1
 
+    def _groups(self, n: int) -> int:
+        """Parameters of a row of n columns; a last group that is short has as many as it needs."""
+        return -(-n // (self.group // self.repeats)) if self.group else 1
+
     def pack(self, e: Encoded) -> dict[str, torch.Tensor]:
         """Planes codes; scales and, where asymmetric, zeros; with act-order, group."""
         out, n = e.shape
@@ -64,7 +68,9 @@ class Integers:
             codes = codes[:, last["group"]]
         planes["codes"] = pack_fields(spread(codes, CHUNK, 32), self.bits)
         for name, s in zip(("scales", "zeros"), scales, strict=False):
-            rows = s.reshape(-1, s.shape[-1]).expand(out, -1).repeat_interleave(self.repeats, 1).contiguous()
+            rows = (
+                s.reshape(-1, s.shape[-1]).expand(out, -1).repeat_interleave(self.repeats, 1)[:, : self._groups(n)].contiguous()
+            )
             planes[name] = pack_rows(rows.view(torch.uint8).reshape(*rows.shape, -1), self.per).view(s.dtype)
         return planes | last
 
@@ -82,8 +88,7 @@ class Integers:
             extra["group"] = to_numpy(group.to(torch.int32))
 
         def rows(plane: torch.Tensor) -> torch.Tensor:
-            groups = (n // self.group if self.group else 1) * self.repeats
-            found = unpack_rows(plane.contiguous().view(torch.uint8), plane.element_size(), out, groups)
+            found = unpack_rows(plane.contiguous().view(torch.uint8), plane.element_size(), out, self._groups(n))
             return found[:, :: self.repeats].contiguous().view(plane.dtype).squeeze(-1)
 
         if isinstance(codec, RowInt8):

@@ -279,7 +279,7 @@ def test_unfit_checkpoints_are_named(format: str, options: Any, settings: Any, c
 UNFIT = [
     ({"format": "gptq", "bits": 5}, "2, 3, 4 or 8 bits"),
     ({"format": "gptq", "recipe": "nf4"}, "cannot hold nf4"),
-    ({"format": "gptq", "group_size": 96}, "group size 96"),
+    ({"format": "awq", "group_size": 96}, "group size 96"),
     ({"format": "awq", "bits": 8}, "have 4 bits"),
     ({"format": "awq", "recipe": "int8-g128-sym"}, "cannot hold int8"),
     ({"format": "compressed-tensors", "bits": 3}, "other widths are packed differently"),

@@ -1,0 +1,85 @@
+"""What a path is that people give for a model: found where it really lies, or named."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from ..errors import FormatError
+
+_PICKLED = {".bin", ".pt", ".pth", ".ckpt"}
+_PICKLED_ADVICE = (
+    "pickled PyTorch checkpoints are not loaded, because unpickling runs code from the file; convert with transformers "
+    "from a source you trust: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(OUT)"
+)
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_CACHED = re.compile(r"models--[^/]+")
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+"""How PEFT calls an adapter's files."""
+
+
+def located(path: Path) -> Path:
+    """Where a model lies: ~ is the home directory; a folder of the Hugging Face cache stands for its snapshot.
+
+    Raises FormatError for a cache folder without one snapshot that could be meant.
+    """
+    path = path.expanduser()
+    if not (_CACHED.fullmatch(path.name) and path.is_dir()):
+        return path
+    snapshots = sorted(p for p in (path / "snapshots").glob("*") if p.is_dir())
+    main = path / "refs" / "main"
+    named = path / "snapshots" / main.read_text(errors="replace").strip()[:200] if main.is_file() else None
+    if named in snapshots:
+        return named
+    if len(snapshots) != 1:
+        raise FormatError(
+            path, f"a folder of the Hugging Face cache with {len(snapshots)} snapshots; give one: {path}/snapshots/..."
+        )
+    return snapshots[0]
+
+
+def refuse_adapter(path: Path) -> None:
+    """Raise FormatError for an adapter (LoRA, PEFT) that stands in a model's place; return for everything else."""
+    directory = path if path.is_dir() else path.parent
+    only = {p.name for p in path.glob("*.safetensors")} <= {ADAPTER} if path.is_dir() else path.name == ADAPTER
+    config = directory / ADAPTER_CONFIG
+    if not only or not config.is_file() or (path.is_dir() and any(path.glob("*.safetensors.index.json"))):
+        return
+    try:
+        base = json.loads(config.read_bytes()[: 1 << 20].decode("utf-8-sig")).get("base_model_name_or_path")
+    except (ValueError, AttributeError, RecursionError):
+        base = None
+    raise FormatError(
+        path,
+        f"an adapter (PEFT) of {base or 'another model'}, not a model; give that model, and the adapter as --lora {directory}",
+    )
+
+
+def name_missing(path: Path) -> FormatError | None:
+    """What a path that does not exist looks like, or None."""
+    if _REPOSITORY.fullmatch(str(path)):
+        return FormatError(
+            path,
+            "no such file; if it is a repository of the Hugging Face Hub, download it first "
+            f"(hf download {path} --local-dir {path.name}) and give the directory",
+        )
+    return None
+
+
+def name_unknown(path: Path) -> FormatError:
+    """What a path is that no format recognises. Raises OSError."""
+    if path.is_file() and path.suffix in _PICKLED:
+        return FormatError(path, _PICKLED_ADVICE)
+    if path.is_dir():
+        inside = sorted(p.name for p in path.iterdir())
+        if ggufs := [n for n in inside if n.endswith(".gguf")]:
+            return FormatError(path, f"a directory of GGUF files; give one of them: {', '.join(ggufs[:5])}")
+        if any(Path(n).suffix in _PICKLED for n in inside):
+            return FormatError(path, _PICKLED_ADVICE)
+        if "config.json" in inside:
+            return FormatError(path, "has a config.json but no *.safetensors; fetch the weights too")
+    return FormatError(
+        path,
+        "not a model that quantforge knows: give a directory with config.json and *.safetensors, a .safetensors or a .gguf file",
+    )

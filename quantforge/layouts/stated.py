@@ -1,0 +1,77 @@
+"""What a checkpoint says about its quantization, wherever it says so: config.json, or a file beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ..errors import UnsupportedError
+from . import base
+
+_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
+"""Files in which old AutoGPTQ, old AutoAWQ and ModelOpt say it, where config.json does not."""
+
+_OTHERS = {
+    "exl2": "ExLlamaV2's",
+    "exl3": "ExLlamaV3's",
+    "aqlm": "AQLM",
+    "quip": "QuIP#",
+    "vptq": "VPTQ",
+    "hqq": "HQQ",
+    "higgs": "HIGGS",
+    "spqr": "SpQR",
+    "eetq": "EETQ",
+    "fp_quant": "FP-Quant",
+    "bitnet": "BitNet's packed ternary",
+    "quanto": "optimum-quanto's",
+    "torchao": "torchao's",
+    "quark": "AMD Quark's",
+    "sinq": "SINQ",
+    "mxfp8": "MXFP8",
+}
+"""Names of quant_methods that are not read, as people know them."""
+
+
+def stated(config: Mapping[str, Any], beside: Callable[[str], Mapping[str, Any] | None]) -> dict[str, Any] | None:
+    """The quantization_config, with its quant_method; None where the checkpoint has none.
+
+    config: config.json; beside: a JSON file of the directory by name, None where there is none.
+    """
+    inner = config.get("text_config")
+    for part in (config, inner if isinstance(inner, Mapping) else {}):
+        for key in ("quantization_config", "compression_config", "quantization"):
+            found = part.get(key)
+            if found and isinstance(found, Mapping):
+                return dict(found) if found.get("quant_method") else _unnamed(key, found)
+    for file, method in _FILES.items():
+        if (found := beside(file)) is not None:
+            own = found.get("quantization") if method == "modelopt" else found
+            if isinstance(own, Mapping):
+                return {"quant_method": method, **own}
+    return None
+
+
+def _unnamed(key: str, found: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without quant_method: MLX's says group_size and bits, bitsandbytes' old one load_in_4bit."""
+    if "group_size" in found and "bits" in found and "desc_act" not in found and "version" not in found:
+        return {**found, "quant_method": "mlx"}
+    if found.get("load_in_4bit") or found.get("load_in_8bit"):
+        return {**found, "quant_method": "bitsandbytes"}
+    if key == "compression_config" or "config_groups" in found:
+        return {**found, "quant_method": "compressed-tensors"}
+    if "quant_algo" in found:
+        return {**found, "quant_method": "modelopt"}
+    return {**found, "quant_method": "gptq" if "desc_act" in found else "unknown"}
+
+
+def layout_of(config: Mapping[str, Any]) -> base.Layout:
+    """The layout that a quantization_config speaks of. Raises UnsupportedError, saying what it is and what to do."""
+    found = base.find(config)
+    if found is None:
+        method = str(config.get("quant_method"))
+        name = next((text for key, text in _OTHERS.items() if method.lower().startswith(key)), "a way of its own")
+        raise UnsupportedError(
+            f"quantized as {name} (quant_method {method!r}), which is not read; give the model that it was made of, or one of "
+            f"its versions in floats, GGUF, or {', '.join(base.readable())}"
+        )
+    return found

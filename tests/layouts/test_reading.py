@@ -1,0 +1,344 @@
+"""Quantized checkpoints as other tools leave them: every number is what the published formula makes of the arrays."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import quantforge as qf
+from quantforge import codecs
+from quantforge.codecs.integers import pack_bits
+
+RNG = np.random.default_rng(13)
+P = "model.layers.0.mlp.up_proj."
+
+
+def checkpoint(directory: Path, tensors: Mapping[str, Any], config: Mapping[str, Any], **files: Any) -> Path:
+    """A directory with these arrays (NumPy's, or torch's for dtypes that NumPy lacks), config.json and more JSON files."""
+    directory.mkdir(exist_ok=True)
+    kept = {
+        k: (v if isinstance(v, torch.Tensor) else torch.from_numpy(np.array(v, order="C"))).clone() for k, v in tensors.items()
+    }
+    save_file(kept, directory / "model.safetensors", {"format": "pt"})
+    for name, content in {"config": config, **files}.items():
+        (directory / f"{name}.json").write_text(json.dumps(content))
+    return directory
+
+
+def read(directory: Path, tensor: str = P + "weight") -> np.ndarray:
+    with qf.open(directory) as source:
+        return source.read(tensor).decode()
+
+
+def words(values: np.ndarray, bits: int) -> np.ndarray:
+    """Along the last axis, values in a little-endian stream of 32-bit words."""
+    return pack_bits(np.ascontiguousarray(values), bits).view(np.int32)
+
+
+# ---- GPTQ
+
+
+def gptq(
+    n: int, k: int, group: int, bits: int = 4, zero: int | None = 8, stored: int = -1, **more: Any
+) -> tuple[Any, np.ndarray]:
+    """Arrays of one matrix, and what they stand for: scales[g] · (q − zeros[g]), columns k of group k // group.
+
+    stored: what the file adds to zeros: −1 in v1, 0 in v2. zero: of all, or None for different ones.
+    """
+    groups = -(-k // group)
+    q = RNG.integers(0, 1 << bits, (k, n)).astype(np.uint8)
+    zeros = np.full((groups, n), zero, np.uint8) if zero is not None else RNG.integers(1, 1 << bits, (groups, n)).astype(np.uint8)
+    scales = RNG.uniform(0.01, 0.1, (groups, n)).astype(np.float16)
+    arrays = {"qweight": words(q.T, bits).T, "qzeros": words(zeros + np.uint8(stored & 255), bits), "scales": scales}
+    of = np.arange(k) // group
+    w = scales[of].astype(np.float32) * (q.astype(np.float32) - zeros[of])
+    return {P + name: a for name, a in (arrays | more).items()}, w.T
+
+
+def gptq_config(**settings: Any) -> dict[str, Any]:
+    return {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, **settings}}
+
+
+@pytest.mark.parametrize(("k", "group"), [(192, 128), (576, 128), (64, 128), (160, 64)])
+@pytest.mark.parametrize("zero", [8, None])
+def test_gptq_last_group_is_short(k: int, group: int, zero: int | None, tmp_path: Path) -> None:
+    arrays, w = gptq(64, k, group, zero=zero)
+    checkpoint(tmp_path / "m", arrays, gptq_config(group_size=group, sym=zero is not None))
+    np.testing.assert_array_equal(read(tmp_path / "m"), w)
+    # with the groups of columns in the file, whatever the config says
+    arrays[P + "g_idx"] = (np.arange(k) // group).astype(np.int32)
+    checkpoint(tmp_path / "m", arrays, gptq_config(group_size=32, sym=zero is not None))
+    np.testing.assert_array_equal(read(tmp_path / "m"), w)
+
+
+def test_gptq_groups_that_the_config_denies(tmp_path: Path) -> None:
+    arrays, _ = gptq(64, 192, 64)
+    checkpoint(tmp_path / "m", arrays, gptq_config(group_size=128))
+    with pytest.raises(
+        qf.errors.FormatError, match=r"up_proj: 3 groups in rows of 192 columns; the config's group_size is \[128\]"
+    ):
+        qf.open(tmp_path / "m")
+
+
+def test_gptq_settings_of_one_module(tmp_path: Path) -> None:
+    arrays, w = gptq(64, 192, 96, bits=8, zero=128)
+    config = gptq_config(dynamic={r"-:.*down_proj": {}, r"+:model\.layers\.0\..*": {"bits": 8, "group_size": 96}})
+    np.testing.assert_array_equal(read(checkpoint(tmp_path / "m", arrays, config)), w)
+
+
+def test_gptq_g_idx_of_zeros_says_nothing(tmp_path: Path) -> None:
+    arrays, w = gptq(64, 256, 128, g_idx=np.zeros(256, np.int32))
+    np.testing.assert_array_equal(read(checkpoint(tmp_path / "m", arrays, gptq_config())), w)
+
+
+def test_gptq_short_groups_of_scattered_columns(tmp_path: Path) -> None:
+    arrays, _ = gptq(64, 192, 128)
+    order = RNG.permutation(192)
+    group = (np.arange(192) // 128)[order].astype(np.int32)
+    scales, codes = arrays[P + "scales"].astype(np.float32), arrays[P + "qweight"]
+    fields = (codes[:, None, :] >> (4 * np.arange(8, dtype=np.int32))[None, :, None] & 15).reshape(192, 64)
+    expected = scales[group] * (fields.astype(np.float32) - 8)
+    checkpoint(tmp_path / "m", arrays | {P + "g_idx": group}, gptq_config(desc_act=True))
+    np.testing.assert_array_equal(read(tmp_path / "m"), expected.T)
+
+
+@pytest.mark.parametrize(
+    ("label", "stored", "noted"), [("gptq", 0, True), ("gptq", -1, False), ("gptq_v2", 0, False), ("gptq_v2", -1, True)]
+)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_gptq_symmetric_zeros_say_their_version(
+    label: str, stored: int, noted: bool, bits: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    arrays, w = gptq(64, 128, 64, bits, 1 << (bits - 1), stored)
+    checkpoint(tmp_path / "m", arrays, gptq_config(bits=bits, group_size=64, checkpoint_format=label))
+    with caplog.at_level(logging.WARNING):
+        np.testing.assert_array_equal(read(tmp_path / "m"), w)
+    assert ("store their zeros as" in caplog.text) == noted
+
+
+def test_gptq_asymmetric_zeros_are_read_as_labelled(tmp_path: Path) -> None:
+    """All zeros may be 9 in an asymmetric file: the label stands."""
+    arrays, w = gptq(64, 128, 64, zero=9)
+    checkpoint(tmp_path / "m", arrays, gptq_config(group_size=64, sym=False))
+    np.testing.assert_array_equal(read(tmp_path / "m"), w)
+
+
+def test_short_groups_go_on(tmp_path: Path) -> None:
+    """Written by row 128 + 64 in GPTQ, which goes to Q4_0 without loss; compressed-tensors takes whole groups only."""
+    from tests import checkpoints
+
+    model = checkpoints.model(tmp_path, "Llama", hidden_size=192, intermediate_size=192, num_hidden_layers=1, head_dim=48)
+    qf.convert(model, tmp_path / "gptq", format="gptq", threads=1)
+    stem = "model.layers.0.mlp.down_proj"
+    with qf.open(tmp_path / "gptq") as source, qf.open(model) as plain:
+        e = source.read(f"{stem}.weight")
+        w = plain.read(f"{stem}.weight").decode()
+    assert (e.codec.name, e.parts["scale"].shape) == ("int4-g128-sym", (192, 2))
+    np.testing.assert_array_equal(e.decode()[:, 128:], codecs.quantize(w[:, 128:], "int4-channel-sym").decode())
+    report = qf.convert(tmp_path / "gptq", tmp_path / "m.gguf", "Q4_0", threads=1)
+    assert any("lossless" in (t.note or "") for t in report.tensors)
+    with qf.open(tmp_path / "m.gguf") as gguf:
+        np.testing.assert_array_equal(gguf.read("blk.0.ffn_down.weight").decode(), e.decode())
+    with pytest.raises(qf.ShapeError, match="rows of 192 weights are not a multiple of the group size 128"):
+        qf.convert(model, tmp_path / "ct", format="compressed-tensors")
+
+
+# ---- FP8, NVFP4, MXFP4
+
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+
+
+def e4m3(*shape: int) -> torch.Tensor:
+    return torch.from_numpy(RNG.normal(size=shape).astype(np.float32) * 50).to(torch.float8_e4m3fn)
+
+
+def nibbles(*shape: int) -> tuple[np.ndarray, np.ndarray]:
+    """Bytes of 4-bit floats, the even one in the low nibble, and the floats."""
+    packed = RNG.integers(0, 256, (*shape[:-1], shape[-1] // 2), np.uint8)
+    return packed, E2M1[np.stack([packed & 15, packed >> 4], -1).reshape(shape)]
+
+
+@pytest.mark.parametrize(("n", "k"), [(256, 384), (200, 136), (64, 64)])
+def test_fp8_of_tiles(n: int, k: int, tmp_path: Path) -> None:
+    """DeepSeek's: w = weight · weight_scale_inv of its tile of 128 × 128, the last of which are cut off."""
+    w, scale = e4m3(n, k), RNG.uniform(0.001, 0.1, (-(-n // 128), -(-k // 128))).astype(np.float32)
+    config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}}
+    checkpoint(tmp_path / "m", {P + "weight": w, P + "weight_scale_inv": scale}, config)
+    wide = scale.repeat(128, 0).repeat(128, 1)[:n, :k]
+    np.testing.assert_array_equal(read(tmp_path / "m"), w.float().numpy() * wide)
+
+
+def test_fp8_of_stacked_experts(tmp_path: Path) -> None:
+    w, scale = e4m3(3, 128, 256), RNG.uniform(0.001, 0.1, (3, 1, 2)).astype(np.float32)
+    config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    checkpoint(tmp_path / "m", {"experts.gate_up_proj": w, "experts.gate_up_proj_scale_inv": scale}, config)
+    np.testing.assert_array_equal(read(tmp_path / "m", "experts.gate_up_proj"), w.float().numpy() * scale.repeat(128, 2))
+
+
+def test_fp8_of_matrices_and_rows(tmp_path: Path) -> None:
+    """Static fp8 has one scale a matrix, fbgemm_fp8 one a row; scales of activations are not the model's."""
+    w, one = e4m3(48, 32), np.array(0.02, np.float32)
+    extra = {P + "input_scale": np.array(0.5, np.float32), "model.layers.0.self_attn.k_scale": np.array(1, np.float32)}
+    config = {"quantization_config": {"quant_method": "fp8", "activation_scheme": "static"}}
+    checkpoint(tmp_path / "a", {P + "weight": w, P + "weight_scale": one, **extra}, config)
+    np.testing.assert_array_equal(read(tmp_path / "a"), w.float().numpy() * one)
+    with qf.open(tmp_path / "a") as source:
+        assert set(source.weights) == {P + "weight"}
+    rows = torch.from_numpy(RNG.uniform(0.01, 0.1, (48, 1)).astype(np.float32)).bfloat16()
+    config = {"quantization_config": {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}}
+    checkpoint(tmp_path / "b", {P + "weight": w, P + "weight_scale": rows}, config)
+    np.testing.assert_array_equal(read(tmp_path / "b"), w.float().numpy() * rows.float().numpy())
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_modelopt(beside: bool, tmp_path: Path) -> None:
+    """NVFP4: w = level · weight_scale · weight_scale_2; FP8: weight · weight_scale. In config.json or hf_quant_config.json."""
+    packed, levels = nibbles(32, 128)
+    block, whole = e4m3(32, 8).abs(), np.array(0.003, np.float32)
+    q = P.replace("up_proj", "q_proj")
+    w, one = e4m3(16, 64), np.array(0.02, np.float32)
+    arrays = {P + "weight": packed, P + "weight_scale": block, P + "weight_scale_2": whole, P + "input_scale": one}
+    arrays |= {q + "weight": w, q + "weight_scale": one, "model.layers.0.self_attn.k_proj.k_scale": one}
+    said = {"quant_algo": "MIXED_PRECISION", "kv_cache_quant_algo": "FP8"}
+    where = {"hf_quant_config": {"producer": {"name": "modelopt"}, "quantization": said}} if beside else {}
+    checkpoint(tmp_path / "m", arrays, {} if beside else {"quantization_config": {"quant_method": "modelopt", **said}}, **where)
+    np.testing.assert_allclose(read(tmp_path / "m"), levels * block.float().numpy().repeat(16, 1) * whole, rtol=1e-6)
+    np.testing.assert_array_equal(read(tmp_path / "m", q + "weight"), w.float().numpy() * one)
+    with qf.open(tmp_path / "m") as source:
+        assert set(source.weights) == {P + "weight", q + "weight"}
+
+
+def test_gpt_oss_experts_are_mxfp4_bit_by_bit(tmp_path: Path) -> None:
+    packed, levels = nibbles(2, 6, 96)
+    scales = RNG.integers(110, 135, (2, 6, 3), np.uint8)
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    arrays = {
+        f"{name}_blocks": packed.reshape(2, 6, 3, 16),
+        f"{name}_scales": scales,
+        f"{name}_bias": np.ones((2, 6), np.float32),
+    }
+    checkpoint(tmp_path / "m", arrays, {"quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": []}})
+    with qf.open(tmp_path / "m") as source:
+        e = source.read(name)
+        assert (e.codec.name, e.shape) == ("MXFP4", (2, 6, 96)) and f"{name}_bias" in source.weights
+    w = levels * np.exp2(scales.astype(np.float32) - 127).repeat(32, -1)
+    np.testing.assert_array_equal(e.decode(), w)
+    # ggml pairs weight i of a block with weight i + 16
+    first = e.parts["data"][0, 0, :17]
+    assert first[0] == scales[0, 0, 0]
+    assert first[1] == (packed[0, 0, 0] & 15) | (packed[0, 0, 8] & 15) << 4
+
+
+# ---- AutoRound, AutoGPTQ's and AutoAWQ's old files, MLX
+
+
+def awq(n: int, k: int, group: int) -> tuple[Any, np.ndarray]:
+    q, z = RNG.integers(0, 16, (k, n)).astype(np.uint8), RNG.integers(0, 16, (k // group, n)).astype(np.uint8)
+    scales, order = RNG.uniform(0.01, 0.1, (k // group, n)).astype(np.float16), np.array([0, 2, 4, 6, 1, 3, 5, 7])
+
+    def packed(v: np.ndarray) -> np.ndarray:
+        return words(v.reshape(len(v), -1, 8)[..., order].reshape(v.shape), 4)
+
+    w = (q.astype(np.float32) - z.repeat(group, 0)) * scales.astype(np.float32).repeat(group, 0)
+    return {P + "qweight": packed(q), P + "qzeros": packed(z), P + "scales": scales}, w.T
+
+
+AUTO_ROUND = {"quant_method": "auto-round", "bits": 4, "group_size": 64, "sym": False, "data_type": "int", "iters": 200}
+KINDS = {
+    "auto_round:auto_gptq": (lambda: gptq(64, 192, 64, zero=None), AUTO_ROUND | {"packing_format": "auto_round:auto_gptq"}),
+    "auto_round": (lambda: gptq(64, 192, 64, zero=None, stored=0), AUTO_ROUND | {"packing_format": "auto_round"}),
+    "auto_round:auto_awq": (lambda: awq(64, 192, 64), AUTO_ROUND | {"packing_format": "auto_round:auto_awq"}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_auto_round(kind: str, tmp_path: Path) -> None:
+    make, config = KINDS[kind]
+    arrays, w = make()
+    np.testing.assert_array_equal(read(checkpoint(tmp_path / "m", arrays, {"quantization_config": config})), w)
+
+
+def test_auto_round_module_of_other_bits(tmp_path: Path) -> None:
+    arrays, w = gptq(64, 192, 32, bits=8, zero=None)
+    config = AUTO_ROUND | {"extra_config": {P[:-1]: {"bits": 8, "group_size": 32}}}
+    np.testing.assert_array_equal(read(checkpoint(tmp_path / "m", arrays, {"quantization_config": config})), w)
+
+
+def test_old_auto_gptq_and_auto_awq(tmp_path: Path) -> None:
+    arrays, w = gptq(64, 192, 128, zero=None)
+    checkpoint(tmp_path / "g", arrays, {}, quantize_config={"bits": 4, "group_size": 128, "desc_act": False, "sym": False})
+    np.testing.assert_array_equal(read(tmp_path / "g"), w)
+    arrays, w = awq(64, 128, 32)
+    checkpoint(tmp_path / "a", arrays, {}, quant_config={"zero_point": True, "q_group_size": 32, "w_bit": 4, "version": "GEMM"})
+    np.testing.assert_array_equal(read(tmp_path / "a"), w)
+
+
+@pytest.mark.parametrize(("bits", "own"), [(4, {}), (8, {"bits": 8, "group_size": 32}), (3, {"bits": 3})])
+def test_mlx(bits: int, own: dict[str, int], tmp_path: Path) -> None:
+    size = own.get("group_size", 64)
+    q = RNG.integers(0, 1 << bits, (48, 192)).astype(np.uint8)
+    scales, biases = (torch.from_numpy(RNG.normal(size=(48, 192 // size)).astype(np.float32)).bfloat16() for _ in range(2))
+    said = {"group_size": 64, "bits": 4, **({P[:-1]: own} if own else {})}
+    weight = torch.from_numpy(words(q, bits)).view(torch.uint32)
+    arrays = {P + "weight": weight, P + "scales": scales, P + "biases": biases}
+    checkpoint(tmp_path / "m", arrays, {"quantization": said, "quantization_config": said})
+    w = q * scales.float().numpy().repeat(size, 1) + biases.float().numpy().repeat(size, 1)
+    np.testing.assert_array_equal(read(tmp_path / "m"), w)
+
+
+# ---- what is not read is named
+
+
+def integers() -> dict[str, np.ndarray]:
+    return {P + "codes": np.zeros((8, 8), np.int32)}
+
+
+def said(method: str, **settings: Any) -> dict[str, Any]:
+    return {"quantization_config": {"quant_method": method, **settings}}
+
+
+NAMED = [
+    *((m, integers(), said(m), w) for m, w in {
+        "exl2": "ExLlamaV2's", "exl3": "ExLlamaV3's", "aqlm": "AQLM", "hqq": "HQQ", "vptq": "VPTQ", "higgs": "HIGGS",
+        "spqr": "SpQR", "eetq": "EETQ", "fp_quant": "FP-Quant", "bitnet": "BitNet", "quip": "QuIP", "torchao": "torchao's",
+        "brand_new": "quant_method 'brand_new'",
+    }.items()),
+    ("mxfp4 without scales", {"x_blocks": np.zeros((2, 2, 2, 16), np.uint8)}, said("mxfp4"), "x_blocks.*no MXFP4"),
+    ("fp8 without scales", {P + "weight": e4m3(8, 8)}, said("fp8"), "no .*up_proj.weight_scale_inv beside it"),
+    ("oblong tiles", {P + "weight": e4m3(8, 8)}, said("fp8", weight_block_size=[1, 128]), "square tiles"),
+    ("modelopt awq", integers(), said("modelopt", quant_algo="W4A16_AWQ"), "W4A16_AWQ"),
+    ("auto-round nvfp4", integers(), said("auto-round", data_type="nv_fp"), "export it as"),
+    ("mlx mxfp4", {P + "scales": np.zeros((8, 1), np.uint8)}, said("mlx", mode="mxfp4"), "mode 'mxfp4'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "arrays", "config", "message"), NAMED, ids=[n[0] for n in NAMED])
+def test_what_is_not_read_is_named(kind: str, arrays: Any, config: Any, message: str, tmp_path: Path) -> None:
+    checkpoint(tmp_path / "m", arrays, config)
+    with pytest.raises(qf.errors.FormatError, match=message) as refused:
+        qf.open(tmp_path / "m")
+    assert "\n" not in str(refused.value)
+
+
+def test_a_config_that_was_left_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    w = RNG.normal(size=(8, 8)).astype(np.float32)
+    checkpoint(tmp_path / "m", {P + "weight": w}, {"quantization_config": {"quant_method": "hqq"}})
+    np.testing.assert_array_equal(read(tmp_path / "m"), w)
+    assert "all tensors are floats" in caplog.text
+
+
+def test_what_is_only_read_is_not_offered_for_writing() -> None:
+    from quantforge import layouts
+
+    assert set(layouts.names()) < set(layouts.readable())
+    for name in set(layouts.readable()) - set(layouts.names()):
+        with pytest.raises(qf.UnsupportedError, match="read, not written"):
+            layouts.get(name).choose(None, 4, None, None, "bf16")

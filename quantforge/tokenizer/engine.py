@@ -11,7 +11,7 @@ import gguf
 
 from ..errors import FormatError, UnsupportedError
 from .from_gguf import to_json
-from .special import adds
+from .special import adds, ends
 from .to_gguf import metadata
 
 _K = gguf.Keys.Tokenizer
@@ -41,7 +41,7 @@ class Tokenizer:
         self.tokens: list[str] | None = found.get(_K.LIST)
         """Every token's text by id, where the tokenizer is of a kind that GGUF knows."""
         self.bos: int | None = found.get(_K.BOS_ID, config.get("bos_token_id"))
-        self.eos: list[int] = _ids(found.get(_K.EOS_ID), found.get(_K.EOT_ID), config.get("eos_token_id"))
+        self.eos: list[int] = _ids(ends(found), config.get("eos_token_id"))
         self.adds_bos = self.bos is not None and adds(found)["bos"]
         """Does llama.cpp put BOS in front of a text?"""
         if not found:

@@ -38,8 +38,10 @@ STACKED = {
     "archs": ["rope", "base", "from_gguf"],
     "nn": ["tiles", "integers", "fp8", "lookups", "planes", "ops", "products", "stored", "cuda", "linear"],
     "runtime": ["skeleton", "stored", "head", "model", "passes", "loading"],
-    "tokenizer": ["spm_file", "files", "pretokenizers", "vocabulary", "special", "base", "byte_level", "sentencepiece", "raw_bpe"]
-    + ["unigram", "wordpiece", "models", "to_gguf", "from_gguf", "to_files", "engine"],
+    "tokenizer": [
+        *("spm_file", "files", "pretokenizers", "vocabulary", "special", "base", "byte_level", "sentencepiece", "raw_bpe"),
+        *("unigram", "wordpiece", "models", "to_gguf", "from_gguf", "to_files", "engine"),
+    ],
     "recipes": ["presets", "recipe", "linears"],
     "calibration": ["overlap", "corpus", "importance", "gather"],
     "conversion": ["contents", "plan", "tiles", "blockwise", "run"],

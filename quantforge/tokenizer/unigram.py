@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 _K = gguf.Keys.Tokenizer
 _T = gguf.TokenType
-_TIDY = (r" {2,}", "^ +| +$")
+_TIDY = (r" {2,}", r"\A +| +\z")
 """Regexes of spaces that SentencePiece's remove_extra_whitespaces joins and removes."""
 
 

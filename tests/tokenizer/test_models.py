@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import unicodedata
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,10 @@ def around(directory: Path) -> None:
 @pytest.mark.parametrize("options", [{}, {"tidy": False}, {"symbols": ("<|x|>",)}], ids=["t5", "spaces kept", "symbols"])
 def test_unigram_json(options, tmp_path):
     directory = checkpoints.unigram_json(tmp_path, **options)
-    keys = check(directory, plain(own(directory)), [t.replace("</s>", "") for t in TEXTS])
+    texts = [t.replace("</s>", "") for t in TEXTS]
+    if "tidy" in options:  # Metaspace adds no ▁ before a space, llama.cpp does; "\r\n" is one character to tokenizers' normalizer
+        texts = [t.strip().replace("\r\n", "\n") for t in texts]
+    keys = check(directory, plain(own(directory)), texts)
     assert (keys["tokenizer.ggml.model"], keys["tokenizer.ggml.unknown_token_id"]) == ("t5", 2)
     around(directory)
 
@@ -65,7 +68,9 @@ def test_unigram_file(rule, options, tmp_path):
     directory = checkpoints.sentencepiece(tmp_path, 500, model_type="unigram", byte_fallback=False, **settings)
     (directory / "tokenizer.model").rename(directory / "spiece.model")
     processor = sentencepiece.SentencePieceProcessor(str(directory / "spiece.model"))
-    texts = [t.replace("\0", "").replace("</s>", "") for t in TEXTS]
+    texts = [t.replace("\0", "").replace("</s>", "").replace("\r\n", "\n") for t in TEXTS]
+    # SentencePiece adds scores in float32, llama.cpp and tokenizers in float64: "`" + "``" and "``" + "`" tie in one of them.
+    texts = [re.sub(r"([^\w\s])\1+", r"\1", t) for t in texts]
     keys = check(directory, processor.EncodeAsIds, texts)
     assert ("tokenizer.ggml.precompiled_charsmap" in keys) == (rule != "identity")
 
@@ -100,8 +105,8 @@ def test_unigram_that_llama_cpp_cannot_run(tmp_path):
             tokenizer.metadata(directory, {})
 
 
-# Hangul has no table of decompositions in llama.cpp, and spacing marks (Mc) are accents to it.
-WORDS = [unicodedata.normalize("NFC", t) for t in TEXTS]
+# Where accents are stripped, llama.cpp keeps the first letter alone of a Hangul syllable.
+WORDS = [re.sub("[가-힣]", "", t) for t in TEXTS]
 
 
 @pytest.mark.parametrize("lowercase", [True, False])

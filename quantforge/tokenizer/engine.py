@@ -29,11 +29,11 @@ class Tokenizer:
         found: Mapping[str, Any] = {}
         try:
             found = config if gguf_metadata else metadata(file.parent, config)
-            text = file.read_text(encoding="utf-8") if not gguf_metadata and file.is_file() else to_json(found, path)
+            text = file.read_text(encoding="utf-8-sig") if not gguf_metadata and file.is_file() else to_json(found, path)
         except UnsupportedError:
             if gguf_metadata or not file.is_file():
                 raise
-            text = file.read_text(encoding="utf-8")
+            text = file.read_text(encoding="utf-8-sig")
         try:
             self._engine = Engine.from_str(text)
         except Exception as e:  # the tokenizers library raises bare Exception

@@ -88,15 +88,15 @@ class Files:
     def added(self, vocab: Mapping[str, int], *, replaces: bool = False) -> dict[int, Added]:
         """Added tokens by the ids that transformers gives them, whatever is stated.
 
-        A text that has an id keeps it; a stated id that is another's becomes the next free one. vocab: text -> id of the
-        model's tokens; replaces: an added token takes the place of the model's at its id, as in SentencePiece's files.
+        A text that has an id keeps it, others get the next free one. vocab: text -> id of the model's tokens;
+        replaces: SentencePiece's files, where a stated id counts and takes the place of the piece that has it.
         """
         ids, found = dict(vocab), dict[int, Added]()
         taken = set() if replaces else set(ids.values())
         for stated, token in self.entries:
             i = ids.get(token.text)
             if i is None:
-                i = stated if stated not in taken else max(taken) + 1
+                i = stated if replaces and stated not in taken else max(taken, default=-1) + 1
             if i != stated:
                 logger.warning("%s: added token %r has id %d, not %d as stated", self.directory, token.text, i, stated)
             ids[token.text] = i

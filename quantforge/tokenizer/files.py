@@ -16,6 +16,8 @@ from .spm_file import SentencePieceModel
 logger = logging.getLogger(__name__)
 
 _SPM_NAMES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "sentencepiece.model")
+# Mistral's own tokenizer, which its tekken.json belongs to, has these names and always puts BOS first.
+_TEKKEN = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
 # Files from which transformers builds a tokenizer where there is no tokenizer.json.
 _OTHER_NAMES = ("vocab.json", "vocab.txt", "tekken.json", "tiktoken.model", "qwen.tiktoken")
 
@@ -70,6 +72,8 @@ class Files:
         if not tokenizer and not any((directory / n).is_file() for n in _SPM_NAMES):
             tokenizer = _by_transformers(directory)
         config = read_json(directory / "tokenizer_config.json")
+        if not (directory / "tokenizer.json").is_file() and (directory / "tekken.json").is_file():
+            config = _TEKKEN | config
         special_tokens = read_json(directory / "special_tokens_map.json")
         try:
             entries = [

@@ -347,7 +347,7 @@ def test_factors_of_no_llama3(tmp_path: Path) -> None:
 REFUSED = [
     ({"general.architecture": "mamba2"}, "architecture 'mamba2' is not known"),
     ({"tokenizer.ggml.pre": "kimi-k9"}, "pre-tokenizer 'kimi-k9'"),
-    ({"tokenizer.ggml.model": "t5"}, "tokenizer model 't5'"),
+    ({"tokenizer.ggml.model": "rwkv"}, "tokenizer model 'rwkv'"),
     ({"tokenizer.ggml.tokens": None}, "no tokenizer"),
     ({"tokenizer.ggml.eos_token_id": 99999}, "99999"),
     ({"llama.block_count": 5}, "no place for"),

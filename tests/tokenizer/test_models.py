@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from collections.abc import Callable
@@ -11,9 +12,11 @@ from typing import Any
 import pytest
 import sentencepiece
 import tokenizers
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from quantforge import tokenizer
 from quantforge.errors import FormatError, UnsupportedError
+from quantforge.tokenizer import pretokenizers
 from tests import checkpoints
 from tests.checkpoints import NASTY
 from tests.llama_cpp import Llama
@@ -183,3 +186,32 @@ def test_vocab_and_merges_without_tokenizer_json(tmp_path):
     checkpoints.save(directory, "vocab.json", [1])
     with pytest.raises(FormatError, match=r"vocab\.json"):
         tokenizer.metadata(directory, {})
+
+
+@pytest.mark.slow
+def test_tekken_json_alone(tmp_path):
+    """Mistral's file: tokens as bytes in the order of their merges, control tokens before them."""
+    (kind,) = (k for k in pretokenizers.KINDS if k.name == "tekken")
+    directory = checkpoints.byte_level(tmp_path, 600, checkpoints.isolated(*kind.splits), model={"ignore_merges": True})
+    letters = {c: b for b, c in bytes_to_unicode().items()}
+    vocab = json.loads((directory / "tokenizer.json").read_text())["model"]["vocab"]
+    octets = [bytes(letters[c] for c in t) for t in vocab if not t.startswith("<|")]
+    octets = sorted(o for o in octets if len(o) == 1) + [o for o in octets if len(o) > 1]
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (directory / file).unlink()
+    entries = [{"rank": i, "token_bytes": base64.b64encode(o).decode(), "token_str": None} for i, o in enumerate(octets)]
+    sizes = {"num_vocab_tokens": len(octets), "default_vocab_size": len(octets) + 3, "default_num_special_tokens": 3}
+    special = [{"rank": i, "token_str": t, "is_control": True} for i, t in enumerate(("<unk>", "<s>", "</s>"))]
+    config = {"pattern": kind.splits[0], "version": "v7", **sizes}
+    checkpoints.save(directory, "tekken.json", {"config": config, "vocab": entries, "special_tokens": special})
+    checkpoints.save(directory, "config.json", {"model_type": "mistral"})
+    keys = tokenizer.metadata(directory, {})
+    assert keys["tokenizer.ggml.pre"] == "tekken"
+    assert keys["tokenizer.ggml.tokens"][3:259] == [bytes_to_unicode()[b] for b in range(256)]
+    ids = {n: keys[f"tokenizer.ggml.{n}_token_id"] for n in ("bos", "eos")}
+    assert ids == {"bos": 1, "eos": 2}
+    with Llama(checkpoints.vocab_gguf(directory), vocab_only=True) as llama:
+        assert llama.adds_bos
+        back = tokenizers.Tokenizer.from_str(tokenizer.to_json(keys, directory))
+        text = NASTY.replace("</s>", "")
+        assert llama.tokenize(text) == back.encode(text, add_special_tokens=False).ids

@@ -154,13 +154,94 @@ def llama_json(directory: Path, size: int = 600, metaspace: str | None = None) -
     return directory
 
 
+def unigram_json(directory: Path, size: int = 500, *, tidy: bool = True, symbols: tuple[str, ...] = ()) -> Path:
+    """T5's kind as tokenizer.json alone, with SentencePiece's compiled normalizer; tidy: extra spaces removed."""
+    import tokenizers as t
+
+    from quantforge.tokenizer.spm_file import SentencePieceModel
+
+    sentencepiece(directory, size, model_type="unigram", byte_fallback=False, **T5, user_defined_symbols=list(symbols))
+    model = SentencePieceModel.read(directory / "tokenizer.model")
+    (directory / "tokenizer.model").unlink()
+    metaspace = t.pre_tokenizers.Metaspace("▁", "always")
+    made = t.Tokenizer(t.models.Unigram([(piece, score) for piece, score, _ in model.pieces], 2, False))
+    made.normalizer = t.normalizers.Precompiled(model.charsmap)
+    made.pre_tokenizer = t.pre_tokenizers.Sequence([t.pre_tokenizers.WhitespaceSplit(), metaspace]) if tidy else metaspace
+    made.decoder = t.decoders.Metaspace("▁", "always")
+    made.add_special_tokens(["<pad>", "</s>", "<unk>"])
+    made.add_tokens(list(symbols))
+    made.post_processor = t.processors.TemplateProcessing("$A </s>", "$A </s> $B </s>", [("</s>", 1)])
+    made.save(str(directory / "tokenizer.json"))
+    save(directory, "tokenizer_config.json", {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"})
+    return directory
+
+
+# Trained as T5's are.
+T5 = {
+    "pad_id": 0,
+    "eos_id": 1,
+    "unk_id": 2,
+    "bos_id": -1,
+    "normalization_rule_name": "nmt_nfkc",
+    "remove_extra_whitespaces": True,
+    "allow_whitespace_only_pieces": False,
+    "split_digits": False,
+}
+
+
+def wordpiece(directory: Path, size: int = 500, **normalizer: Any) -> Path:
+    """BERT's kind."""
+    import tokenizers as t
+
+    made = t.Tokenizer(t.models.WordPiece(unk_token="[UNK]"))
+    made.normalizer = t.normalizers.BertNormalizer(**normalizer)
+    made.pre_tokenizer = t.pre_tokenizers.BertPreTokenizer()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    trainer = t.trainers.WordPieceTrainer(vocab_size=size, special_tokens=special, limit_alphabet=120, show_progress=False)
+    made.train_from_iterator([TEXT.read_text()[:20_000], NASTY], trainer)
+    made.decoder = t.decoders.WordPiece()
+    ids = [("[CLS]", 2), ("[SEP]", 3)]
+    made.post_processor = t.processors.TemplateProcessing("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", ids)
+    made.save(str(directory / "tokenizer.json"))
+    save(directory, "tokenizer_config.json", {f"{t[1:-1].lower()}_token": t for t in special})
+    return directory
+
+
+def gemma_json(directory: Path, size: int = 600, *, words: bool = False, bos: bool = True) -> Path:
+    """Gemma's kind as tokenizer.json alone: BPE on text whose spaces are ▁; words: split at ▁ first (mmBERT)."""
+    import tokenizers as t
+
+    made = t.Tokenizer(t.models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    if words:
+        made.pre_tokenizer = t.pre_tokenizers.Metaspace("▁", "always", split=True)
+    else:
+        made.normalizer = t.normalizers.Replace(" ", "▁")
+        made.pre_tokenizer = t.pre_tokenizers.Split(" ", "merged_with_previous")
+    named = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    octets = [f"<0x{i:02X}>" for i in range(256)]
+    trainer = t.trainers.BpeTrainer(
+        vocab_size=size, special_tokens=named + octets, limit_alphabet=120, max_token_length=12, show_progress=False
+    )
+    made.train_from_iterator(TEXT.read_text()[:20_000].splitlines(), trainer)
+    content = json.loads(made.to_str())
+    content["added_tokens"] = [a for a in content["added_tokens"] if a["content"] in named]
+    steps = [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}]
+    content["decoder"] = {"type": "Sequence", "decoders": steps}
+    save(directory, "tokenizer.json", content)
+    save(
+        directory, "tokenizer_config.json", {"eos_token": "<eos>", "unk_token": "<unk>"} | ({"bos_token": "<bos>"} if bos else {})
+    )
+    return directory
+
+
 def vocab_gguf(directory: Path, config: Mapping[str, Any] | None = None, **options: Any) -> Path:
     """A GGUF file, by gguf-py, with the tokenizer of `directory` and no tensors."""
     kinds = {bool: gguf.GGUFValueType.BOOL, int: gguf.GGUFValueType.UINT32, str: gguf.GGUFValueType.STRING}
     writer = gguf.GGUFWriter(directory / "vocab.gguf", "llama")
     for key, value in tokenizer.metadata(directory, config or {}, **options).items():
         if isinstance(value, (list, np.ndarray)):
-            writer.add_array(key, value if isinstance(value, list) else value.tolist())
+            octets = isinstance(value, np.ndarray) and value.dtype == np.uint8
+            writer.add_array(key, value.tobytes() if octets else np.asarray(value).tolist())
         else:
             writer.add_key_value(key, value, kinds[type(value)])
     writer.write_header_to_file()

@@ -60,6 +60,7 @@ def library() -> ctypes.CDLL:
         ("llama_model_get_vocab", pointer, [pointer]),
         ("llama_vocab_n_tokens", int32, [pointer]),
         ("llama_vocab_get_add_bos", ctypes.c_bool, [pointer]),
+        ("llama_vocab_is_eog", ctypes.c_bool, [pointer, int32]),
         ("llama_tokenize", int32, [pointer, ctypes.c_char_p, int32, pointer, int32, ctypes.c_bool, ctypes.c_bool]),
         ("llama_token_to_piece", int32, [pointer, int32, pointer, int32, int32, ctypes.c_bool]),
         ("llama_model_chat_template", ctypes.c_char_p, [pointer, ctypes.c_char_p]),
@@ -113,6 +114,10 @@ class Llama:
     @property
     def adds_bos(self) -> bool:
         return library().llama_vocab_get_add_bos(self._vocab)
+
+    def ends(self, token: int) -> bool:
+        """Does generation stop at this token?"""
+        return library().llama_vocab_is_eog(self._vocab, token)
 
     def chat_template(self, name: str | None = None) -> str | None:
         found = library().llama_model_chat_template(self._model, name.encode() if name else None)

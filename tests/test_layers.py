@@ -40,7 +40,10 @@ STACKED = {
     "archs": ["rope", "keys", "names", "weight", "base", "llama", "from_gguf"],
     "nn": ["tiles", "integers", "fp8", "lookups", "planes", "ops", "products", "stored", "cuda", "linear"],
     "runtime": ["skeleton", "stored", "head", "model", "passes", "loading"],
-    "tokenizer": ["files", "pretokenizers", "special", "sentencepiece", "to_gguf", "from_gguf", "to_files", "engine"],
+    "tokenizer": [
+        *("spm_file", "files", "pretokenizers", "vocabulary", "special", "base", "byte_level", "sentencepiece", "raw_bpe"),
+        *("unigram", "wordpiece", "models", "to_gguf", "from_gguf", "to_files", "engine"),
+    ],
     "recipes": ["presets", "recipe", "linears"],
     "calibration": ["overlap", "corpus", "importance", "gather"],
     "conversion": ["contents", "options", "plan", "library", "tiles", "moments", "blockwise", "run", "convert"],

@@ -11,7 +11,7 @@ import gguf
 
 from ..errors import FormatError, UnsupportedError
 from .from_gguf import to_json
-from .special import adds
+from .special import adds, ends
 from .to_gguf import metadata
 
 _K = gguf.Keys.Tokenizer
@@ -29,11 +29,11 @@ class Tokenizer:
         found: Mapping[str, Any] = {}
         try:
             found = config if gguf_metadata else metadata(file.parent, config)
-            text = file.read_text(encoding="utf-8") if not gguf_metadata and file.is_file() else to_json(found, path)
+            text = file.read_text(encoding="utf-8-sig") if not gguf_metadata and file.is_file() else to_json(found, path)
         except UnsupportedError:
             if gguf_metadata or not file.is_file():
                 raise
-            text = file.read_text(encoding="utf-8")
+            text = file.read_text(encoding="utf-8-sig")
         try:
             self._engine = Engine.from_str(text)
         except Exception as e:  # the tokenizers library raises bare Exception
@@ -41,7 +41,7 @@ class Tokenizer:
         self.tokens: list[str] | None = found.get(_K.LIST)
         """Every token's text by id, where the tokenizer is of a kind that GGUF knows."""
         self.bos: int | None = found.get(_K.BOS_ID, config.get("bos_token_id"))
-        self.eos: list[int] = _ids(found.get(_K.EOS_ID), found.get(_K.EOT_ID), config.get("eos_token_id"))
+        self.eos: list[int] = _ids(ends(found), config.get("eos_token_id"))
         self.adds_bos = self.bos is not None and adds(found)["bos"]
         """Does llama.cpp put BOS in front of a text?"""
         if not found:

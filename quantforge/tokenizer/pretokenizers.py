@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UnsupportedError
-from .files import Files
+from .files import Files, text_of
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,25 @@ _DEEPSEEK_PUNCTUATION = "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u300
 _CJK = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
 
 
+_CASED_DIGIT = _CASED % (_CONTRACTIONS + "?", _CONTRACTIONS + "?") + rf"|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
+_KIMI = (
+    r"[\p{Han}]+|" + _CASED.replace(r"\p{M}]", r"\p{M}&&[^\p{Han}]]") % (_CONTRACTIONS + "?", _CONTRACTIONS + "?")
+    + rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}"
+)  # fmt: skip
+_EAST = "[一-龥぀-ゟ゠-ヿ]+"
+_THREES = r"\d{1,3}(?=(?:\d{3})*\b)"
+_ASIAN = (
+    "[一-鿿㐀-䶿\uf900-\ufaff぀-ゟ゠-ヿ\uff65-\uff9f\u2f00-\u2fdf\u0e00-\u0e7f\u0e80-\u0eff\u1780-\u17ff\u1000-\u109f"
+    "\uaa60-\uaa7f\ua9e0-\ua9ff가-\ud7af\u1100-\u11ff]+"
+)
+_YOUTU = "[가-힣ㄱ-ㆎ]+|[！…“”‘’—：；，、-〿︰-﹏]+|[ㄅ-ㄯ]+|[一-龥぀-ゟ゠-ヿ]+"
+
+# Where llama.cpp's own splitting is another than the tokenizer's, as regexes of the text around which ids may differ.
+_FOREIGN_CASE = r"[^\W\d_a-zA-Z][^\W\d_]|[^\W\d_][^\W\d_a-zA-Z]"
+_ANY_CASE = rf"[^\W\d_]*[A-Z][^\W\d_]*|{_FOREIGN_CASE}"
+_DIGITS_IN_WORDS = r"[^\D0-9]|[\u00bc-\u00be\u2150-\u218b]|\d+[^\d\s!-/:-@\[-`{-~]|\s{2,}[\d\ue000-\uf8ff]"
+
+
 @dataclass(frozen=True, slots=True)
 class Kind:
     """A pre-tokenizer of llama.cpp: the regexes that split the text one after the other."""
@@ -58,34 +77,89 @@ class Kind:
     ignore_merges: bool = False
     adds_bos: bool = False
     """Does llama.cpp put BOS first unless add_bos_token says otherwise?"""
+    aliases: str = ""
+    """llama.cpp's other names for the same."""
+    apart: str = ""
+    """A regex of words on which llama.cpp's own regex splits otherwise, if there are such."""
 
 
 # Source: llama.cpp src/llama-vocab.cpp (which name selects which regexes, merges and BOS handling)
 # and the original patterns of the models' tokenizer.json; written in the form of _canonical.
 KINDS = (
-    Kind("gpt-2", (GPT2,)),
-    Kind("llama-bpe", (_LLAMA3,), ignore_merges=True, adds_bos=True),
-    Kind("smaug-bpe", (_LLAMA3,)),
-    Kind("qwen2", (_QWEN2,)),
+    Kind(
+        "gpt-2",
+        (GPT2,),
+        aliases="phi-2 jina-es jina-de jina-v2-es jina-v2-de jina-v1-en jina-v2-code roberta-bpe gigachat a.x-4.0 mellum"
+        " modern-bert mpt olmo jais trillion granite-docling exaone4",
+    ),
+    Kind(
+        "llama-bpe",
+        (_LLAMA3,),
+        ignore_merges=True,
+        adds_bos=True,
+        aliases="llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano",
+    ),
+    Kind("glm4", (_LLAMA3,), ignore_merges=True, aliases="glm5"),
+    Kind("smaug-bpe", (_LLAMA3,), aliases="dbrx chatglm-bpe"),
+    Kind(
+        "qwen2",
+        (_QWEN2,),
+        aliases="deepseek-r1-qwen kormo f2llmv2 stablelm2 hunyuan solar-open megrez grok-2 bailingmoe bailingmoe2 llada-moe",
+    ),
     Kind(
         "qwen35",
         (rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_SPACES}",),
     ),
-    Kind("smollm", (r"\p{N}", GPT2)),
+    Kind("ufakzeka", (_QWEN2.removeprefix(f"{_CONTRACTIONS}|"),)),
+    Kind("minicpm5", (r"\p{N}{1,3}", _LLAMA3.replace("{1,3}", "+")), ignore_merges=True),
+    Kind(
+        "k2-horizon",
+        (_LLAMA3.replace(_WORD, r"[^\r\n\p{L}\p{N}]?(?:\p{L}|\p{M}|\u200C|\u200D)+"),),
+    ),
+    Kind("laguna", (r"[^\n]+|[\n]+", _QWEN2)),
+    Kind("smollm", (r"\p{N}", GPT2), aliases="starcoder refact command-r codeshell exaone minerva-7b mellum2"),
     Kind(
         "tekken",
         (_CASED % ("", "") + rf"|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}",),
         ignore_merges=True,
         adds_bos=True,
+        apart=_FOREIGN_CASE,
     ),
-    Kind("gpt-4o", (_GPT4O,)),
+    Kind("gpt-4o", (_GPT4O,), aliases="llama4 kanana2 talkie minimax-m2", apart=_FOREIGN_CASE),
+    Kind("granite-embed-multi-97m", (_GPT4O,), ignore_merges=True, apart=_FOREIGN_CASE),
+    Kind("tiny_aya", (_THREES, _GPT4O), aliases="cohere2moe", apart=f"{_ANY_CASE}|{_DIGITS_IN_WORDS}"),
+    Kind("youtu", (_YOUTU, _CASED_DIGIT), ignore_merges=True, apart=_ANY_CASE),
+    Kind("kimi-k2", (_KIMI,)),
     # llama.cpp does without falcon's \p{N}+: no token spans its edge.
     Kind("falcon", (r"[\p{P}$+<=>^~|`]+", GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
-    Kind("deepseek-v3", (r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", _DEEPSEEK3)),
+    Kind("default", (r"[\p{P}$+<=>^~|]+", GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
+    Kind(
+        "chameleon",
+        (
+            "<sentinel:[0-9]+>",
+            "(IMGIMG)((A|B|C|D|E|F|G|H|I){1,4})Z",
+            r"([\t\n]|    |  )",
+            r"\p{N}",
+            r"[\p{P}!-/:-@\[-`{-~]",
+            GPT2,
+        ),
+        adds_bos=True,
+    ),
+    Kind("deepseek-v3", (r"\p{N}{1,3}", _EAST, _DEEPSEEK3), aliases="hunyuan-dense joyai-llm hy_v4"),
+    Kind(
+        "spark2_5",
+        (
+            r"\p{N}{1,3}",
+            _EAST,
+            _DEEPSEEK3.replace(rf"[\p{{P}}\p{{S}}]+[\r\n]*|{_SPACES}", r"[\p{P}\p{S}]+|[\r\n]|\s+(?!\S)|\s+"),
+            r"\p{N}",
+        ),
+    ),
+    Kind("afmoe", (_THREES, _ASIAN, _DEEPSEEK3), apart=_DIGITS_IN_WORDS),
     Kind("deepseek-coder", (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, r"\p{N}")),
     Kind("deepseek-llm", (r"[\r\n]", _DEEPSEEK_LETTERS, _DEEPSEEK_PUNCTUATION, r"\s+$", _CJK, r"\p{N}+")),
     Kind("deepseek-llm", (r"[\r\n]", _DEEPSEEK_LETTERS, _DEEPSEEK_PUNCTUATION, r"\s+$", _CJK, r"\p{N}")),
-    Kind("bloom", (_BLOOM,)),
+    Kind("bloom", (_BLOOM,), aliases="poro-chat gpt3-finnish"),
     Kind("viking", (_BLOOM, r"\p{N}")),
     Kind("superbpe", (r"\p{N}+", r"(?=(\d{3})+(?!\d))")),
     Kind("seed-coder", (rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_SPACES}",)),
@@ -106,30 +180,8 @@ KINDS = (
     ),
 )
 
-ALIASES = {
-    alias: kind
-    for kind, aliases in {
-        "llama-bpe": "llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2",
-        "smaug-bpe": "dbrx glm4 chatglm-bpe",
-        "smollm": "starcoder refact command-r codeshell exaone minerva-7b",
-        "gpt-2": "phi-2 gigachat a.x-4.0 mellum mpt olmo jais trillion granite-docling exaone4",
-        "qwen2": "deepseek-r1-qwen kormo stablelm2 hunyuan solar-open megrez grok-2 bailingmoe llada-moe",
-        "gpt-4o": "llama4 kanana2 minimax-m2",
-        "deepseek-v3": "hunyuan-dense joyai-llm",
-        "bloom": "poro-chat gpt3-finnish",
-    }.items()
-    for alias in aliases.split()
-}
-"""llama.cpp's names for pre-tokenizers that split like one of the kinds -> that kind's name."""
-OTHER_NAMES = {
-    *ALIASES,
-    *("default", "jina-es", "jina-de", "jina-v2-es", "jina-v2-de", "jina-v2-code", "jina-v1-en", "modern-bert", "roberta-bpe"),
-    *("chameleon", "bailingmoe2", "afmoe", "tiny_aya", "youtu", "kimi-k2"),
-}
-"""All names but the kinds' that llama.cpp accepts."""
-_BOS_KINDS = {k.name for k in KINDS if k.adds_bos}
-ADDS_BOS = _BOS_KINDS | {alias for alias, kind in ALIASES.items() if kind in _BOS_KINDS} | {"chameleon"}
-"""The names with which llama.cpp puts BOS first unless add_bos_token says otherwise."""
+BY_NAME = {name: kind for kind in reversed(KINDS) for name in (kind.name, *kind.aliases.split())}
+"""Every name that llama.cpp has for a byte-level pre-tokenizer -> its kind, the first of several with one name."""
 
 
 def _canonical(regex: str) -> str:
@@ -153,6 +205,10 @@ def _canonical(regex: str) -> str:
     return regex
 
 
+# tokenizers counts all of ASCII's marks as punctuation
+_PUNCTUATION = {"Contiguous": r"[\p{P}$+<=>^~|`]+", "Isolated": r"[\p{P}!-/:-@\[-`{-~]"}
+
+
 def _splits(step: Mapping[str, Any]) -> tuple[str, ...]:
     """The canonical regexes by which a step splits; something unlike any regex where that is not how it works."""
     kind = step.get("type")
@@ -160,8 +216,8 @@ def _splits(step: Mapping[str, Any]) -> tuple[str, ...]:
         return (GPT2,) if step.get("use_regex", True) else ()
     if kind == "Digits":
         return (r"\p{N}" if step.get("individual_digits") else r"\p{N}+",)
-    if kind == "Punctuation" and step.get("behavior") == "Contiguous":
-        return (r"[\p{P}$+<=>^~|`]+",)
+    if kind == "Punctuation" and step.get("behavior", "Isolated") in _PUNCTUATION:
+        return (_PUNCTUATION[step.get("behavior", "Isolated")],)
     if kind == "Split":
         pattern = step.get("pattern") or {}
         regex = _canonical(pattern["Regex"]) if "Regex" in pattern else re.escape(str(pattern.get("String", "")))
@@ -178,16 +234,18 @@ def recognise(files: Files) -> Kind:
     tokenizer = files.tokenizer
     splits = tuple(s for step in files.steps for s in _splits(step))
     ignore_merges = bool(tokenizer["model"].get("ignore_merges"))
-    normalizer = tokenizer.get("normalizer")
-    steps = normalizer.get("normalizers", [normalizer]) if normalizer else []
-    odd = [f"normalizer {step.get('type')}" for step in steps if step.get("type") != "NFC"]
+    odd = [f"normalizer {step.get('type')}" for step in files.normalizers if step.get("type") != "NFC"]
     if not files.is_byte_level:
         odd.append("no ByteLevel step")
-    alike = [] if odd else sorted((k for k in KINDS if k.splits == splits), key=lambda k: k.ignore_merges != ignore_merges)
+    has_bos = text_of(files.config.get("bos_token")) is not None
+    alike = [] if odd else [k for k in KINDS if k.splits == splits]
+    alike.sort(key=lambda k: (k.ignore_merges != ignore_merges, k.adds_bos and not has_bos))
     # Taking whole tokens without merging makes no difference where merges lead to every token anyway.
     if alike and (alike[0].ignore_merges == ignore_merges or _merges_reach_all(files)):
-        if steps:
+        if files.normalizers:
             logger.info("tokenizer.json normalizes text to NFC, llama.cpp does not: ids differ on decomposed text")
+        if alike[0].apart:
+            logger.info("llama.cpp splits some words unlike tokenizer.json: ids may differ on %s", alike[0].apart)
         return alike[0]
     near = max(KINDS, key=lambda k: difflib.SequenceMatcher(None, " ".join(k.splits), " ".join(splits), False).ratio())
     shown = f"regex {' then '.join(splits) or '(none)'}, ignore_merges {str(ignore_merges).lower()}"
@@ -200,10 +258,10 @@ def recognise(files: Files) -> Kind:
 
 def _merges_reach_all(files: Files) -> bool:
     """Does BPE turn the text of every token, added ones aside, into that token?"""
-    merges = files.merges()
+    merges, added = files.merges(), files.added(files.vocabulary())
     ranks = {pair: rank for rank, pair in enumerate(merges)}
     for token, i in files.vocabulary().items():
-        parts = [token] if i in files.added else list(token)
+        parts = [token] if i in added else list(token)
         while len(parts) > 1:
             rank, at = min((ranks.get(pair, len(merges)), i) for i, pair in enumerate(itertools.pairwise(parts)))
             if rank == len(merges):

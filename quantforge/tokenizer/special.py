@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import gguf
+import numpy as np
 
 from .files import Files, text_of
-from .pretokenizers import ADDS_BOS
+from .pretokenizers import BY_NAME
 
 logger = logging.getLogger(__name__)
 
@@ -25,12 +26,31 @@ _IDS = {
     "eom": _K.EOM_ID,
 }
 _ADDS = {"bos": _K.ADD_BOS, "eos": _K.ADD_EOS, "sep": _K.ADD_SEP}
+EOS_IDS = "tokenizer.ggml.eos_token_ids"
+"""All tokens that end a text, where there are several: read by other programs and by the way back, not by llama.cpp."""
+
+# What llama.cpp takes for granted where a file does not say, by tokenizer.ggml.model: ids, and what goes around a text.
+_ASSUMED_IDS = {
+    "llama": {"unk": 0, "bos": 1, "eos": 2},
+    "t5": {"pad": 0, "eos": 1, "unk": 2},
+    "bert": {"pad": 0, "unk": 100, "bos": 101, "sep": 102, "mask": 103},
+}
+_ASSUMED_ADDS = {"llama": {"bos": True}, "t5": {"eos": True}, "bert": {"bos": True, "eos": True}, "gemma4": {"bos": True}}
+
+# llama.cpp ends a text at each of these, whatever the keys say.
+_ENDS_BY_TEXT = frozenset((
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>", "</s>",
+    "<|endoftext|>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<end_of_utterance>", "<eos>",
+    "<turn|>", "<|tool_response>", "<｜end▁of▁sentence｜>", "[e~[", "<|ifm|im_end|>",
+))  # fmt: skip
 
 
-def special_keys(files: Files, config: Mapping[str, Any], ids: Mapping[str, int], size: int, adds_bos: bool) -> dict[str, Any]:
+def special_keys(
+    files: Files, config: Mapping[str, Any], ids: Mapping[str, int], size: int, assumed: Mapping[str, bool]
+) -> dict[str, Any]:
     """GGUF's keys for the ids of special tokens and for which of them are added to a text.
 
-    ids: of the tokens that are in use, below `size`; adds_bos: what llama.cpp would do with a file that does not say.
+    ids: of the tokens that are in use, below `size`; assumed: what llama.cpp would add with a file that does not say.
     """
     text = {n: t for n in (*_IDS, "cls") for d in (files.special_tokens, files.config) if (t := text_of(d.get(f"{n}_token")))}
     if "cls" in text:
@@ -41,8 +61,10 @@ def special_keys(files: Files, config: Mapping[str, Any], ids: Mapping[str, int]
     for name in _ADDS:
         if isinstance(flag := files.config.get(f"add_{name}_token"), bool):
             adds[name] = flag
-    if adds_bos and files.tokenizer:
-        adds.setdefault("bos", False)
+    if files.tokenizer:
+        for name in ("bos", "eos"):
+            if assumed[name]:
+                adds.setdefault(name, False)
 
     found: dict[str, Any] = {}
     for name, key in _IDS.items():
@@ -53,7 +75,26 @@ def special_keys(files: Files, config: Mapping[str, Any], ids: Mapping[str, int]
         if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < size:
             found[key] = number
     found.update({_ADDS[name]: flag for name, flag in adds.items()})
-    return found
+    return found | _ends(files, config, {i: t for t, i in ids.items()}, found)
+
+
+def _ends(files: Files, config: Mapping[str, Any], text: Mapping[int, str], found: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys for end tokens beside EOS. llama.cpp has room for two (end of turn, end of message) and knows others by text."""
+    stated = files.generation.get("eos_token_id", {**config, **(config.get("text_config") or {})}.get("eos_token_id"))
+    ends = [i for i in stated if isinstance(i, int) and i in text] if isinstance(stated, list) else []
+    if len(ends) < 2:
+        return {}
+    keys: dict[str, Any] = {EOS_IDS: np.array(ends, np.int32)}
+    room = [k for k in (_K.EOT_ID, _K.EOM_ID) if k not in found]
+    known = {found.get(k) for k in (_K.EOS_ID, _K.EOT_ID, _K.EOM_ID)}
+    for i in ends:
+        if i in known or text[i] in _ENDS_BY_TEXT:
+            continue
+        if not room:
+            logger.warning("llama.cpp has no room for another end token: it will not stop at %r (%d)", text[i], i)
+            continue
+        keys[room.pop(0)] = i
+    return keys
 
 
 def _added_by_template(post_processor: Mapping[str, Any] | None, text: dict[str, str]) -> dict[str, bool]:
@@ -95,11 +136,26 @@ def _added_by_template(post_processor: Mapping[str, Any] | None, text: dict[str,
 
 def special_ids(found: Mapping[str, Any]) -> dict[str, int]:
     """Ids of special tokens by name ("bos", "eos", "eot", ...) of GGUF's tokenizer.* keys."""
-    assumed = {"unk": 0, "bos": 1, "eos": 2} if found.get(_K.MODEL) == "llama" else {}  # as llama.cpp does
-    return assumed | {name: int(found[key]) for name, key in _IDS.items() if found.get(key) is not None}
+    size = len(found.get(_K.LIST) or ())
+    assumed = {n: i for n, i in _ASSUMED_IDS.get(str(found.get(_K.MODEL)), {}).items() if i < size}
+    ids = assumed | {name: int(found[key]) for name, key in _IDS.items() if found.get(key) is not None}
+    return ids | ({"eos": ids["sep"]} if found.get(_K.MODEL) == "bert" and "sep" in ids else {})
+
+
+def ends(found: Mapping[str, Any]) -> list[int]:
+    """Ids of the tokens that end a text, by GGUF's tokenizer.* keys."""
+    if (every := found.get(EOS_IDS)) is not None:
+        return [int(i) for i in every]
+    ids = special_ids(found)
+    return list(dict.fromkeys(ids[n] for n in ("eos", "eot", "eom") if n in ids))
 
 
 def adds(found: Mapping[str, Any]) -> dict[str, bool]:
     """Which of "bos" and "eos" llama.cpp puts around a text, by GGUF's tokenizer.* keys."""
-    bos = found.get(_K.MODEL) == "llama" or found.get(_K.PRE) in ADDS_BOS
-    return {"bos": bool(found.get(_K.ADD_BOS, bos)), "eos": bool(found.get(_K.ADD_EOS, False))}
+    model = str(found.get(_K.MODEL))
+    assumed = {"bos": False, "eos": False} | _ASSUMED_ADDS.get(model, {})
+    if model == "gpt2" and (kind := BY_NAME.get(str(found.get(_K.PRE)))):
+        assumed["bos"] = kind.adds_bos
+    if model == "bert":  # where keys make no difference
+        return assumed
+    return {"bos": bool(found.get(_K.ADD_BOS, assumed["bos"])), "eos": bool(found.get(_K.ADD_EOS, assumed["eos"]))}

@@ -12,7 +12,7 @@ import gguf
 from ..arrays import shortest
 from ..errors import FormatError
 from .from_gguf import to_json
-from .special import adds, special_ids
+from .special import adds, ends, special_ids
 
 _K = gguf.Keys
 
@@ -51,9 +51,8 @@ def files(metadata: Mapping[str, Any], config: Mapping[str, Any], path: Path) ->
         settings["chat_template"] = template
 
     generation: dict[str, Any] = {f"{n}_token_id": ids[n] for n in ("bos", "eos", "pad") if n in ids}
-    ends = list(dict.fromkeys(ids[n] for n in ("eos", "eot", "eom") if n in ids))
-    if len(ends) > 1:
-        generation["eos_token_id"] = ends
+    if len(stops := ends(metadata)) > 1:
+        generation["eos_token_id"] = stops
     sampling = {k: value for k, pattern in _SAMPLING.items() if (value := metadata.get(pattern)) is not None}
     if float(sampling.get("temperature", 1)) > 0 and sampling.keys() - {"repetition_penalty"}:
         generation |= {"do_sample": True}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import unicodedata
 
 import gguf
@@ -30,16 +31,28 @@ def disagreements(llama: Llama, encode, texts: list[str]) -> list[str]:
     return [t for t in texts if llama.tokenize(t) != encode(t)]
 
 
+def without(regex: str, text: str) -> str:
+    """The text after all that matches is taken out, what comes to match by that too."""
+    while regex and re.search(regex, text):
+        text = re.sub(regex, "", text)
+    return text
+
+
 @pytest.mark.parametrize("kind", pretokenizers.KINDS, ids=lambda k: k.name)
 def test_ids_of_every_known_kind_equal(kind, tmp_path):
     directory = checkpoints.byte_level(tmp_path, 600, isolated(*kind.splits), model={"ignore_merges": kind.ignore_merges})
     own = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    if not kind.adds_bos:
+        checkpoints.save(directory, "tokenizer_config.json", {"eos_token": "<|end|>"})
     keys = tokenizer.metadata(directory, {})
     assert (keys["tokenizer.ggml.model"], keys["tokenizer.ggml.pre"]) == ("gpt2", kind.name)
+    texts = [without(kind.apart, t) for t in (NASTY, *random_texts())]
     with Llama(checkpoints.vocab_gguf(directory), vocab_only=True) as llama:
         assert llama.n_vocab == own.get_vocab_size()
         assert not llama.adds_bos
-        assert not disagreements(llama, lambda t: own.encode(t, add_special_tokens=False).ids, [NASTY, *random_texts()])
+        assert not disagreements(llama, lambda t: own.encode(t, add_special_tokens=False).ids, texts)
+    back = tokenizers.Tokenizer.from_str(tokenizer.to_json(keys, "x"))
+    assert all(back.encode(t, add_special_tokens=False).ids == own.encode(t, add_special_tokens=False).ids for t in texts)
 
 
 # With a dummy prefix, llama.cpp puts one after each user-defined symbol too; SentencePiece does not.
@@ -216,9 +229,11 @@ def test_unknown_pre_tokenizer_name(tmp_path):
 
 def test_every_other_name_loads_in_llama_cpp(tmp_path):
     directory = checkpoints.byte_level(tmp_path, 300)
-    for name in sorted(pretokenizers.OTHER_NAMES):
+    own = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    for name in sorted(pretokenizers.BY_NAME.keys() - {k.name for k in pretokenizers.KINDS}):
         with Llama(checkpoints.vocab_gguf(directory, pre_tokenizer=name), vocab_only=True) as llama:
             assert not llama.adds_bos, name  # the post-processor adds none, whatever the name's default
+            assert llama.tokenize("Hello  there") == own.encode("Hello  there").ids, name
 
 
 TEMPLATE = {
@@ -280,7 +295,7 @@ def test_special_tokens_are_added_as_the_tokenizer_does(post, regex, tmp_path):
 
 
 @pytest.mark.parametrize("extra", [["<named>"], [{"content": "<named>"}], {"some_token": "<named>"}], ids=str)
-def test_token_types_and_padding(extra, tmp_path):
+def test_token_types_and_padding(extra, tmp_path, caplog):
     directory = checkpoints.byte_level(tmp_path, 300)
     content = json.loads((directory / "tokenizer.json").read_text())
     added = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
@@ -303,8 +318,11 @@ def test_token_types_and_padding(extra, tmp_path):
     with Llama(path, vocab_only=True) as llama:
         text = "a<tool>b <|odd|> c<named>d<|end|>"
         assert llama.tokenize(text, special=True) == own.encode(text, add_special_tokens=False).ids
-    with pytest.raises(FormatError, match="token id 303 is outside of the model's vocab_size 303"):
-        tokenizer.metadata(directory, {"vocab_size": 303})
+    short = tokenizer.metadata(directory, {"vocab_size": 303})
+    assert len(short["tokenizer.ggml.tokens"]) == 303
+    assert "1 added tokens have no row in the embedding of 303 and are left out: '<named>'" in caplog.text
+    with pytest.raises(FormatError, match="token id 299 is outside of the model's vocab_size 299"):
+        tokenizer.metadata(directory, {"vocab_size": 299})
 
 
 def test_sentencepiece_padding_types_and_added_tokens(tmp_path):
@@ -342,7 +360,13 @@ CHAT = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
             {"tool_use": "T"},
         ),
         ({}, {"chat_template.jinja": CHAT}, CHAT, {}),
-        ({"chat_template": "first"}, {"chat_template.jinja": CHAT}, "first", {}),
+        ({"chat_template": "stale"}, {"chat_template.jinja": CHAT}, CHAT, {}),
+        (
+            {"chat_template": "stale"},
+            {"chat_template.jinja": CHAT, "additional_chat_templates/rag.jinja": "R"},
+            CHAT,
+            {"rag": "R"},
+        ),
         ({}, {"chat_template.jinja": CHAT, "additional_chat_templates/rag.jinja": "R"}, CHAT, {"rag": "R"}),
         ({}, {"chat_template.json": json.dumps({"chat_template": CHAT})}, CHAT, {}),
         ({}, {}, None, {}),

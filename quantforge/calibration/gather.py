@@ -281,11 +281,11 @@ def _entries(model: Model, squares: _Squares) -> tuple[dict[str, tuple[F32, F32]
 
 def stored_names(model: Model) -> dict[str, list[str]]:
     """GGUF name -> checkpoint names of the matrices of a model's blocks, stacked experts in order. Needs a known architecture."""
-    names: dict[str, list[str]] = {}
+    found: dict[str, list[str]] = {}
     if model.source.format == "gguf":
         for name, place in model.places.items():
-            names.setdefault(place.stored, []).append(name)
-        return {k: sorted(v, key=lambda n: model.places[n].expert or 0) for k, v in names.items()}
+            found.setdefault(place.stored, []).append(name)
+        return {k: sorted(v, key=lambda n: model.places[n].expert or 0) for k, v in found.items()}
     assert model.arch is not None
     shapes = {k: tuple(v.shape) for k, v in model.source.weights.items()}
     return {w.name: list(w.sources) for w in model.arch.weights(model.config, shapes) if w.sources and w.layer is not None}

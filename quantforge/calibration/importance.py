@@ -85,13 +85,13 @@ def read(path: str | Path) -> Importance:
     try:
         with path.open("rb") as f:
             magic = f.read(4)
-            found = _read_gguf(path) if magic == b"GGUF" else _read_legacy(path, magic + f.read())
+            means = _read_gguf(path) if magic == b"GGUF" else _read_legacy(path, magic + f.read())
     except OSError as e:
         raise FormatError(path, f"cannot read the importance matrix: {e.strerror}") from None
-    for name, values in found.items():
+    for name, values in means.items():
         if not (np.isfinite(values).all() and (values >= 0).all()):
             raise FormatError(path, f"importance of {name} has negative or non-finite values; compute it again")
-    return found
+    return means
 
 
 def _read_gguf(path: Path) -> Importance:

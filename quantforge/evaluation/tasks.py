@@ -34,10 +34,10 @@ def manager(tasks: Sequence[str], path: PathLike | None) -> Any:
     if path is not None and not Path(path).is_dir():
         raise RecipeError(f"--task-path {os.fspath(path)}: no such directory")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    found = TaskManager(include_path=None if path is None else os.fspath(path))
-    if unknown := [t for t in tasks if t not in found.all_tasks]:
+    known = TaskManager(include_path=None if path is None else os.fspath(path))
+    if unknown := [t for t in tasks if t not in known.all_tasks]:
         raise RecipeError(f"lm_eval knows no task {', '.join(unknown)}; --task-path adds a directory with your own")
-    return found
+    return known
 
 
 def run(
@@ -52,7 +52,7 @@ def run(
     from lm_eval.models.huggingface import HFLM
 
     engine = tokenizer.transformers()
-    found: list[dict[str, Any]] = []
+    summaries: list[dict[str, Any]] = []
     reference: Mapping[str, Any] = {}
     for model in models:
         with model.resident() as module:
@@ -70,14 +70,14 @@ def run(
             except (OSError, ValueError, KeyError) as e:  # data that cannot be had, files that are wrong
                 raise RecipeError(f"lm_eval: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from None
         reference = reference or out["samples"]
-        found.append(
+        summaries.append(
             {
                 task: _summary(numbers) | {"flips": None if model is models[0] else _flips(reference[task], out["samples"][task])}
                 for task, numbers in out["results"].items()
                 if task in out["samples"]
             }
         )
-    return {"names": list(found[0]), "harness": f"lm_eval {version('lm_eval')}", "limit": limit}, found
+    return {"names": list(summaries[0]), "harness": f"lm_eval {version('lm_eval')}", "limit": limit}, summaries
 
 
 def _summary(numbers: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from .. import codecs, native
 from ..codecs.integers import ActOrderCodec
 from ..errors import UnsupportedError
 from . import ops, products, stored
-from . import planes as layouts
+from .planes import family, restore, unpack
+from .planes import kind as kind_of
 
 _log = logging.getLogger(__name__)
 
@@ -41,21 +42,21 @@ def _together(first: torch.Tensor, others: list[torch.Tensor]) -> None:
 @cache
 def _plain(codec: str) -> str:
     """Of a codec whose last plane says in which order columns are stored (act-order), the one without; else empty."""
-    found = codecs.get(codec)
-    return found.plain.name if isinstance(found, ActOrderCodec) and layouts.family(codec) else ""
+    known = codecs.get(codec)
+    return known.plain.name if isinstance(known, ActOrderCodec) and family(codec) else ""
 
 
 @ops.dequantize.register_kernel("cuda")
 def dequantize(planes: list[torch.Tensor], codec: str, out_features: int, in_features: int, dtype: torch.dtype) -> torch.Tensor:
     """The numbers of a matrix in planes: [out_features, in_features] of `dtype`."""
     _together(planes[0], planes)
-    kind, device, shape = layouts.kind(codec), planes[0].device, (out_features, in_features)
+    kind, device, shape = kind_of(codec), planes[0].device, (out_features, in_features)
     if not native.cuda_has(kind, "dequantize"):
-        w = stored.decode(codec, planes, shape) if layouts.family(codec) is None else None
+        w = stored.decode(codec, planes, shape) if family(codec) is None else None
         if w is not None:
             return w.to(dtype)
         _warn_once(native.cuda_missing() or f"no kernel for {codec}", "are decoded by the CPU")
-        weights = layouts.unpack(layouts.restore(planes, codec, shape).to("cpu"))
+        weights = unpack(restore(planes, codec, shape).to("cpu"))
         return torch.from_numpy(weights.decode(threads=torch.get_num_threads())).to(device, dtype)
     out = torch.empty(shape, dtype=dtype if dtype in _FLOATS else torch.float32, device=device)
     ordered = bool(_plain(codec))
@@ -72,7 +73,7 @@ def linear(
     """x wᵀ for a matrix in planes. `activations` changes nothing here: 8-bit ones would not be faster."""
     ops.check(x, out_features, in_features)
     _together(x, planes)
-    kind = layouts.kind(codec)
+    kind = kind_of(codec)
     rows = x.reshape(-1, in_features)
     if plain := _plain(codec):
         rows, planes, codec = rows.index_select(1, planes[-1]), planes[:-1], plain
@@ -100,8 +101,8 @@ def linear_backward(
 ) -> torch.Tensor:
     """grad w for a matrix in planes."""
     _together(grad, planes)
-    found = products.backward(grad.reshape(-1, out_features), planes, codec, in_features)
-    return found.reshape(*grad.shape[:-1], in_features)
+    result = products.backward(grad.reshape(-1, out_features), planes, codec, in_features)
+    return result.reshape(*grad.shape[:-1], in_features)
 
 
 def _joined(rows: list[torch.Tensor]) -> torch.Tensor:
@@ -113,12 +114,12 @@ def _few(x: torch.Tensor, planes: list[torch.Tensor], kind: str, out_features: i
     if x.dtype in (torch.bfloat16, torch.float16):
         return _launch(x, planes, kind, out_features, x.dtype)
     # 16 of a float's 24 bits, as two rows of bf16: the kernel's columns are there anyway
-    found = []
+    sums = []
     for part in torch.split(x.float(), COLUMNS // 2):
         high = part.bfloat16()
         both = _launch(torch.cat([high, (part - high.float()).bfloat16()]), planes, kind, out_features, torch.float32)
-        found.append(both[: len(part)] + both[len(part) :])
-    return _joined(found)
+        sums.append(both[: len(part)] + both[len(part) :])
+    return _joined(sums)
 
 
 def _launch(x: torch.Tensor, planes: list[torch.Tensor], kind: str, out_features: int, dtype: torch.dtype) -> torch.Tensor:

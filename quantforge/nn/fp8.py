@@ -26,8 +26,8 @@ def _wide(scale: Array) -> torch.Tensor:
 
 
 def _narrow(scale: torch.Tensor, dtype: np.dtype[Any]) -> Array:
-    found = np.ascontiguousarray(to_numpy(scale))
-    return (found.view(np.uint32) >> 16).astype(np.uint16).view(BF16) if dtype == BF16 else found.astype(dtype)
+    values = np.ascontiguousarray(to_numpy(scale))
+    return (values.view(np.uint32) >> 16).astype(np.uint16).view(BF16) if dtype == BF16 else values.astype(dtype)
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,16 +88,16 @@ class Integers:
             extra["group"] = to_numpy(group.to(torch.int32))
 
         def rows(plane: torch.Tensor) -> torch.Tensor:
-            found = unpack_rows(plane.contiguous().view(torch.uint8), plane.element_size(), out, self._groups(n))
-            return found[:, :: self.repeats].contiguous().view(plane.dtype).squeeze(-1)
+            grouped = unpack_rows(plane.contiguous().view(torch.uint8), plane.element_size(), out, self._groups(n))
+            return grouped[:, :: self.repeats].contiguous().view(plane.dtype).squeeze(-1)
 
         if isinstance(codec, RowInt8):
             return Encoded(codec, shape, {"codes": to_numpy(codes ^ 0x80).view(np.int8), "absmax": to_numpy(rows(planes[1]))})
         assert isinstance(plain, IntegerCodec)
         parts: Parts = {"codes": pack_bits(to_numpy(codes.contiguous()), self.bits)}
         for name, plane in zip(("scale", "zero"), planes[1 : 2 + (not plain.symmetric)], strict=False):
-            found = to_numpy(rows(plane))
-            parts[name] = found if plain.row_local else found[:1, 0]
+            array = to_numpy(rows(plane))
+            parts[name] = array if plain.row_local else array[:1, 0]
         return Encoded(codec, shape, parts | extra)
 
 

@@ -13,8 +13,8 @@ from .. import codecs
 from ..codecs import Codec, Encoded
 from ..errors import ShapeError
 from . import ops
-from . import planes as layouts
 from .base import tensor
+from .planes import family, pack, restore, unpack
 from .tiles import TILE
 
 ACTIVATIONS = ("float", "int8")
@@ -59,13 +59,13 @@ class Packed(nn.Module):
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The numbers that the matrix stands for: [out, in] of `dtype`, by default float32."""
         dtype = dtype or self.dtype or torch.float32
-        found: torch.Tensor = torch.ops.quantforge.dequantize(self.planes, self.codec_name, *self.shape, dtype)
-        return found
+        weight: torch.Tensor = torch.ops.quantforge.dequantize(self.planes, self.codec_name, *self.shape, dtype)
+        return weight
 
     def encoded(self) -> Encoded:
         """The stored matrix, on the CPU."""
         if self.planes[0].is_cuda:
-            return layouts.unpack(layouts.restore(self.planes, self.codec_name, self.shape).to("cpu"))
+            return unpack(restore(self.planes, self.codec_name, self.shape).to("cpu"))
         return Encoded(self.codec, self.shape, ops.parts_of(self.planes, self.codec, self.shape))
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
@@ -82,7 +82,7 @@ class Packed(nn.Module):
             e = self.encoded()
             for k in self._parts:
                 del self._buffers[k]
-            moved = layouts.pack(e).tensors if there.type == "cuda" else {k: tensor(p) for k, p in e.parts.items()}
+            moved = pack(e).tensors if there.type == "cuda" else {k: tensor(p) for k, p in e.parts.items()}
             kept = {f"weight_{k}": p.to(there) for k, p in moved.items()}
             self._parts = tuple(kept)
         for k, part in kept.items():
@@ -100,17 +100,17 @@ class Packed(nn.Module):
         """A state that was saved on the other kind of device, CPU or CUDA, into the form that the matrix has here."""
         stored = [f"weight_{k}" for k in self.codec.layout(self.shape)]
         on_cpu = set(self._parts) == set(stored)
-        names = [f"weight_{k}" for k in layouts.pack(self.encoded()).tensors] if on_cpu else stored
+        names = [f"weight_{k}" for k in pack(self.encoded()).tensors] if on_cpu else stored
         if not all(prefix + k in state for k in names):
             return
         given = [state.pop(prefix + k).cpu() for k in names]
         if on_cpu:
-            e = layouts.unpack(layouts.restore(given, self.codec_name, self.shape))
-            found = {k: tensor(p) for k, p in e.parts.items()}
+            e = unpack(restore(given, self.codec_name, self.shape))
+            arrays = {k: tensor(p) for k, p in e.parts.items()}
         else:
             e = Encoded(self.codec, self.shape, ops.parts_of(given, self.codec, self.shape))
-            found = dict(layouts.pack(e).tensors)
-        state.update({f"{prefix}weight_{k}": p for k, p in found.items()})
+            arrays = dict(pack(e).tensors)
+        state.update({f"{prefix}weight_{k}": p for k, p in arrays.items()})
 
     def extra_repr(self) -> str:
         """Sizes, codec and bits per weight."""
@@ -185,24 +185,24 @@ class QuantEmbedding(Packed):
         self.dtype: torch.dtype = dtype
         # looked up once: torch.compile does not trace through the registry
         self._shared = {f"weight_{k}" for k in encoded.codec.shared}
-        self._tile = TILE if layouts.family(self.codec_name) else 1
+        self._tile = TILE if family(self.codec_name) else 1
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """ids: integers of any shape -> [..., hidden]."""
         tile = self._tile if self.planes[0].is_cuda else 1
         rows = ids.reshape(-1)
         at_once = ROWS_AT_ONCE if tile > 1 else max(1, len(rows))
-        found = [self._rows(some, tile) for some in torch.split(rows, at_once)]
-        return torch.cat(found).reshape(*ids.shape, self.embedding_dim)
+        pieces = [self._rows(some, tile) for some in torch.split(rows, at_once)]
+        return torch.cat(pieces).reshape(*ids.shape, self.embedding_dim)
 
     def _rows(self, rows: torch.Tensor, tile: int) -> torch.Tensor:
         whole = [k in self._shared or (tile > 1 and p.ndim == 1) for k, p in zip(self._parts, self.planes, strict=True)]
         planes = [p if all_ else p[rows // tile] for p, all_ in zip(self.planes, whole, strict=True)]
         n = rows.shape[0]
-        found: torch.Tensor = torch.ops.quantforge.dequantize(planes, self.codec_name, n * tile, self.embedding_dim, self.dtype)
+        decoded: torch.Tensor = torch.ops.quantforge.dequantize(planes, self.codec_name, n * tile, self.embedding_dim, self.dtype)
         if tile == 1:
-            return found
-        return found.reshape(n, tile, -1)[torch.arange(n, device=rows.device), rows % tile]
+            return decoded
+        return decoded.reshape(n, tile, -1)[torch.arange(n, device=rows.device), rows % tile]
 
 
 class TiedLinear(QuantLinear):

@@ -56,38 +56,38 @@ class Lookup:
         """The planes of a matrix by name."""
         indices, *rest = self.read(e)
         lanes = _lanes(indices, *self.cut)
-        found = {"codes": _vectors((lanes & 255).to(torch.uint8))}
+        packed = {"codes": _vectors((lanes & 255).to(torch.uint8))}
         if self.high:
             # from the lowest bit of a lane's bytes on
             fields = (lanes.long() >> 8) << torch.arange(0, lanes.shape[-1] * self.high, self.high)
-            found["high"] = _vectors(fields.sum(-1, keepdim=True).view(torch.uint8)[..., : lanes.shape[-1] * self.high // 8])
+            packed["high"] = _vectors(fields.sum(-1, keepdim=True).view(torch.uint8)[..., : lanes.shape[-1] * self.high // 8])
         if self.signs:
             bits = rest.pop(0).unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8) & 1
-            found["signs"] = pack_fields(spread(bits.flatten(1), self.chunk, self.sub), 1)
+            packed["signs"] = pack_fields(spread(bits.flatten(1), self.chunk, self.sub), 1)
         for i, (params, block) in enumerate(zip(rest, self.blocks, strict=True)):
-            found[f"params{i or ''}"] = pack_rows(params, self.chunk // block)
-        found |= {f"whole{i or ''}": t for i, t in enumerate(self.whole(e))}
+            packed[f"params{i or ''}"] = pack_rows(params, self.chunk // block)
+        packed |= {f"whole{i or ''}": t for i, t in enumerate(self.whole(e))}
         levels = np.ascontiguousarray(self.levels(e.codec), np.float32)
-        return found | {"table": table(levels.tobytes(), self.pairs, self.raised)}
+        return packed | {"table": table(levels.tobytes(), self.pairs, self.raised)}
 
     def unpack(self, codec: Codec, shape: tuple[int, ...], planes: Sequence[torch.Tensor]) -> Encoded:
         """Inverse of `pack`."""
         out, n = shape
-        found = list(planes)
-        lanes = _from_vectors(found.pop(0), self.cut[1])
+        rest = list(planes)
+        lanes = _from_vectors(rest.pop(0), self.cut[1])
         if self.high:
-            bytes_ = _from_vectors(found.pop(0), self.cut[1])
+            bytes_ = _from_vectors(rest.pop(0), self.cut[1])
             fields = torch.nn.functional.pad(bytes_, (0, 8 - bytes_.shape[-1])).view(torch.int64)
             shifts = torch.arange(0, lanes.shape[-1] * self.high, self.high)
             lanes = lanes | ((fields >> shifts & ((1 << self.high) - 1)) << 8).int()
         numbers = [_from_lanes(lanes, *self.cut, out, n // (2 * self.pairs))]
         if self.signs:
-            bits = gather(unpack_fields(found.pop(0), 1), self.sub, out, n).reshape(out, -1, 8)
+            bits = gather(unpack_fields(rest.pop(0), 1), self.sub, out, n).reshape(out, -1, 8)
             numbers.append((bits << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8))
         for block in self.blocks:
-            plane = found.pop(0)
+            plane = rest.pop(0)
             numbers.append(unpack_rows(plane, plane.shape[2] // TILE * block // self.chunk, out, n // block))
-        return self.write(codec, numbers, found[:-1], shape)
+        return self.write(codec, numbers, rest[:-1], shape)
 
 
 @cache
@@ -113,9 +113,9 @@ def _lanes(indices: torch.Tensor, subs: int, lanes: int, per: int) -> torch.Tens
     return tiles.permute(0, 2, 1, 4, 3, 5).flatten(4)
 
 
-def _from_lanes(found: torch.Tensor, subs: int, lanes: int, per: int, out: int, n: int) -> torch.Tensor:
+def _from_lanes(values: torch.Tensor, subs: int, lanes: int, per: int, out: int, n: int) -> torch.Tensor:
     """Inverse of `_lanes`."""
-    tiles = found.reshape(*found.shape[:4], subs, per).permute(0, 2, 1, 4, 3, 5)
+    tiles = values.reshape(*values.shape[:4], subs, per).permute(0, 2, 1, 4, 3, 5)
     return tiles.reshape(tiles.shape[0] * TILE, -1)[:out, :n]
 
 
@@ -169,9 +169,9 @@ def _read_iq(e: Encoded, pairs: int) -> Numbers:
     return [indices, _pair(signs) if n == 4 else signs.to(torch.uint8), *rest]
 
 
-def _write_iq(codec: Codec, found: Numbers, _: list[torch.Tensor], shape: tuple[int, ...], pairs: int) -> Encoded:
+def _write_iq(codec: Codec, numbers: Numbers, _: list[torch.Tensor], shape: tuple[int, ...], pairs: int) -> Encoded:
     assert isinstance(codec, IQCodec)
-    indices, *rest = found
+    indices, *rest = numbers
     params = {}
     if pairs == 1:
         codes, d = _unpair(indices).int(), rest[0]
@@ -228,9 +228,9 @@ def _read_mxfp4(e: Encoded) -> Numbers:
     return [_pair(codes), data[..., :1]]
 
 
-def _write_mxfp4(codec: Codec, found: Numbers, _: list[torch.Tensor], shape: tuple[int, ...]) -> Encoded:
-    codes = _unpair(found[0]).reshape(shape[0], -1, 32)
-    data = torch.cat([found[1], codes[..., :16] | codes[..., 16:] << 4], -1)
+def _write_mxfp4(codec: Codec, numbers: Numbers, _: list[torch.Tensor], shape: tuple[int, ...]) -> Encoded:
+    codes = _unpair(numbers[0]).reshape(shape[0], -1, 32)
+    data = torch.cat([numbers[1], codes[..., :16] | codes[..., 16:] << 4], -1)
     return Encoded(codec, shape, {"data": to_numpy(data.reshape(shape[0], -1))})
 
 
@@ -245,9 +245,9 @@ def _whole_nvfp4(e: Encoded) -> list[torch.Tensor]:
     return [tensor(e.parts["scale"]).expand(max(tiles, 1), 1, 1).contiguous()]
 
 
-def _write_nvfp4(codec: Codec, found: Numbers, whole: list[torch.Tensor], shape: tuple[int, ...]) -> Encoded:
-    codes = _unpair(found[0]).reshape(shape[0], -1, 4, 16)
-    data = torch.cat([found[1], (codes[..., :8] | codes[..., 8:] << 4).flatten(2)], -1)
+def _write_nvfp4(codec: Codec, numbers: Numbers, whole: list[torch.Tensor], shape: tuple[int, ...]) -> Encoded:
+    codes = _unpair(numbers[0]).reshape(shape[0], -1, 4, 16)
+    data = torch.cat([numbers[1], (codes[..., :8] | codes[..., 8:] << 4).flatten(2)], -1)
     return Encoded(codec, shape, {"data": to_numpy(data.reshape(shape[0], -1)), "scale": to_numpy(whole[0][0, 0])})
 
 
@@ -264,9 +264,11 @@ def _whole_table(e: Encoded) -> list[torch.Tensor]:
     return [torch.from_numpy(nested.copy()), torch.from_numpy(np.concatenate([DYNAMIC, offset]))]
 
 
-def _write_table(codec: Codec, found: Numbers, whole: list[torch.Tensor], shape: tuple[int, ...]) -> Encoded:
-    absmax: Array = to_numpy(found[1]).squeeze(-1) if whole else to_numpy(found[1].contiguous().view(torch.float32).squeeze(-1))
-    parts = {"codes": to_numpy(_swap(found[0])), "absmax": absmax}
+def _write_table(codec: Codec, numbers: Numbers, whole: list[torch.Tensor], shape: tuple[int, ...]) -> Encoded:
+    absmax: Array = (
+        to_numpy(numbers[1]).squeeze(-1) if whole else to_numpy(numbers[1].contiguous().view(torch.float32).squeeze(-1))
+    )
+    parts = {"codes": to_numpy(_swap(numbers[0])), "absmax": absmax}
     if whole:
         parts |= {"nested_absmax": to_numpy(whole[0]), "nested_offset": to_numpy(whole[1][-1:])}
     return Encoded(codec, shape, parts)

@@ -24,14 +24,14 @@ from ..errors import ShapeError, UnsupportedError
 
 def parts_of(planes: list[torch.Tensor], codec: codecs.Codec, shape: tuple[int, ...]) -> Parts:
     """The parts as NumPy arrays, which share the tensors' memory."""
-    found: Parts = {}
+    arrays: Parts = {}
     for (k, info), p in zip(codec.layout(shape).items(), planes, strict=True):
         if not p.is_cpu:
             raise UnsupportedError(f"{codec.name}: weights are on {p.device}, activations on the CPU; move them to one device")
         if p.nbytes != info.nbytes:
             raise ShapeError(f"{codec.name}: part {k} of weights {list(shape)} has {p.nbytes} bytes, needs {info.nbytes}")
-        found[k] = p.reshape(-1).view(torch.uint8).numpy().view(info.dtype).reshape(info.shape)
-    return found
+        arrays[k] = p.reshape(-1).view(torch.uint8).numpy().view(info.dtype).reshape(info.shape)
+    return arrays
 
 
 def check(x: torch.Tensor, out_features: int, in_features: int) -> None:
@@ -95,13 +95,13 @@ def linear_backward(
     kind, shape = codecs.get(codec), (out_features, in_features)
     whole = codecs.Encoded(kind, shape, parts_of(planes, kind, shape))
     rows = grad.detach().reshape(-1, out_features).float()
-    found = torch.zeros(rows.shape[0], in_features)
+    result = torch.zeros(rows.shape[0], in_features)
     step = max(1, DECODED_AT_ONCE // max(1, in_features)) if kind.sliceable else max(1, out_features)
     for at in range(0, out_features, step):
         part = whole.rows(slice(at, at + step)) if step < out_features else whole
         w = np.require(part.decode(threads=torch.get_num_threads()), requirements=["C", "W"])
-        found.addmm_(rows[:, at : at + step], torch.from_numpy(w))
-    return found.to(grad.dtype).reshape(*grad.shape[:-1], in_features)
+        result.addmm_(rows[:, at : at + step], torch.from_numpy(w))
+    return result.to(grad.dtype).reshape(*grad.shape[:-1], in_features)
 
 
 @linear_backward.register_fake

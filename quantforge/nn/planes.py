@@ -144,39 +144,39 @@ FAMILIES: dict[str, Family] = {
 @cache
 def kind(codec: str) -> str:
     """The kernels' name for a codec: its family's, or its own where the planes are the stored parts."""
-    found = family(codec)
-    return found.kind if found else codecs.get(codec).name
+    mine = family(codec)
+    return mine.kind if mine else codecs.get(codec).name
 
 
 @cache
 def family(codec: str) -> Family | None:
     """The kernel family of a codec, or None: its planes are the stored parts."""
-    found = codecs.get(codec)
-    return integers.family(found) or fp8.family(found) or FAMILIES.get(found.name)
+    known = codecs.get(codec)
+    return integers.family(known) or fp8.family(known) or FAMILIES.get(known.name)
 
 
 def pack(e: Encoded) -> Planes:
     """The planes of a matrix, on the CPU; the same bytes but for padding. Raises ShapeError if it is no matrix."""
     if len(e.shape) != 2:
         raise ShapeError(f"{e.codec.name}: weights {list(e.shape)} are not a matrix [out, in]; take them apart first")
-    found = family(e.codec.name)
-    if found is None:
+    mine = family(e.codec.name)
+    if mine is None:
         return Planes(e.codec.name, e.codec, e.shape, {k: tensor(e.parts[k]) for k in e.codec.layout(e.shape)})
-    return Planes(found.kind, e.codec, e.shape, found.pack(e))
+    return Planes(mine.kind, e.codec, e.shape, mine.pack(e))
 
 
 def restore(tensors: Sequence[torch.Tensor], codec: str, shape: tuple[int, ...]) -> Planes:
     """Planes of tensors that `pack` made, in its order."""
-    found = codecs.get(codec)
-    names = list(found.layout(shape)) if family(codec) is None else [str(i) for i in range(len(tensors))]
-    return Planes(kind(codec), found, shape, dict(zip(names, tensors, strict=True)))
+    known = codecs.get(codec)
+    names = list(known.layout(shape)) if family(codec) is None else [str(i) for i in range(len(tensors))]
+    return Planes(kind(codec), known, shape, dict(zip(names, tensors, strict=True)))
 
 
 def unpack(p: Planes) -> Encoded:
     """Inverse of `pack`, bit by bit."""
-    found = family(p.codec.name)
-    if found is None:
+    mine = family(p.codec.name)
+    if mine is None:
         layout = p.codec.layout(p.shape)
         bytes_ = {k: to_numpy(t.cpu().contiguous().reshape(-1).view(torch.uint8)) for k, t in p.tensors.items()}
         return Encoded(p.codec, p.shape, {k: bytes_[k].view(i.dtype).reshape(i.shape) for k, i in layout.items()})
-    return found.unpack(p.codec, p.shape, [t.cpu() for t in p.tensors.values()])
+    return mine.unpack(p.codec, p.shape, [t.cpu() for t in p.tensors.values()])

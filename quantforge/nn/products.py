@@ -20,7 +20,7 @@ import torch
 from .. import codecs
 from ..codecs.fp8 import Fp8Codec
 from . import ops
-from . import planes as layouts
+from .planes import family
 from .tiles import TILE
 
 _log = logging.getLogger(__name__)
@@ -95,9 +95,9 @@ def _rows_of(planes: list[torch.Tensor], codec: str, shape: tuple[int, int]) -> 
 
     A slice of planes is a matrix of its own, unless rows know their number: then, as without anything to cut, none.
     """
-    if layouts.family(codec) is not None:
-        found = [TILE if p.dim() == 3 else 0 for p in planes]
-        return found if found[0] and found.count(0) <= 1 else []
+    if family(codec) is not None:
+        rows = [TILE if p.dim() == 3 else 0 for p in planes]
+        return rows if rows[0] and rows.count(0) <= 1 else []
     kind = codecs.get(codec)
     if isinstance(kind, Fp8Codec) and kind.tile:
         return [1, kind.tile]
@@ -134,7 +134,7 @@ def slabs(x: torch.Tensor, planes: list[torch.Tensor], codec: str, out_features:
 def backward(grad: torch.Tensor, planes: list[torch.Tensor], codec: str, in_features: int) -> torch.Tensor:
     """grad w by cuBLAS: grad [m, out] of any float dtype -> [m, in_features] of that dtype, summed in f32."""
     (m, out), dtype = grad.shape, torch.float32 if grad.dtype == torch.float64 else grad.dtype
-    found = torch.zeros((m, in_features), dtype=torch.float32, device=grad.device)
+    total = torch.zeros((m, in_features), dtype=torch.float32, device=grad.device)
     for rows, w in numbers(planes, codec, (out, in_features), dtype):
-        found += torch.mm(grad[:, rows].to(dtype), w)
-    return found.to(grad.dtype)
+        total += torch.mm(grad[:, rows].to(dtype), w)
+    return total.to(grad.dtype)

@@ -89,6 +89,6 @@ _WAYS: dict[type[Codec], Callable[[Codec, list[torch.Tensor], tuple[int, int]], 
 
 def decode(codec: str, parts: list[torch.Tensor], shape: tuple[int, int]) -> torch.Tensor | None:
     """f32[shape] on the parts' device, bit-equal to the codec's decode; None where only the codec itself can do it."""
-    found = codecs.get(codec)
-    way = next((way for kind, way in _WAYS.items() if isinstance(found, kind)), None)
-    return way(found, parts, shape) if way else None
+    known = codecs.get(codec)
+    way = next((way for kind, way in _WAYS.items() if isinstance(known, kind)), None)
+    return way(known, parts, shape) if way else None

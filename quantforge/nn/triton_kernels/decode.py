@@ -27,7 +27,7 @@ LOWERED = tl.constexpr(1 / 1.43670654296875)
 
 
 @dataclass(frozen=True, slots=True)
-class Family:
+class Decoding:
     """What `decode` needs to know of a family of codecs: w = scale·(code − zero), or scale·code − min."""
 
     chunk: int
@@ -52,25 +52,25 @@ class Family:
 
 
 FAMILIES = {
-    "q4_0": Family(128, (4,), "half", zero=8),
-    "q4_1": Family(128, (4,), "half_min", zero=8, mins=True),
-    "q5_0": Family(128, (4, 1), "half", zero=16),
-    "q5_1": Family(128, (4, 1), "half_min", zero=16, mins=True),
-    "q8_0": Family(128, (8,), "half", zero=128),
-    "q2_k": Family(256, (2,), "k2", sub=16, span=16, zero=2, mins=True),
-    "q3_k": Family(256, (2, 1), "k3", sub=16, span=16, zero=4),
-    "q4_k": Family(256, (4,), "k45", zero=8, mins=True),
-    "q5_k": Family(256, (4, 1), "k45", zero=16, mins=True),
-    "q6_k": Family(256, (4, 2), "k6", sub=16, span=16, zero=32),
-    "iq4_nl": Family(128, (4,), "half", table="levels"),
-    "iq4_xs": Family(256, (4,), "iq4_xs", table="levels"),
-    "mxfp4": Family(128, (4,), "e8m0", table="levels"),
-    "nf4": Family(128, (4,), "float64", span=64, table="levels"),
-    "nf4-dq": Family(128, (4,), "nested", span=64, table="levels"),
-    "iq3_xxs": Family(256, (2, 1), "eighths4", table="iq3"),
-    "iq2_xxs": Family(256, (1, 1), "eighths2", table="iq2"),
+    "q4_0": Decoding(128, (4,), "half", zero=8),
+    "q4_1": Decoding(128, (4,), "half_min", zero=8, mins=True),
+    "q5_0": Decoding(128, (4, 1), "half", zero=16),
+    "q5_1": Decoding(128, (4, 1), "half_min", zero=16, mins=True),
+    "q8_0": Decoding(128, (8,), "half", zero=128),
+    "q2_k": Decoding(256, (2,), "k2", sub=16, span=16, zero=2, mins=True),
+    "q3_k": Decoding(256, (2, 1), "k3", sub=16, span=16, zero=4),
+    "q4_k": Decoding(256, (4,), "k45", zero=8, mins=True),
+    "q5_k": Decoding(256, (4, 1), "k45", zero=16, mins=True),
+    "q6_k": Decoding(256, (4, 2), "k6", sub=16, span=16, zero=32),
+    "iq4_nl": Decoding(128, (4,), "half", table="levels"),
+    "iq4_xs": Decoding(256, (4,), "iq4_xs", table="levels"),
+    "mxfp4": Decoding(128, (4,), "e8m0", table="levels"),
+    "nf4": Decoding(128, (4,), "float64", span=64, table="levels"),
+    "nf4-dq": Decoding(128, (4,), "nested", span=64, table="levels"),
+    "iq3_xxs": Decoding(256, (2, 1), "eighths4", table="iq3"),
+    "iq2_xxs": Decoding(256, (1, 1), "eighths2", table="iq2"),
     **{
-        f"int{bits}-p{per}-{scale}{z}": Family(
+        f"int{bits}-p{per}-{scale}{z}": Decoding(
             128, (bits,), f"{scale}{z}", zero=1 << (bits - 1), per=per, span=128 // per, exact=128 if per == 1 else 64
         )
         for bits in (4, 8)
@@ -79,7 +79,7 @@ FAMILIES = {
         for z in ("", "-z")
         if scale != "f32" or per == 1
     },
-    "int8-p1-row": Family(128, (8,), "row", zero=128, per=1, span=128, exact=128),
+    "int8-p1-row": Decoding(128, (8,), "row", zero=128, per=1, span=128, exact=128),
 }
 """By kind of planes."""
 

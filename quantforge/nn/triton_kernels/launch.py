@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import triton
 
-from .decode import FAMILIES, UNIT, Family
+from .decode import FAMILIES, UNIT, Decoding
 from .gemm import gemm_kernel, prepare_kernel
 
 
@@ -36,7 +36,7 @@ SHARED = 220 * 1024
 """Bytes of shared memory that a program may take on an H100 or H200."""
 
 
-def _fits(f: Family, tokens: int, rows: int, stages: int, shared: int) -> bool:
+def _fits(f: Decoding, tokens: int, rows: int, stages: int, shared: int) -> bool:
     codes = rows * f.chunk * (sum(f.widths) + 1) // 8
     # activations wait one stage longer than codes
     return stages * (tokens * f.chunk * 2 + codes) + 8 * 1024 <= shared
@@ -48,7 +48,7 @@ def candidates(kind: str, m: int, n: int, k: int, shared: int = SHARED) -> tuple
     return tuple(_candidates(FAMILIES[kind], m, -(-k // FAMILIES[kind].chunk), shared))
 
 
-def _candidates(f: Family, m: int, chunks: int, shared: int) -> Iterator[Config]:
+def _candidates(f: Decoding, m: int, chunks: int, shared: int) -> Iterator[Config]:
     tokens = min(max(16, 1 << (m - 1).bit_length()), 128)
     for rows, warps in ((64, 4), (128, 8)):
         stages = next((s for s in (4, 3, 2) if _fits(f, tokens, rows, s, shared)), 1)
@@ -150,12 +150,12 @@ def default(device: torch.device, kind: str, m: int, n: int, k: int) -> Config:
     return choose(kind, m, n, k, *_device(device))
 
 
-def is_scaled(f: Family, c: Config) -> bool:
+def is_scaled(f: Decoding, c: Config) -> bool:
     """Whether a product's weights are scaled, as f16, before they are multiplied, and not the sums."""
     return c.tokens > f.exact
 
 
-def constants(f: Family, c: Config, dtype: torch.dtype, even: bool = True) -> dict[str, int | float | str]:
+def constants(f: Decoding, c: Config, dtype: torch.dtype, even: bool = True) -> dict[str, int | float | str]:
     """The kernel's constants. dtype: of the x that it gets; even: columns fill the last chunk."""
     unit = UNIT[dtype] if f.table in ("", *_CODEBOOKS) else 1.0
     zero = f.zero if not f.mins or is_scaled(f, c) else 0
@@ -168,7 +168,7 @@ def constants(f: Family, c: Config, dtype: torch.dtype, even: bool = True) -> di
     }  # fmt: skip
 
 
-def _prepared(x: torch.Tensor, f: Family) -> tuple[torch.Tensor, torch.Tensor]:
+def _prepared(x: torch.Tensor, f: Decoding) -> tuple[torch.Tensor, torch.Tensor]:
     """x [m, in] as products of scaled weights want it: f16 [m, whole chunks], and f32[m]."""
     m, k = x.shape
     found = torch.empty((m, -(-k // f.chunk) * f.chunk), dtype=torch.float16, device=x.device)
@@ -183,7 +183,7 @@ def gemm(
 ) -> torch.Tensor:
     """x wᵀ for a matrix in planes of `kind`: x bf16 or f16 [m, in], in a multiple of 8 -> [m, out_features] of x's dtype.
 
-    Up to `Family.exact` activations weights are exact codes (NF4's levels rounded), beyond that f16; sums are f32. On the
+    Up to `Decoding.exact` activations weights are exact codes (NF4's levels rounded), beyond that f16; sums are f32. On the
     current stream; deterministic.
     """
     family, (m, k) = FAMILIES[kind], x.shape

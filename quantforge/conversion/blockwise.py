@@ -31,7 +31,7 @@ from ..errors import CalibrationError, NonFiniteError, UnsupportedError
 from ..formats import Source
 from ..methods import AWQ, Method, Stats, output_errors
 from ..methods import get as get_method
-from ..runtime import FUSED, TOKENS_AT_ONCE, Model
+from ..runtime import TOKENS_AT_ONCE, Model
 
 HELD_OUT = 8
 """One window of so many only judges: the better of the method and rtn on it is kept."""
@@ -215,7 +215,7 @@ class _Block:
         """Quantize, and advance both hidden states."""
         self.model.load(self.before, self.prefix)
         self.becoming.load(self.after, self.prefix)
-        names = {n for n in self.tasks if n.startswith(f"{self.prefix}.")}
+        names = set(self.model.names(self.i)) & self.tasks.keys()
         if isinstance(self.method, AWQ):
             for scaled in self.model.arch.scale_groups if self.model.arch else ():
                 self._scale(scaled, full)
@@ -246,7 +246,7 @@ class _Block:
             key = experts if experts != names[0] else (x.data_ptr(), x.shape)
             seen.setdefault(key, {})[tuple(names)] = None
 
-        with observing(self.after, self.prefix, note):
+        with observing(self.after, self.becoming, self.i, note):
             self.becoming.run_block(self.i, self.after, hidden[: self.batch].clone(), self.batch)
         return [
             [list(g) for g in groups] if isinstance(key, str) else [[n for g in groups for n in g]]
@@ -262,7 +262,7 @@ class _Block:
             if len(found) == len(wanted):
                 raise _Enough
 
-        with observing(layer, self.prefix, note), suppress(_Enough):
+        with observing(layer, model, self.i, note), suppress(_Enough):
             model.run_block(self.i, layer, hidden.clone(), self.batch)
         return found
 
@@ -373,16 +373,7 @@ class _Block:
 
     def matrix(self, layer: nn.Module, name: str) -> torch.Tensor:
         """A matrix or vector of a block by its checkpoint name: a view of the module's parameter."""
-        path = name.removeprefix(f"{self.prefix}.")
-        match = re.fullmatch(r"(.*\.experts)\.(\d+)\.(\w+)\.weight", path)
-        if match:
-            module, e = layer.get_submodule(match[1]), int(match[2])
-            for fused, parts in FUSED.items():
-                if match[3] in parts and isinstance(w := getattr(module, fused[1:], None), nn.Parameter):
-                    size = w.shape[1] // len(parts)
-                    at = parts.index(match[3]) * size
-                    return w.data[e, at : at + size]
-        return layer.get_parameter(path).data
+        return (self.becoming if layer is self.after else self.model).matrix(self.i, name)
 
     def _quantize(self, group: list[str], moments: _Moments) -> list[Outcome]:
         """Quantize matrices that share an input, and put what they have become in place."""

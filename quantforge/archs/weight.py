@@ -97,6 +97,18 @@ class Weight:
         whole = len(self.pieces) == 1 and self.pieces[0].rows is None and not self.pieces[0].groups
         return whole and self.order is None and self.value is None and not self.groups
 
+    def span(self, source: str) -> slice | None:
+        """The rows that are those of a source, in its order, before any transposing; None where they are no single run."""
+        first = 0
+        found = None
+        for p in self.pieces:
+            if p.source == source:
+                if found is not None or p.rows is not None or p.groups:
+                    return None
+                found = slice(first, first + p.count)
+            first += p.count
+        return found if self.order is None else None
+
     @property
     def role(self) -> str:
         """GGUF stem without layer and suffix: "attn_q", "token_embd"."""
@@ -201,3 +213,53 @@ def _order(targets: list[Rows], name: str, count: int) -> Rows | None:
 def numbers(rows: Rows) -> NDArray[np.int64]:
     """Row numbers as an array."""
     return np.arange(rows.start, rows.stop, dtype=np.int64) if isinstance(rows, slice) else rows
+
+
+# ---- made of what others are made of
+
+
+def gathered(
+    name: str, shape: Shape, sources: Mapping[str, int], order: NDArray[np.int64], value: Value | None = None, groups: int = 0
+) -> Weight:
+    """A tensor by the numbers of its rows, those of all sources counted one after another; sources: name -> number of rows."""
+    names, counts = list(sources), np.fromiter(sources.values(), np.int64, len(sources))
+    ends = counts.cumsum()
+    which = np.searchsorted(ends, order, "right")
+    cuts = np.flatnonzero((np.diff(order) != 1) | (np.diff(which) != 0)) + 1
+    starts, stops = np.concatenate([[0], cuts]), np.concatenate([cuts, [len(order)]])
+    used = np.unique(which)
+    pieces: list[Piece] = []
+    if len(starts) <= 4 * max(4, len(used), shape[0] if len(shape) > 2 else 0):  # a few runs of rows
+        for a, b in zip(starts, stops, strict=True):
+            k = int(which[a])
+            first = int(order[a] - (ends[k] - counts[k]))
+            pieces.append(_piece(names[k], int(counts[k]), slice(first, first + int(b - a))))
+        return Weight(name, shape, tuple(pieces), None, value, groups)
+    begins = np.zeros(len(names), np.int64)
+    begins[used] = np.concatenate([[0], counts[used].cumsum()[:-1]])
+    pieces = [Piece(names[k], int(counts[k])) for k in used]
+    return Weight(name, shape, tuple(pieces), begins[which] + order - (ends - counts)[which], value, groups)
+
+
+def composed(outer: Weight, inner: Mapping[str, Weight], stored: Mapping[str, Shape]) -> Weight | None:
+    """A weight whose sources are themselves made of others, as made of those; None where that is no matter of rows.
+
+    inner: by the names of outer's sources; stored: shapes of what those are made of.
+    """
+    parts = [inner[s] for s in outer.sources]
+    if outer.plain and width(outer.shape) == width(parts[0].shape):
+        return replace(parts[0], shape=outer.shape)
+    crosswise = any(p.groups for w in (outer, *parts) for p in w.pieces) or any(w.groups for w in parts)
+    values = {id(w.value): w.value for w in parts}
+    if crosswise or outer.value is not None or len(values) != 1 or any(w.constant is not None for w in parts):
+        return None
+    wide = width(parts[0].shape)
+    sizes = {s: prod(stored[s]) // wide for w in parts for s in w.sources}
+    begins = dict(zip(sizes, np.cumsum([0, *sizes.values()]), strict=False))
+    flat = {}
+    for s, w in zip(outer.sources, parts, strict=True):
+        rows = np.concatenate([begins[p.source] + numbers(slice(0, p.count) if p.rows is None else p.rows) for p in w.pieces])
+        flat[s] = rows if w.order is None else rows[w.order]
+    rows = np.concatenate([flat[p.source] if p.rows is None else flat[p.source][p.rows] for p in outer.pieces])
+    rows = rows if outer.order is None else rows[outer.order]
+    return gathered(parts[0].name, outer.shape, sizes, rows, parts[0].value, outer.groups)

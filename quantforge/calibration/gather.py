@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -17,12 +18,13 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from .. import codecs, formats
 from ..arrays import F32
 from ..errors import CalibrationError, FormatError, NonFiniteError, OutputError, RecipeError
 from ..formats import Header, Stored, open_path
-from ..runtime import FUSED, Model, advance
+from ..runtime import Model, advance
 from ..tokenizer import Tokenizer
 from . import overlap
 from .corpus import BUILTIN, HELD_OUT, Corpus, Ints, Stages, cut, read_text
@@ -81,44 +83,77 @@ def sketch(text: PathLike) -> overlap.Sketch:
 # ---- what the matrices of a block see
 
 
+_PRODUCTS = {nn.functional.linear: 1, torch.matmul: 1, torch.Tensor.matmul: 1, torch.Tensor.__matmul__: 1, torch.bmm: 1,
+             torch.addmm: 2}  # fmt: skip
+"""Products of inputs with a matrix -> which argument the matrix is."""
+
+
+class _Products(TorchFunctionMode):
+    """Sees products with matrices: those whose memory belongs to a parameter."""
+
+    def __init__(self, see: Callable[[torch.Tensor, torch.Tensor], None]) -> None:
+        super().__init__()
+        self._see = see
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        at = _PRODUCTS.get(func)
+        if at is not None and len(args) > at:
+            self._see(args[at - 1], args[at])
+        return func(*args, **(kwargs or {}))
+
+
 @contextmanager
-def observing(layer: nn.Module, prefix: str, note: Note) -> Iterator[None]:
-    """Call note(names, x) whenever matrices of a block run: their checkpoint names and their input x[tokens, in].
+def observing(layer: nn.Module, model: Model, i: int, note: Note) -> Iterator[None]:
+    """Call note(names, x) whenever matrices of block i run: their checkpoint names and their input x[tokens, in].
 
-    Covers every module with a matrix of its own (linears, routers) and transformers' stacked experts, whose
-    matrices are named one by one; an expert's x has only the tokens that were routed to it.
+    Covers every product with a parameter (linears, routers), and stacked experts one by one; an expert's x has only the
+    tokens that were routed to it. "name[e]" is the e-th of the experts that a checkpoint has in one tensor.
     """
+    named = model.observed(i)
+    matrices = {p.data_ptr(): (p, named[k]) for k, p in layer.named_parameters() if k in named and p.ndim in (2, 3)}
+    starts = sorted(matrices)
+    seen: set[tuple[int, int]] = set()
+
+    def see(x: Any, w: Any) -> None:
+        if not isinstance(w, torch.Tensor) or not isinstance(x, torch.Tensor) or not starts:
+            return
+        start = starts[max(0, bisect_right(starts, w.data_ptr()) - 1)]
+        p, names = matrices[start]
+        e, rest = divmod(w.data_ptr() - start, p[0].nbytes if p.ndim == 3 else max(1, p.nbytes))
+        if rest or e < 0 or e >= len(names) or w.ndim not in (2, 3):
+            return
+        if w.ndim == 3:
+            for k in range(len(names)):
+                seen.add((start, k))
+                some = x[k].detach().reshape(-1, x.shape[-1])
+                note(names[k], some[(some != 0).any(-1)])  # tokens that are not an expert's are zeros
+            return
+        seen.add((start, e))
+        note(names[e], x.detach().reshape(-1, x.shape[-1]))
+
+    def begin(module: nn.Module, _: Any) -> None:
+        seen.clear()
+
+    def end(module: nn.Module, *_: Any) -> None:
+        """Tell of experts that saw no token."""
+        for p in module.parameters(recurse=False):
+            if p.ndim == 3 and p.data_ptr() in matrices and any(s == p.data_ptr() for s, _ in seen):
+                wide = p.shape[1] if getattr(module, "is_transposed", False) else p.shape[2]
+                for e, names in enumerate(matrices[p.data_ptr()][1]):
+                    if (p.data_ptr(), e) not in seen:
+                        note(names, p.new_empty(0, wide))
+
     with ExitStack() as stack:
-        for path, module in layer.named_modules():
-            stem = f"{prefix}.{path}" if path else prefix
-            if all(isinstance(getattr(module, k[1:], None), nn.Parameter) for k in FUSED):
-                hook = _expert_hook(module, stem, note)
-            elif (w := module._parameters.get("weight")) is not None and w.ndim == 2:
-                hook = _matrix_hook(f"{stem}.weight", note)
-            else:
-                continue
-            handle = module.register_forward_pre_hook(hook)
-            stack.callback(handle.remove)
+        for module in layer.modules():
+            if any(p.ndim == 3 for p in module.parameters(recurse=False)):
+                stack.callback(module.register_forward_pre_hook(begin).remove)
+                stack.callback(module.register_forward_hook(end).remove)
+                config: Any = getattr(module, "config", None)
+                if hasattr(config, "_experts_implementation"):
+                    stack.callback(setattr, config, "_experts_implementation", config._experts_implementation)
+                    config._experts_implementation = "eager"  # which takes experts one by one
+        stack.enter_context(_Products(see))
         yield
-
-
-def _matrix_hook(name: str, note: Note) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        note([name], args[0].detach().reshape(-1, args[0].shape[-1]))
-
-    return hook
-
-
-def _expert_hook(module: Any, stem: str, note: Note) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-        hidden, chosen = args[0].detach().reshape(-1, args[0].shape[-1]), args[1].reshape(-1, args[1].shape[-1])
-        for e in range(module.gate_up_proj.shape[0]):
-            x = hidden[(chosen == e).any(-1)]
-            note([f"{stem}.{e}.{p}.weight" for p in FUSED[".gate_up_proj"]], x)
-            gate, up = nn.functional.linear(x, module.gate_up_proj[e]).chunk(2, dim=-1)
-            note([f"{stem}.{e}.down_proj.weight"], module.act_fn(gate) * up)
-
-    return hook
 
 
 class _Squares:
@@ -232,7 +267,7 @@ def gather(model: Model, ids: Ints, progress: Stages | None = None) -> _Squares:
     hooks = ExitStack()
 
     def before(i: int, blocks: Sequence[nn.Module], hidden: Sequence[torch.Tensor]) -> None:
-        hooks.enter_context(observing(blocks[0], f"{model.prefix}.{i}", squares.note))
+        hooks.enter_context(observing(blocks[0], model, i, squares.note))
 
     def after(i: int, blocks: Sequence[nn.Module], hidden: Sequence[torch.Tensor]) -> None:
         hooks.close()
@@ -284,9 +319,18 @@ def stored_names(model: Model) -> dict[str, list[str]]:
     if model.source.format == "gguf":
         found: dict[str, list[str]] = {}
         for name, made in model.places.items():
-            for stored in made.sources:
-                found.setdefault(stored, []).append(name)
-        return found
+            if not made.groups and not any(p.groups for p in made.pieces):  # transposed, it has another input
+                for stored in made.sources:
+                    found.setdefault(stored, []).append(name)
+        stacked = {k: s.shape[0] for k, s in model.source.weights.items() if len(s.shape) == 3}
+        return {k: _each(v, stacked.get(k, 0)) for k, v in found.items()}
     assert model.arch is not None
     shapes = {k: tuple(v.shape) for k, v in model.source.weights.items()}
-    return {w.name: list(w.sources) for w in model.arch.weights(model.config, shapes) if w.sources and w.layer is not None}
+    weights = [w for w in model.arch.weights(model.config, shapes) if w.sources and w.layer is not None]
+    crosswise = {w.name for w in weights if w.groups or any(p.groups for p in w.pieces)}
+    return {w.name: _each(list(w.sources), w.experts) for w in weights if w.name not in crosswise or w.experts}
+
+
+def _each(names: list[str], experts: int) -> list[str]:
+    """The matrices of experts that a checkpoint has in one tensor; other names as they are."""
+    return [f"{names[0]}[{e}]" for e in range(experts)] if experts > 1 and len(names) == 1 else names

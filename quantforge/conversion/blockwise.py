@@ -11,14 +11,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from ..archs.weight import Value, numbers
+from .. import codecs
+from ..archs.weight import Value, Weight, numbers
 from ..arrays import F32, Parts
 from ..calibration.corpus import Ints, Stages
 from ..calibration.gather import observing, stored_names
@@ -27,29 +28,29 @@ from ..codecs.integers import ActOrderCodec
 from ..codecs.plain import PlainCodec
 from ..errors import CalibrationError, NonFiniteError, UnsupportedError
 from ..formats import Source
+from ..formats.rows import decoded, read_rows
 from ..methods import Method, Stats, output_errors
 from ..methods import get as get_method
-from ..runtime import FUSED, TOKENS_AT_ONCE, Model
+from ..runtime import TOKENS_AT_ONCE, Model
+from ..runtime.stored import Held, expert_of
 from .moments import Moments, lend
 from .plan import PlannedTensor
 
 HELD_OUT = 8
 """One window of so many only judges: the better of the method and rtn on it is kept."""
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.+)\.weight")
-"""A matrix of one expert, as `observing` names it."""
+"""A matrix of one expert, as `observing` names it where a checkpoint has them one by one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """Where a tensor of the model goes."""
+    """Where rows of a matrix of the model go."""
 
     tensor: PlannedTensor
-    order: NDArray[np.int64] | None = None
-    """Its rows in the output's order."""
-    value: Value | None = None
-    """How its numbers change."""
+    rows: NDArray[np.int64] | None = None
+    """Which of its rows, in the output's order; None: all, as they are."""
     row: int = 0
-    """Where its rows begin in `tensor`: experts are stacked."""
+    """Where they begin in `tensor`: experts are stacked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,7 @@ class _Enough(Exception):
 class _Becoming(Model):
     """The model with its embeddings and norms outside of the blocks as the output will have them."""
 
-    outputs: Mapping[str, Output]
+    outputs: Outputs
 
     def block_names(self, i: int) -> dict[str, str]:
         """GGUF name without "blk.N." -> checkpoint name, of one block."""
@@ -87,10 +88,10 @@ class _Becoming(Model):
 
     def parameter(self, name: str) -> F32:
         w = super().parameter(name)
-        output = self.outputs.get(name)
-        if output is None or isinstance(output.tensor.target, PlainCodec) or name.startswith(f"{self.prefix}."):
+        found = self.outputs.of.get(name, ())
+        if len(found) != 1 or isinstance(found[0].tensor.target, PlainCodec) or name.startswith(f"{self.prefix}."):
             return w
-        codec = output.tensor.target
+        codec = found[0].tensor.target
         return Encoded(codec, w.shape, codec.encode(w)).decode()
 
 
@@ -118,7 +119,7 @@ def quantize_blocks(
             "one window of calibration tokens is not enough: one chooses, another judges; give more --calibration-chunks"
         )
     model, becoming = Model(source, source.path.name, device=device), _Becoming(source, source.path.name, device=device)
-    becoming.outputs = outputs = _outputs(model, tensors)
+    becoming.outputs = outputs = Outputs.find(model, tensors)
     windows = torch.from_numpy(ids).to(model.device)
     batch = max(1, min(TOKENS_AT_ONCE[model.device.type] // windows.shape[1], len(windows)))
     full, hidden = model.enter(windows, batch), becoming.enter(windows, batch)
@@ -128,33 +129,75 @@ def quantize_blocks(
             progress("blocks", i + 1, len(model.layers))
 
 
-def _outputs(model: Model, tensors: Sequence[PlannedTensor]) -> dict[str, Output]:
-    """The model's own name -> where it goes."""
-    found = {}
-    by_source = {s: t for t in tensors for s in t.weight.sources}
-    forward = {}  # GGUF name -> how it is made of the checkpoint's tensors
-    if model.source.format == "gguf" and model.arch is not None:
-        forward = {w.name: w for w in model.arch.weights(model.config, {n: p.shape for n, p in model.places.items()})}
-    for name, place in model.places.items():
-        tensor = by_source.get(place.sources[0])
-        if tensor is None:
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """The tensors of the output in terms of the model's own."""
+
+    made: Mapping[str, Weight]
+    """Tensor of the output -> what it is made of: checkpoint tensors."""
+    of: Mapping[str, Sequence[Output]]
+    """Matrix of the model, as `observing` names it -> where its rows go, unchanged but for their order."""
+    tensors: Mapping[str, PlannedTensor]
+
+    @classmethod
+    def find(cls, model: Model, tensors: Sequence[PlannedTensor]) -> Outputs:
+        """Those of a plan. Raises UnsupportedError for experts that cannot be stored one by one."""
+        forward = {}  # GGUF name -> how it is made of the checkpoint's tensors
+        if model.source.gguf_names and model.arch is not None:
+            forward = {w.name: w for w in model.arch.weights(model.config, {n: p.shape for n, p in model.places.items()})}
+        made: dict[str, Weight] = {}
+        of: dict[str, list[Output]] = {}
+        for t in tensors:
+            if t.weight.constant is not None:
+                continue
+            if t.name != t.weight.name:  # a checkpoint's tensor: the model's own
+                made[t.name] = Weight.of(t.name, t.shape)
+            else:
+                made[t.name] = forward.get(t.weight.sources[0], t.weight) if t.weight.plain else t.weight
+            for matrix, output in _rows(model, t, made[t.name]):
+                of.setdefault(matrix, []).append(output)
+        return cls(made, of, {t.name: t for t in tensors})
+
+
+def _rows(model: Model, t: PlannedTensor, made: Weight) -> Iterator[tuple[str, Output]]:
+    """The model's matrices that a tensor has rows of; none where numbers change on the way, or rows are no rows there."""
+    alone = made.order is None or len(made.pieces) == 1
+    if not made.by_row or not alone or len(t.shape) < 2 or any(s not in model.places for s in made.sources):
+        return
+    parts = list(_parts(model, made))
+    if len(parts) > 1 and not t.target.row_local and not isinstance(t.target, PlainCodec):
+        raise UnsupportedError(f"{t.name}: {t.target.name} cannot hold matrices that are quantized one by one; use method rtn")
+    at = 0
+    for matrix, rows, count in parts:
+        yield matrix, Output(t, rows, at)
+        at += count
+
+
+def _parts(model: Model, made: Weight) -> Iterator[tuple[str, NDArray[np.int64] | None, int]]:
+    """Matrix, its rows (None: all) and their number, of what a tensor is made of."""
+    for piece in made.pieces:
+        shape = model.places[piece.source].shape
+        rows = None if piece.rows is None else numbers(piece.rows)
+        if made.order is not None:
+            rows = numbers(made.order) if rows is None else rows[numbers(made.order)]
+        if len(shape) < 3:
+            yield piece.source, rows, piece.count if rows is None else len(rows)
             continue
-        weight = tensor.weight
-        if tensor.name != weight.name:  # a checkpoint's tensor: the model's own numbers
-            found[name] = Output(tensor)
-            continue
-        made = forward.get(place.sources[0], weight)
-        if len(place.sources) > 1 or sum(place.sources[0] in t.weight.sources for t in tensors) > 1:
-            raise UnsupportedError(f"{tensor.name}: a part of {name}; use method rtn")
-        at = made.sources.index(name if forward else place.sources[0])
-        if weight.experts and not tensor.target.row_local:
-            raise UnsupportedError(
-                f"{tensor.name}: {tensor.target.name} cannot hold experts that are quantized one by one; use method rtn"
-            )
-        rows = made.pieces[at].rows if made.order is None else made.order
-        row = at * weight.shape[-2] if weight.experts else 0
-        found[name] = Output(tensor, None if rows is None else numbers(rows), made.value, row)
-    return found
+        rows = np.arange(piece.count) if rows is None else rows  # of the stacked experts, one after another
+        for e in range(shape[0]):
+            own = rows[rows // shape[1] == e] - e * shape[1]
+            yield f"{piece.source}[{e}]", None if np.array_equal(own, np.arange(shape[1])) else own, len(own)
+
+
+def _role_of_experts(name: str) -> str:
+    """What all experts' matrices of a kind are called, with a star for the number; empty where it is no expert's."""
+    stem, e = expert_of(name)
+    match = _EXPERT.fullmatch(name)
+    return f"{stem}[*]" if e is not None else f"{match[1]}.*.{match[3]}" if match else ""
+
+
+def _is_expert(name: str) -> bool:
+    return _role_of_experts(name) != ""
 
 
 class _Block:
@@ -165,7 +208,7 @@ class _Block:
         model: Model,
         becoming: _Becoming,
         i: int,
-        outputs: Mapping[str, Output],
+        outputs: Outputs,
         method: Method,
         batch: int,
         full: torch.Tensor,
@@ -184,24 +227,40 @@ class _Block:
         self.model.load(self.before, self.prefix)
         self.becoming.load(self.after, self.prefix)
         self.method.prepare(self)
-        left = {n for n in self.outputs if n.startswith(f"{self.prefix}.")}
+        own = set(self.model.names(self.i))
+        left = {n: t for n, t in self.outputs.tensors.items() if n in self.outputs.made and self._is_own(n, own)}
+        done: set[str] = set()
         for stage in self._stages():
-            groups = [[n for n in g if n in left and not self.is_plain(n)] for g in stage]
+            groups = [[n for n in g if n not in done and self._quantized(n)] for g in stage]
             groups = [g for g in groups if g]
             for group, moments in zip(groups, self._moments(groups), strict=True):
                 for outcome in self._quantize(group, moments):
                     write(outcome)
-                left -= set(group)
+                done |= set(group)
         for name in sorted(left):  # norms, biases, and what the recipe leaves alone
-            write(self._copy(name))
+            if not self._written(name, done):
+                write(self._copy(name))
         self.model.run_block(self.i, self.before, self.full, self.batch)
         self.becoming.run_block(self.i, self.after, self.hidden, self.batch)
         Model.unload(self.before)
         Model.unload(self.after)
 
-    def is_plain(self, name: str) -> bool:
-        """True if it is not quantized."""
-        return isinstance(self.outputs[name].tensor.target, PlainCodec)
+    def _is_own(self, tensor: str, own: set[str]) -> bool:
+        """Is a tensor of the output made of this block's?"""
+        return any(s in own for s in self.outputs.made[tensor].sources)
+
+    def _quantized(self, name: str) -> list[Output]:
+        """Where rows of a matrix go that are rounded."""
+        return [o for o in self.outputs.of.get(name, ()) if not isinstance(o.tensor.target, PlainCodec)]
+
+    def _written(self, tensor: str, done: set[str]) -> bool:
+        """Have all rows of a tensor been written? Raises UnsupportedError where only some have."""
+        having = [n for n, outputs in self.outputs.of.items() if any(o.tensor.name == tensor for o in outputs)]
+        written = [n for n in having if n in done and any(o.tensor.name == tensor for o in self._quantized(n))]
+        if written and len(written) < len(having):
+            missing = next(n for n in having if n not in written)
+            raise UnsupportedError(f"{tensor}: {missing} is never multiplied with anything; use method rtn")
+        return bool(written)
 
     # ---- inputs
 
@@ -212,11 +271,10 @@ class _Block:
 
         def note(names: Sequence[str], x: torch.Tensor) -> None:
             held.append(x)
-            expert = _EXPERT.fullmatch(names[0])
-            key = f"{expert[1]}.*.{expert[3]}" if expert else (x.data_ptr(), x.shape)
+            key = _role_of_experts(names[0]) or (x.data_ptr(), x.shape)
             seen.setdefault(key, {})[tuple(names)] = None
 
-        with observing(self.after, self.prefix, note):
+        with observing(self.after, self.becoming, self.i, note):
             self.becoming.run_block(self.i, self.after, self.hidden[: self.batch].clone(), self.batch)
         return [
             [list(g) for g in groups] if isinstance(key, str) else [[n for g in groups for n in g]]
@@ -232,7 +290,7 @@ class _Block:
             if len(found) == len(wanted):
                 raise _Enough
 
-        with observing(layer, self.prefix, note), suppress(_Enough):
+        with observing(layer, model, self.i, note), suppress(_Enough):
             model.run_block(self.i, layer, hidden.clone(), self.batch)
         return found
 
@@ -242,7 +300,7 @@ class _Block:
         found = [Moments(needs) for _ in groups]
         if not groups or not needs:
             return found
-        routed = _EXPERT.fullmatch(firsts[0]) is not None  # an expert's tokens differ between the two: nothing to compare
+        routed = _is_expert(firsts[0])  # an expert's tokens differ between the two: nothing to compare
         first = 0
         for theirs, ours in zip(torch.split(self.full, self.batch), torch.split(self.hidden, self.batch), strict=True):
             windows, ctx = torch.arange(first, first + len(ours)), ours.shape[1]
@@ -268,11 +326,11 @@ class _Block:
         names = {k.removeprefix(stem): v[0] for k, v in stored.items() if k.startswith(stem) and len(v) == 1}
         for group in arch.scale_groups if arch else ():
             feeders = [names[n] for n in (f"{group.source}.weight", f"{group.source}.bias") if n in names]
-            targets = [t for role in group.targets if (t := names.get(f"{role}.weight", "")) in self.outputs]
-            if f"{group.source}.weight" not in names or len(targets) < len(group.targets):
+            targets = list(dict.fromkeys(names.get(f"{role}.weight", "") for role in group.targets))
+            if f"{group.source}.weight" not in names or not all(len(self._quantized(t)) == 1 for t in targets):
                 continue
             matrices = [self.matrix(self.after, t) for t in targets]
-            if any(self.is_plain(t) for t in targets) or any(w.ndim != 2 for w in matrices):
+            if any(w.ndim != 2 for w in matrices):
                 continue
             rows, n = len(self.matrix(self.after, feeders[0])), matrices[0].shape[1]
             repeat = n // rows  # query heads per value head
@@ -280,20 +338,15 @@ class _Block:
             if repeat * rows == n and head > 0:
                 yield _Group(self, targets, feeders, repeat, head)
 
+    def value_of(self, name: str) -> Value | None:
+        """How the numbers of a tensor of the model change on the way to the output."""
+        return next((w.value for w in self.outputs.made.values() if name in w.sources), None)
+
     # ---- weights
 
     def matrix(self, layer: nn.Module, name: str) -> torch.Tensor:
         """A matrix or vector of a block by its checkpoint name: a view of the module's parameter."""
-        path = name.removeprefix(f"{self.prefix}.")
-        match = _EXPERT.fullmatch(path)
-        if match:
-            module, e = layer.get_submodule(match[1]), int(match[2])
-            for fused, parts in FUSED.items():
-                if match[3] in parts and isinstance(w := getattr(module, fused[1:], None), nn.Parameter):
-                    size = w.shape[1] // len(parts)
-                    at = parts.index(match[3]) * size
-                    return w.data[e, at : at + size]
-        return layer.get_parameter(path).data
+        return (self.becoming if layer is self.after else self.model).matrix(self.i, name)
 
     def _quantize(self, group: list[str], moments: Moments) -> list[Outcome]:
         """Quantize matrices that share an input, and put what they have become in place."""
@@ -301,58 +354,58 @@ class _Block:
         if self.method.needs and (stats is None or judge is None):
             raise CalibrationError(f"{group[0]}: no calibration token reached it; calibrate with more text")
         outcomes = []
-        for names in self._alike(group):
+        for parts in self._alike(group):
             try:
-                outcomes += [replace(o, tokens=moments.seen) for o in self._choose(names, stats, judge)]
+                outcomes += [replace(o, tokens=moments.seen) for o in self._choose(parts, stats, judge)]
             except NonFiniteError as e:
-                raise NonFiniteError(f"{names[0]}: {e}", ()) from None
+                raise NonFiniteError(f"{parts[0][0]}: {e}", ()) from None
             except CalibrationError as e:
-                raise CalibrationError(f"{names[0]}: {e}") from None
+                raise CalibrationError(f"{parts[0][0]}: {e}") from None
         return outcomes
 
-    def _alike(self, group: list[str]) -> list[list[str]]:
-        """Matrices of one codec whose rows can be quantized together: one factor of the Hessian, one loop over columns."""
-        found: dict[Any, list[str]] = {}
+    def _alike(self, group: list[str]) -> list[list[tuple[str, Output]]]:
+        """Rows of matrices, of one codec, that can be quantized together: one factor of the Hessian, one loop over columns."""
+        found: dict[Any, list[tuple[str, Output]]] = {}
         for name in group:
-            codec = self.outputs[name].tensor.target
-            together = codec.row_local or isinstance(codec, ActOrderCodec)  # whose groups follow from the inputs
-            found.setdefault(codec.name if together else name, []).append(name)
+            for output in self._quantized(name):
+                codec = output.tensor.target
+                together = codec.row_local or isinstance(codec, ActOrderCodec)  # whose groups follow from the inputs
+                found.setdefault(codec.name if together else (name, output.tensor.name), []).append((name, output))
         return list(found.values())
 
     def _largest(self, name: str) -> float:
         """The largest magnitude in a tensor of the output."""
-        joined = [n for n, o in self.outputs.items() if o.tensor.name == name]
+        joined = [n for n, outputs in self.outputs.of.items() if any(o.tensor.name == name for o in outputs)]
         return max(float(self.matrix(self.before, n).abs().max()) for n in joined)
 
-    def _choose(self, names: list[str], stats: Stats | None, judge: Stats | None) -> list[Outcome]:
-        """Quantize matrices of one codec; of each, keep what errs less on the held-out windows."""
-        codec = self.outputs[names[0]].tensor.sharing(self._largest)
-        ws, orders = [], []
-        for name in names:
-            output = self.outputs[name]
-            if output.value is not None:
-                raise UnsupportedError(f"{name}: its numbers change on the way to the output; {self.method.name} cannot follow")
-            rows = None if output.order is None else torch.from_numpy(output.order)
-            w = self.matrix(self.before, name).float()
-            ws.append(w if rows is None else w[rows.to(w.device)])
-            orders.append(rows)
+    def _choose(self, parts: list[tuple[str, Output]], stats: Stats | None, judge: Stats | None) -> list[Outcome]:
+        """Quantize rows of one codec; of each tensor's, keep what errs less on the held-out windows."""
+        codec = parts[0][1].tensor.sharing(self._largest)
+        ws = [self._taken(self.matrix(self.before, name), output).float() for name, output in parts]
         together: Encoded | None = None
         if self.method.takes(codec) and self.method != get_method("rtn"):
             whole = torch.cat(ws)
             together = Encoded(codec, tuple(whole.shape), self.method.quantize(whole, codec, stats))
         outcomes, first = [], 0
-        for name, w, rows in zip(names, ws, orders, strict=True):
+        for (name, output), w in zip(parts, ws, strict=True):
             mine = together
-            if together is not None and len(names) > 1:
+            if together is not None and len(parts) > 1:
                 mine = together.rows(slice(first, first + len(w)))
             first += len(w)
-            output = self.outputs[name]
             kept, encoded, error, rtn = self._better(name, w, codec, mine, stats, judge)
             result = torch.from_numpy(encoded.decode()).to(w.device)
-            self.matrix(self.after, name).copy_(result if rows is None else result[rows.argsort().to(w.device)])
-            expert = _EXPERT.fullmatch(name) is not None
+            place = self.matrix(self.after, name)
+            if output.rows is None:
+                place.copy_(result)
+            else:
+                place[torch.from_numpy(output.rows).to(w.device)] = result.to(place.dtype)
+            expert = bool(output.tensor.weight.experts) or _is_expert(name)
             outcomes.append(Outcome(output, output.tensor.stored(encoded), w.cpu().numpy(), kept, error, rtn, expert=expert))
         return outcomes
+
+    @staticmethod
+    def _taken(w: torch.Tensor, output: Output) -> torch.Tensor:
+        return w if output.rows is None else w[torch.from_numpy(output.rows).to(w.device)]
 
     def _better(
         self, name: str, w: torch.Tensor, codec: Codec, mine: Encoded | None, stats: Stats | None, judge: Stats | None
@@ -371,16 +424,18 @@ class _Block:
         return self.method.name, mine, own[0], base
 
     def _copy(self, name: str) -> Outcome:
-        """A tensor that is stored as it is, but for what `Method.prepare` did to it."""
-        output = self.outputs[name]
-        w = self.matrix(self.after, name).float().cpu().numpy()
-        if output.order is not None:
-            w = w.reshape(-1, *w.shape[max(1, w.ndim - 1) :])[output.order].reshape(w.shape)
-        if output.value is not None:
-            w = output.value.forward(w)
-        w = np.ascontiguousarray(w)
-        codec = output.tensor.target
-        return Outcome(output, output.tensor.stored(Encoded(codec, w.shape, codec.encode(w))), w, "rtn")
+        """A tensor that no method chooses codes for, with what `Method.prepare` did to it."""
+        tensor, made, plain = self.outputs.tensors[name], self.outputs.made[name], codecs.get("F32")
+        held = {}
+        try:
+            for s in made.sources:
+                w = self.matrix(self.after, s).float().cpu().numpy()
+                held[s] = Encoded(plain, w.shape, plain.encode(np.ascontiguousarray(w)))
+            w = decoded(read_rows(cast("Source", Held(held)), made)).reshape(tensor.shape)
+        except UnsupportedError:  # no part of a parameter as it is, so that nothing has changed it
+            w = decoded(read_rows(self.model.source, tensor.weight)).reshape(tensor.shape)
+        parts = tensor.stored(Encoded(tensor.target, w.shape, tensor.target.encode(np.ascontiguousarray(w))))
+        return Outcome(Output(tensor), parts, w, "rtn")
 
 
 class _Group:
@@ -391,7 +446,7 @@ class _Group:
         self.block, self.targets, self.feeders, self.repeat, self.head = block, targets, feeders, repeat, head
         self._places = [block.matrix(block.after, t) for t in targets]
         self.matrices: Sequence[torch.Tensor] = [w.clone() for w in self._places]
-        self.codecs: Sequence[Codec] = [block.outputs[t].tensor.target for t in targets]
+        self.codecs: Sequence[Codec] = [block.outputs.of[t][0].tensor.target for t in targets]
         # two batches from all over the text; the block's masks are known for this number of windows
         full, batch = block.full, block.batch
         at = torch.linspace(0, len(full) - 1, min(len(full), 2 * batch)).long()
@@ -445,7 +500,7 @@ class _Group:
             for t in self.targets:
                 block.matrix(layer, t).mul_(s)
             for f in self.feeders:
-                _divide(block.matrix(layer, f), divisor, block.outputs[f].value)
+                _divide(block.matrix(layer, f), divisor, block.value_of(f))
         block.rewritten.update(self.targets, self.feeders)
 
 

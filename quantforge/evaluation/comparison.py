@@ -116,9 +116,9 @@ class Comparison:
     def _note(
         self, k: int, name: str, layer: int | None, shape: Sequence[int], difference: _Difference, square: F32 | None
     ) -> None:
-        if not (parts := self.models[k].parts(name)):
+        if not self.models[k].sources(name):
             return
-        codec, stored = self.models[k].stored(parts[0])
+        codec, stored = self.models[k].stored(name)
         role = self._roles.get(name, name.removesuffix(".weight").split(f"{self.models[0].prefix}.{layer}.")[-1])
         bits = 8 * codec.nbytes(stored) / max(1, prod(stored))
         error = TensorError(name, role, layer, codec.name, list(shape), bits, difference.relative(), difference.relative(square))
@@ -161,7 +161,7 @@ class Comparison:
         ref = self.models[0]
         for name, shape in ref.outer_parameters().items():
             for k, m in enumerate(self.models):
-                if m.source is ref.source or name not in m.places or m.stored(name)[1] != shape:
+                if m.source is ref.source or not m.sources(name) or m.stored(name)[1] != shape:
                     continue
                 difference, step = _Difference(), rows_at_once(shape[-1], 8) if len(shape) > 1 else shape[0]
                 for a in range(0, shape[0], step):

@@ -9,12 +9,9 @@ No code of a model repository runs: classes come from transformers, by config.js
 from .head import SLICE_BYTES, Head, rows_at_once
 from .model import Model
 from .passes import TOKENS_AT_ONCE, Observer, advance, embed, finish, generate
-from .skeleton import FUSED, RENAMED
-from .stored import gguf_config
+from .stored import expert_of, gguf_config
 
 __all__ = [
-    "FUSED",
-    "RENAMED",
     "SLICE_BYTES",
     "TOKENS_AT_ONCE",
     "Head",
@@ -22,6 +19,7 @@ __all__ = [
     "Observer",
     "advance",
     "embed",
+    "expert_of",
     "finish",
     "generate",
     "gguf_config",

@@ -76,11 +76,15 @@ class Head:
 @contextmanager
 def stand_in(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """A module does something else for a while."""
+    before = module.__dict__.get("forward")
     module.forward = forward
     try:
         yield
     finally:
-        del module.forward
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
 
 
 def const(value: Any) -> Callable[..., Any]:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import nn
 
 from ..archs.rope import ROPE_FREQS
+from ..archs.weight import Weight, numbers
 from ..arrays import F32
 from ..codecs import Encoded
 from ..device import available
 from ..errors import NonFiniteError, ShapeError, UnsupportedError
+from ..formats.rows import read_encoded, read_rows
 from ..nn import QuantEmbedding, QuantExperts, QuantLinear
 from .head import Head, const, rows_at_once, stand_in
 from .stored import FLOATS, StoredModel
@@ -25,6 +28,11 @@ if TYPE_CHECKING:
     from ..formats import Source
 
 logger = logging.getLogger(__name__)
+
+
+_Given: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
+"""What a block is called with beside hidden states."""
+_FORMS: tuple[Callable[[torch.Tensor], Any], ...] = (lambda x: x, lambda x: (x,), lambda x: (x, None))
 
 
 class Model(StoredModel):
@@ -50,8 +58,15 @@ class Model(StoredModel):
         self._rope_factors()
         for owner in self.module.modules():
             owner._buffers.update({k: b.to(self.device) for k, b in owner._buffers.items() if b is not None})
-        self._inputs: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
-        self._returns_tuple = False
+        self._inputs: dict[int, list[_Given]] = {}
+        self._by_window: dict[int, list[_Given]] = {}
+        self._varying = False
+        """Are blocks given something that depends on the windows, beside hidden states?"""
+        self._windows = 0
+        self._axis = 0
+        """Where transformers has the windows among the axes of hidden states."""
+        self._form: Callable[[torch.Tensor], Any] | None = None
+        """How blocks give their hidden states back."""
         self._output: type = type(None)
         self.resident_bytes = 0
         """Of weights that `resident` held at a time."""
@@ -86,7 +101,7 @@ class Model(StoredModel):
                     done[name] = nn.Parameter(self.tensor(w), requires_grad=False)
                 owner._parameters[leaf] = done[name]
             for leaf, buffer in list(owner._buffers.items()):
-                if buffer is not None and leaf not in owner._non_persistent_buffers_set and f"{stem}.{leaf}" in self.places:
+                if buffer is not None and leaf not in owner._non_persistent_buffers_set and f"{stem}.{leaf}" in self.origins:
                     owner._buffers[leaf] = torch.from_numpy(self.decode(f"{stem}.{leaf}")).to(self.device, buffer.dtype)
 
     def _pack(self, module: nn.Module, prefix: str, avoided: set[int]) -> None:
@@ -103,14 +118,16 @@ class Model(StoredModel):
                             if isinstance(child, nn.Linear):
                                 fresh.bias = child.bias  # decoded with what else is left
         for stem, owner in owners:
+            if not hasattr(owner, "has_gate"):  # no experts, or of a kind that are not taken one by one
+                continue
             for key, parameter in list(owner._parameters.items()):
                 if parameter is None or not parameter.is_meta or parameter.ndim != 3:
                     continue
-                if (stacked := self._stacked(f"{stem}.{key}", len(parameter))) is not None:
+                if (stacked := self._stacked(f"{stem}.{key}", tuple(parameter.shape))) is not None:
                     del owner._parameters[key]
                     owner._modules[key] = experts = QuantExperts(stacked, dtype=self.dtype).to(self.device)
                     experts.__dict__["_replaced"] = parameter
-                    self.module.config._experts_implementation = "eager"  # which takes experts one by one
+                    owner.config._experts_implementation = "eager"  # which takes experts one by one
 
     def _packed(self, child: nn.Module, name: str) -> nn.Module | None:
         if name in self.tied:
@@ -120,7 +137,7 @@ class Model(StoredModel):
             name = self.tied[name]
         e = self.encoded(name)
         if e is None or (isinstance(child, nn.Embedding) and not e.codec.sliceable):
-            if name in self.places and self.stored(name)[0].name not in FLOATS:
+            if name in self.origins and self.stored(name)[0].name not in FLOATS:
                 logger.info("%s: %s is decoded: its rows have another order or cannot be had one by one", self.name, name)
             return None
         expected = tuple(child.weight.shape)  # type: ignore[arg-type]
@@ -131,19 +148,29 @@ class Model(StoredModel):
         self.release(name)
         return fresh
 
-    def _stacked(self, name: str, count: int) -> list[list[Encoded]] | None:
-        """The stored matrices of each expert of a fused parameter, or None if some must be decoded."""
-        if name in self.places:
-            e = self.source.read(self.places[name].sources[0])
-            if e.codec.row_local and len(e.shape) == 3 and FLOATS.get(e.codec.name) != self.dtype:
-                n = e.shape[1]
-                return [[e.flat().rows(slice(i * n, (i + 1) * n))] for i in range(count)]
+    def _stacked(self, name: str, shape: tuple[int, ...]) -> list[list[Encoded]] | None:
+        """The stored matrices of each expert of a stacked parameter, or None if some must be decoded."""
+        weight = self.weight(name)
+        if weight is None or not weight.by_row or weight.order is not None or weight.shape != shape:
             return None
-        found = [self.encoded(p) for p in self.parts(name)]
-        if not found or any(e is None for e in found):
-            return None
-        per = len(found) // count
-        return [[e for e in found[i * per : (i + 1) * per] if e is not None] for i in range(count)]
+        stacked: list[list[Encoded]] = [[] for _ in range(shape[0])]
+        begin = 0
+        for piece in weight.pieces:
+            end = begin + piece.count
+            whole = Weight.of(piece.source, self.source.weights[piece.source].shape)
+            for i in range(begin // shape[1], -(-end // shape[1])):
+                a, b = max(begin, i * shape[1]), min(end, (i + 1) * shape[1])
+                skip = 0 if piece.rows is None else numbers(piece.rows)[0]
+                if a == begin and b == end and piece.rows is None and len(whole.shape) == 2:
+                    e = read_encoded(self.source, whole)
+                else:
+                    some = read_rows(self.source, whole, int(skip) + a - begin, int(skip) + b - begin)
+                    e = some if isinstance(some, Encoded) and some.codec.row_local else None
+                if e is None or FLOATS.get(e.codec.name) == self.dtype:
+                    return None
+                stacked[i].append(e)
+            begin = end
+        return stacked
 
     def tensor(self, w: F32) -> torch.Tensor:
         """`w` on the model's device, in its dtype."""
@@ -231,35 +258,74 @@ class Model(StoredModel):
 
         Remembers what else transformers hands to each block (masks, rotary tables).
         """
+        self._inputs.clear()
+        self._varying, self._windows = False, len(ids)
         with self._around_blocks() as base:
             embedding = self.module.get_input_embeddings()
             vectors = self._embed(embedding, ids)
-            width = self.module.config.hidden_size
-            states = vectors if vectors.shape[-1] == width else vectors.new_empty(*ids.shape, width)
-            for chunk, given, out in zip(*(torch.split(x, batch) for x in (ids, vectors, states)), strict=True):
-                seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-                first: list[torch.Tensor] = []
-
-                def note(i: int, hidden: torch.Tensor, *args: Any, seen: Any = seen, first: Any = first, **kwargs: Any) -> Any:
-                    seen.append((args, kwargs))
-                    if i == 0:
-                        first.append(hidden)
-                    return hidden
-
-                with self._instead(note), stand_in(embedding, const(given)):
-                    base(input_ids=chunk, use_cache=False)
-                self._inputs[len(chunk)] = seen
-                out.copy_(first[0])
+            states = vectors if vectors.shape[-1] == self.module.config.get_text_config().hidden_size else None
+            first = 0
+            for chunk, given in zip(torch.split(ids, batch), torch.split(vectors, batch), strict=True):
+                with stand_in(embedding, const(given)):
+                    hidden, seen = self._arguments(base, chunk)
+                if hidden.ndim > 3 and hidden.shape[0] != len(chunk):  # several streams for each window
+                    self._axis = 1
+                hidden = hidden.movedim(self._axis, 0)
+                if states is None or states.shape[1:] != hidden.shape[1:]:
+                    states = hidden.new_empty(len(ids), *hidden.shape[1:])
+                states[first : first + len(chunk)] = hidden
+                known = self._inputs.get(len(chunk))
+                if known is None or _same(known, seen):
+                    self._inputs.setdefault(len(chunk), seen)
+                    known = self._inputs[len(chunk)]
+                else:
+                    self._varying = True
+                self._by_window[first] = known if _same(known, seen) else seen
+                first += len(chunk)
+        assert states is not None
         return states
+
+    def _arguments(self, base: Any, ids: torch.Tensor) -> tuple[torch.Tensor, list[_Given]]:
+        """The first block's hidden states, and what else each block is given."""
+        for form in _FORMS if self._form is None else (self._form,):
+            seen: list[_Given] = []
+            chain: list[torch.Tensor] = []
+
+            def note(
+                i: int, hidden: torch.Tensor, *args: Any, seen: Any = seen, chain: Any = chain, form: Any = form, **kw: Any
+            ) -> Any:
+                seen.append((args, kw))
+                chain.append(hidden)
+                return form(hidden)
+
+            try:
+                with self._instead(note):
+                    base(input_ids=ids, use_cache=False)
+            except (TypeError, ValueError, IndexError, RuntimeError, AttributeError):
+                if form is _FORMS[-1] or self._form is not None:
+                    raise
+                continue
+            if len(seen) == len(self.layers) and all(h is chain[0] for h in chain):
+                self._form = form
+                return chain[0], seen
+        raise UnsupportedError(
+            f"{self.name}: {type(self.module).__name__} computes between its blocks; it cannot be run block by block"
+        )
 
     @contextmanager
     def _around_blocks(self) -> Iterator[Any]:
         """transformers' decoder with the weights that belong neither to blocks nor to embeddings."""
         base = self.module.get_decoder()
         prefix = next(k for k, m in self.module.named_modules() if m is base)
-        self.load(base, prefix, skip=[self.layers, self.module.get_input_embeddings()])
+        tables = [m for m in base.modules() if isinstance(m, nn.Embedding)]
+        inside = {id(m) for m in self.layers.modules()}
+        self.load(base, prefix, skip=[self.layers, *tables])
         try:
-            yield base
+            with ExitStack() as stack:
+                for table in tables:
+                    if id(table) not in inside:
+                        stack.enter_context(stand_in(table, partial(self._embed, table)))
+                yield base
         finally:
             self.unload(base)
 
@@ -277,18 +343,27 @@ class Model(StoredModel):
                 embedding._parameters["weight"] = nn.Parameter(w, requires_grad=False)
                 at = torch.searchsorted(used, ids).clamp_(max=len(used) - 1)
                 here = used[at] == ids
-                vectors[here] = embedding(at[here])
+                vectors[here] = type(embedding).forward(embedding, at[here])
         finally:
             embedding.weight = meta
         return vectors
 
     def run_block(self, i: int, layer: nn.Module, hidden: torch.Tensor, batch: int) -> None:
         """Advance hidden states [windows, ctx, hidden] through one block, in place."""
+        if self._varying and len(hidden) != self._windows:
+            raise UnsupportedError(
+                f"{self.name}: blocks of {type(self.module).__name__} are given more of the text than hidden states; "
+                "they run for all of it only"
+            )
+        first = 0
         for chunk in torch.split(hidden, batch):
-            args, kwargs = self._inputs[len(chunk)][i]
-            out = layer(chunk, *args, **kwargs)
-            self._returns_tuple = isinstance(out, tuple)
-            out = out[0] if self._returns_tuple else out
+            known = self._by_window.get(first) if self._varying else self._inputs.get(len(chunk))
+            if known is None:
+                raise AssertionError(f"{self.name}: windows in other batches than they entered in")
+            first += len(chunk)
+            args, kwargs = known[i]
+            out = layer(chunk.movedim(0, self._axis), *args, **kwargs)
+            out = (out[0] if isinstance(out, tuple) else out).movedim(self._axis, 0)
             if not bool(torch.isfinite(out.sum())) and not bool(torch.isfinite(out).all()):
                 where = _blame(layer, chunk, args, kwargs)
                 raise NonFiniteError(
@@ -304,14 +379,17 @@ class Model(StoredModel):
         """
         total = int(chosen.sum())
         found, n = hidden.view(-1, hidden.shape[-1])[:total], 0  # never ahead of what is still to be read
+        if hidden.ndim > 3:
+            found = hidden.new_empty(total, hidden.shape[-1])
         with self._around_blocks() as base:
             for chunk, keep in zip(torch.split(hidden, batch), torch.split(chosen, batch), strict=True):
 
                 def final(i: int, _: torch.Tensor, *args: Any, chunk: torch.Tensor = chunk, **kwargs: Any) -> Any:
-                    return (chunk,) if self._returns_tuple else chunk
+                    assert self._form is not None
+                    return self._form(chunk.movedim(0, self._axis))
 
                 with self._instead(final):
-                    out = base(inputs_embeds=chunk, use_cache=False)
+                    out = base(inputs_embeds=self._like_embeddings(chunk), use_cache=False)
                 self._output = type(out)
                 states = out.last_hidden_state[keep]
                 if not bool(torch.isfinite(states).all()):
@@ -321,7 +399,12 @@ class Model(StoredModel):
                 found[n : n + len(states)] = states
                 n += len(states)
         self._inputs.clear()
+        self._by_window.clear()
         return found
+
+    def _like_embeddings(self, chunk: torch.Tensor) -> torch.Tensor:
+        """What may stand for the embeddings of windows where these do not matter any more."""
+        return chunk if chunk.ndim == 3 else chunk[:, 0]
 
     @contextmanager
     def head(self) -> Iterator[Head]:
@@ -334,6 +417,17 @@ class Model(StoredModel):
             yield Head(self, base, linear, self._output)
         finally:
             self.unload(self.module)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Are arguments of blocks equal? A mapping is not: blocks may write to it."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.shape == b.shape and bool(torch.equal(a, b))
+    if isinstance(a, list | tuple):
+        return type(a) is type(b) and len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys() and a:
+        return all(_same(a[k], b[k]) for k in a)
+    return a is b or (not isinstance(a, dict) and a == b)
 
 
 def _blame(layer: nn.Module, hidden: torch.Tensor, args: Any, kwargs: Any) -> str:

@@ -1,9 +1,8 @@
-"""transformers' module of a model without its weights, and what a checkpoint calls its parameters."""
+"""transformers' module of a model without its weights."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,21 +13,31 @@ from ..errors import UnsupportedError
 if TYPE_CHECKING:
     from ..formats import Source
 
-FUSED = {".gate_up_proj": ("gate_proj", "up_proj"), ".down_proj": ("down_proj",)}
-"""transformers 5 keeps experts stacked; checkpoints have them one by one: suffix after "experts" -> what is joined."""
+_NOT_SIZES = ("quantization_config", "architectures", "torch_dtype", "dtype", "auto_map")
 
-RENAMED = (
-    (r"\.block_sparse_moe\.", ".mlp."),
-    (r"\.experts\.(\d+)\.w1\.", r".experts.\1.gate_proj."),
-    (r"\.experts\.(\d+)\.w2\.", r".experts.\1.down_proj."),
-    (r"\.experts\.(\d+)\.w3\.", r".experts.\1.up_proj."),
-    (r"^embed_out\.", "lm_head."),
-)
-"""Older names in checkpoints that transformers 5 renames while loading."""
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: _plain(v) if isinstance(v, Mapping) else v for k, v in config.items() if k not in _NOT_SIZES}
+
+
+def _text_part(cls: Any, settings: Any) -> tuple[Any, Any]:
+    """The class and the config of what reads and writes text."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    text = settings.get_text_config(decoder=True)
+    own = getattr(transformers, str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(text.model_type)), None)
+    if text is settings or own is None or not isinstance(text, own.config_class):
+        return cls, settings
+    text.tie_word_embeddings = getattr(settings, "tie_word_embeddings", text.tie_word_embeddings)
+    return own, text
 
 
 def meta_module(config: Mapping[str, Any], source: Source, dtype: torch.dtype) -> Any:
-    """transformers' causal language model for a config, parameters on the meta device, buffers real."""
+    """transformers' causal language model for a config, parameters on the meta device, buffers real.
+
+    Of a model of several kinds of input it is the text model's own class, where transformers has one.
+    """
     import transformers
 
     names = list(config.get("architectures") or ())
@@ -37,11 +46,8 @@ def meta_module(config: Mapping[str, Any], source: Source, dtype: torch.dtype) -
     if cls is None or not hasattr(cls, "config_class") or "PreTrainedModel" not in {b.__name__ for b in cls.__mro__}:
         what = f"architectures {names}" if names else "no architectures in config.json"
         raise UnsupportedError(f"{source.path}: {what}: not a model class of transformers {transformers.__version__}")
-    plain = {
-        k: v for k, v in config.items() if k not in ("quantization_config", "architectures", "torch_dtype", "dtype", "auto_map")
-    }
-    settings = cls.config_class(**plain)
-    if not hasattr(cls, "get_output_embeddings") or not hasattr(settings, "vocab_size"):
+    cls, settings = _text_part(cls, cls.config_class(**_plain(config)))
+    if not hasattr(cls, "get_output_embeddings") or not hasattr(settings.get_text_config(), "vocab_size"):
         raise UnsupportedError(f"{source.path}: {names[0]} is not a causal language model")
     settings._attn_implementation = "sdpa" if getattr(cls, "_supports_sdpa", False) else "eager"
 
@@ -62,43 +68,24 @@ def meta_module(config: Mapping[str, Any], source: Source, dtype: torch.dtype) -
 
 
 def find_layers(module: Any, name: str) -> nn.ModuleList:
-    """The decoder's blocks. Raises UnsupportedError where there is more than one list of them; name: the model's, for that."""
-    lists = [m for m in module.get_decoder().children() if isinstance(m, nn.ModuleList)]
-    if len(lists) != 1:
-        raise UnsupportedError(f"{name}: {type(module).__name__} has {len(lists)} lists of blocks; one is needed")
-    return lists[0]
+    """The decoder's blocks: of its lists of modules, the one that has most of the parameters.
+
+    name: the model's. Raises UnsupportedError where there is none.
+    """
+    decoder = module.get_decoder()
+    lists = [m for m in decoder.children() if isinstance(m, nn.ModuleList)]
+    lists = lists or [m for m in decoder.modules() if isinstance(m, nn.ModuleList)]
+    if not lists:
+        raise UnsupportedError(f"{name}: {type(module).__name__} has no list of blocks")
+    return max(lists, key=lambda m: sum(p.numel() for p in m.parameters()))
 
 
-def module_name(name: str, expected: set[str], base: str) -> str:
-    """What the module calls a tensor of a checkpoint: older names, and those saved without the head, which lack "model."."""
-    if name in expected:
-        return name
-    newer = name
-    for old, new in RENAMED:
-        newer = re.sub(old, new, newer)
-    return next((k for k in (newer, f"{base}.{name}", f"{base}.{newer}") if k in expected), name)
-
-
-def find_tied(module: Any) -> dict[str, str]:
-    """Head's weight -> embedding's weight, where they are one."""
-    head, embedding = module.get_output_embeddings(), module.get_input_embeddings()
-    names = {id(m): k for k, m in module.named_modules()}
-    same = head is not None and head.weight is embedding.weight
-    return {f"{names[id(head)]}.weight": f"{names[id(embedding)]}.weight"} if same else {}
-
-
-def checkpoint_shapes(module: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes as a checkpoint has them: a tied head left out, stacked experts one by one."""
-    tied = find_tied(module)
-    for name, value in module.state_dict(keep_vars=True).items():
-        if name in tied:
-            continue
-        match = re.search(r"\.experts(\.\w+)$", name)
-        if match and match.group(1) in FUSED and value.ndim == 3:
-            parts = FUSED[match.group(1)]
-            stem = name.removesuffix(match.group(1))
-            for e in range(value.shape[0]):
-                for part in parts:
-                    yield f"{stem}.{e}.{part}.weight", (value.shape[1] // len(parts), value.shape[2])
-        else:
-            yield name, tuple(value.shape)
+def find_tied(module: Any, stored: Collection[str]) -> dict[str, str]:
+    """Name of a parameter -> the name under which the same one is read, where they are one; stored: what the file has."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    shared = [some for some in names.values() if len(some) > 1]
+    return {
+        n: first for some in shared for first in [next((n for n in some if n in stored), some[0])] for n in some if n != first
+    }

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import math
 import os
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .. import archs
+from .. import archs, codecs
 from ..archs import from_gguf
-from ..archs.weight import Weight
+from ..archs.weight import Shape, Weight, composed, rows_of
 from ..arrays import F32
 from ..codecs import Codec, Encoded
-from ..errors import FormatError, NonFiniteError, QuantForgeError
+from ..errors import FormatError, NonFiniteError, QuantForgeError, UnsupportedError
 from ..formats.rows import codec_of, decoded, read_encoded, read_rows
-from .skeleton import FUSED, checkpoint_shapes, find_layers, find_tied, meta_module, module_name
+from .mapping import Conversion, Origin, origins, saved_shapes
+from .skeleton import find_layers, find_tied, meta_module
 
 if TYPE_CHECKING:
     from ..formats import Source
@@ -26,7 +29,10 @@ FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class StoredModel:
-    """A model file and transformers' empty module for it: every parameter can be decoded by its name."""
+    """A model file and transformers' empty module for it: every parameter can be decoded by its name.
+
+    Where a name is asked for, it may also be a tensor's of the checkpoint: of the one that is read, or that a GGUF would be.
+    """
 
     def __init__(self, source: Source, name: str, dtype: torch.dtype) -> None:
         """dtype: of the module's parameters; what is decoded here is f32."""
@@ -36,120 +42,242 @@ class StoredModel:
         self.module = meta_module(self.config, source, dtype)
         self.layers = find_layers(self.module, name)
         self.prefix = next(k for k, m in self.module.named_modules() if m is self.layers)
-        self.tied = find_tied(self.module)
-        """Head's weight -> embedding's weight, where they are one."""
-        self.places = self._places()
+        shapes = {k: s.shape for k, s in source.weights.items()}
+        self.places: dict[str, Weight] = {k: Weight.of(k, s) for k, s in shapes.items()}
+        """Checkpoint name -> what it is made of in the file, for every tensor that the file has."""
+        if source.format == "gguf":
+            assert self.arch is not None
+            self.places = self.arch.checkpoint(self.config, shapes, saved_shapes(self.module))
+        self.origins: dict[str, Origin] = origins(self.module, {k: w.shape for k, w in self.places.items()})
+        """Parameter of the module -> what transformers makes it of: checkpoint tensors."""
+        self._made = {k: self._through(o, shapes) for k, o in self.origins.items()}
+        self.tied = find_tied(self.module, self.origins)
+        """Parameter -> the one that it is, where two are one: the head's weight -> the embedding's."""
 
-    def _places(self) -> dict[str, Weight]:
-        """Checkpoint name -> what it is made of in the source, for every tensor that the source has."""
-        source, shapes = self.source, dict(checkpoint_shapes(self.module))
-        if source.format != "gguf":
-            base = self.module.base_model_prefix
-            names = {module_name(k, set(shapes), base): k for k in source.weights}
-            return {name: Weight.of(name, source.weights[k].shape, k) for name, k in names.items()}
-        assert self.arch is not None
-        return self.arch.checkpoint(self.config, {k: s.shape for k, s in source.weights.items()}, shapes)
+    def _through(self, origin: Origin, shapes: Mapping[str, Shape]) -> Weight | None:
+        """A parameter as made of what the file stores; None where it is computed from decoded tensors."""
+        if isinstance(origin, Conversion):
+            return None
+        return origin if self.source.format != "gguf" else composed(origin, self.places, shapes)
 
-    def _place(self, name: str) -> Weight:
-        try:
+    def weight(self, name: str) -> Weight | None:
+        """What a parameter of the module, or a tensor of the checkpoint, is made of in the file.
+
+        None where it is computed. Raises FormatError where the file has it not.
+        """
+        name = self.tied.get(name, name)
+        if name in self._made:
+            return self._made[name]
+        if name in self.places:
             return self.places[name]
-        except KeyError:
-            raise FormatError(self.source.path, f"tensor {name} is missing") from None
+        raise FormatError(self.source.path, f"tensor {name} is missing")
+
+    def sources(self, name: str) -> tuple[str, ...]:
+        """Names in the file of what a parameter is made of; empty where it has none of it."""
+        name = self.tied.get(name, name)
+        if name not in self.origins:
+            return self.places[name].sources if name in self.places else ()
+        return tuple(dict.fromkeys(s for n in self.origins[name].sources for s in self.places[n].sources))
 
     def stored(self, name: str) -> tuple[Codec, tuple[int, ...]]:
-        """Codec and shape of a checkpoint tensor, without reading it."""
-        place = self._place(name)
-        return codec_of(self.source, place), place.shape
+        """Codec (the first one, where it is made of several tensors) and shape of a parameter, without reading it."""
+        weight = self.weight(name)
+        if weight is not None:
+            return codec_of(self.source, weight), weight.shape
+        return self.source.weights[self.sources(name)[0]].codec, self.origins[self.tied.get(name, name)].shape
 
     def decode(self, name: str, rows: slice | NDArray[np.int64] | None = None) -> F32:
-        """The numbers of a checkpoint tensor as this file has them: f32, in the checkpoint's layout.
+        """The numbers of a parameter, or of a checkpoint tensor, as this file has them: f32, in the checkpoint's layout.
 
         rows: only these; other rows are not decoded, where the codec can do without them.
         Raises NonFiniteError naming the tensor if there is NaN or infinity among them.
         """
-        place, threads = self._place(name), os.cpu_count() or 1
+        weight = self.weight(name)
+        shape = self.stored(name)[1]
         if isinstance(rows, slice):
-            rows = slice(*rows.indices(place.shape[0])[:2])
-        if rows is None or len(place.shape) != 2:
-            w = decoded(read_rows(self.source, place), threads).reshape(place.shape)
+            rows = slice(*rows.indices(shape[0])[:2])
+        if weight is None:
+            w = self._computed(self.tied.get(name, name))
+            w = w if rows is None else w[rows]
+        elif rows is None or len(shape) != 2:
+            w = decoded(read_rows(self.source, weight), os.cpu_count() or 1).reshape(shape)
             w = w if rows is None else w[rows]
         elif isinstance(rows, slice):
-            w = decoded(read_rows(self.source, place, rows.start, rows.stop), threads)
+            w = decoded(read_rows(self.source, weight, rows.start, rows.stop), os.cpu_count() or 1)
         else:
-            some = read_rows(self.source, place)
-            w = decoded(some.rows(rows) if isinstance(some, Encoded) else some[rows], threads)
+            some = read_rows(self.source, weight)
+            w = decoded(some.rows(rows) if isinstance(some, Encoded) else some[rows], os.cpu_count() or 1)
         if w.size and not (math.isfinite(w.min()) and math.isfinite(w.max())):
             index = tuple(int(i) for i in np.argwhere(~np.isfinite(w))[0])
             value = w[index]
             if rows is not None:
                 index = (rows.start + index[0] if isinstance(rows, slice) else int(rows[index[0]]), *index[1:])
-            raise NonFiniteError(f"{self.name}: {place.sources[0]}: weight {list(index)} is {value}; the file is damaged", index)
+            raise NonFiniteError(
+                f"{self.name}: {self.sources(name)[0]}: weight {list(index)} is {value}; the file is damaged", index
+            )
         self.release(name)
         return w
 
+    def _computed(self, name: str) -> F32:
+        """A parameter by transformers' own operations, or by rows of decoded checkpoint tensors."""
+        origin = self.origins[name]
+        if isinstance(origin, Conversion):
+            return origin.apply(self.decode)
+        plain = codecs.get("F32")
+        tensors = {s: self.decode(s) for s in origin.sources}
+        held = Held({s: Encoded(plain, w.shape, plain.encode(w)) for s, w in tensors.items()})
+        return decoded(read_rows(cast("Source", held), origin)).reshape(origin.shape)
+
     def release(self, name: str) -> None:
         """Tell the system that this tensor's pages are not needed any more."""
-        for stored in self._place(name).sources:
+        for stored in self.sources(name):
             self.source.release(stored)
 
     def encoded(self, name: str) -> Encoded | None:
-        """A matrix of the checkpoint as it is stored, its rows in the checkpoint's order; None where only its numbers
+        """A matrix as it is stored, its rows in the checkpoint's order; None where only its numbers
         can be had, and where a plain parameter of this model's dtype would be the same bytes.
         """
-        e = read_encoded(self.source, self.places[name]) if name in self.places else None
+        if not self.sources(name) or (weight := self.weight(name)) is None:
+            return None
+        e = read_encoded(self.source, weight)
         return None if e is None or len(e.shape) != 2 or FLOATS.get(e.codec.name) == self.dtype else e
 
-    def parts(self, name: str) -> list[str]:
-        """The checkpoint tensors that a parameter of the module is made of; empty if it has none of its own."""
-        if name in self.places:
-            return [name]
-        for fused, parts in FUSED.items():
-            if name.endswith(f".experts{fused}"):
-                count = int(self.module.get_parameter(name).shape[0])
-                return [f"{name.removesuffix(fused)}.{e}.{p}.weight" for e in range(count) for p in parts]
-        return []
-
     def parameter(self, name: str) -> F32:
-        """A parameter of the module by its name there: a checkpoint tensor, or experts' tensors stacked."""
-        name = self.tied.get(name, name)
-        if name in self.places:
-            return self.decode(name)
-        if pieces := self.parts(name):
-            shape = tuple(self.module.get_parameter(name).shape)
-            return np.concatenate([self.decode(p) for p in pieces]).reshape(shape)
-        raise FormatError(self.source.path, f"tensor {name} is missing")
+        """A parameter of the module by its name there. Raises FormatError where the file has it not."""
+        return self.decode(self.tied.get(name, name))
 
     def roles(self) -> dict[str, str]:
-        """Checkpoint name -> role (GGUF stem), where the architecture is known."""
-        try:
-            weights = self.arch.weights(self.config, dict(checkpoint_shapes(self.module))) if self.arch else []
-        except QuantForgeError:  # something that transformers runs and llama.cpp does not
-            weights = []
-        return {source: w.role for w in weights for source in w.sources}
+        """Parameter -> role (GGUF stem), where the architecture is known and all of it is of one role."""
+        by_tensor = {n: {w.role} for n, w in self.places.items()}
+        if self.source.format != "gguf":
+            try:
+                weights = self.arch.weights(self.config, {n: w.shape for n, w in self.places.items()}) if self.arch else []
+            except QuantForgeError:  # something that transformers runs and llama.cpp does not
+                weights = []
+            by_tensor = {}
+            for w in weights:
+                for s in w.sources:
+                    by_tensor.setdefault(s, set()).add(w.role)
+        found = {k: set[str]().union(*(by_tensor.get(s, ()) for s in o.sources)) for k, o in self.origins.items()}
+        return {k: next(iter(roles)) for k, roles in found.items() if len(roles) == 1}
+
+    def names(self, layer: int) -> list[str]:
+        """Checkpoint tensors that the parameters of a block are made of."""
+        inside = f"{self.prefix}.{layer}."
+        return list(dict.fromkeys(s for k, o in self.origins.items() if k.startswith(inside) for s in o.sources))
+
+    def observed(self, layer: int) -> dict[str, list[list[str]]]:
+        """Parameter of a block, without the block's name -> checkpoint matrices that share its input: one list for each
+        of the experts that are stacked in it, one in all for another."""
+        inside = f"{self.prefix}.{layer}."
+        found = {}
+        for name, origin in self.origins.items():
+            if not name.startswith(inside) or len(origin.shape) not in (2, 3):
+                continue
+            n = origin.shape[0] if len(origin.shape) == 3 else 1
+            if n == 1:
+                lists = [list(origin.sources)]
+            elif len(origin.sources) < n:
+                lists = [[f"{s}[{e}]" for s in origin.sources] for e in range(n)]
+            else:  # gates one after another, then ups
+                lists = [[s for s in origin.sources if self._expert(s) == e] for e in range(n)]
+            found[name.removeprefix(inside)] = lists
+        return found
+
+    @staticmethod
+    def _expert(name: str) -> int:
+        """The number of the expert in a name: the last number there."""
+        return int(next(part for part in reversed(name.split(".")) if part.isdigit()))
+
+    @cached_property
+    def _parameter_of(self) -> dict[str, str]:
+        """Checkpoint tensor -> the first parameter that has rows of it."""
+        found: dict[str, str] = {}
+        for name, origin in self.origins.items():
+            for s in origin.sources:
+                found.setdefault(s, name)
+        return found
+
+    def matrix(self, layer: int, name: str) -> torch.Tensor:
+        """A tensor of a loaded block by its checkpoint name, or one expert's: a view of the module's parameter.
+
+        name: as `observing` gives it. Raises UnsupportedError where it is not one run of a parameter's rows.
+        """
+        stem, e = expert_of(name)
+        parameter = self._parameter_of.get(stem, stem)
+        w = self.layers[layer].get_parameter(parameter.removeprefix(f"{self.prefix}.{layer}.")).data
+        origin = self.origins.get(parameter)
+        if isinstance(origin, Weight):
+            if origin.plain and origin.shape == tuple(w.shape):
+                return w if e is None else w[e]
+            found = origin.span(stem)
+            if found is not None and e is None:
+                flat = w.reshape(-1, w.shape[-1]) if w.ndim > 1 else w
+                if not origin.groups:
+                    return flat[found]
+                high = rows_of(origin.shape) // origin.groups
+                wide = sum(p.count for p in origin.pieces) // origin.groups
+                if found.start // wide == (found.stop - 1) // wide:
+                    group = flat[found.start // wide * high : (found.start // wide + 1) * high]
+                    return group[:, found.start % wide : found.start % wide + found.stop - found.start].T
+        raise UnsupportedError(f"{self.name}: {name} is no run of rows of {parameter}; it cannot be changed by itself")
 
     def outer_parameters(self) -> dict[str, tuple[int, ...]]:
-        """Checkpoint tensors outside the blocks and their shapes: embeddings, final norm, head."""
+        """Parameters outside the blocks that the file has, and their shapes: embeddings, final norm, head."""
         inside = f"{self.prefix}."
-        return {k: s for k, s in checkpoint_shapes(self.module) if not k.startswith(inside) and k in self.places}
+        parameters = {k: tuple(p.shape) for k, p in self.module.named_parameters() if not k.startswith(inside)}
+        return {k: s for k, s in parameters.items() if self.tied.get(k, k) in self.origins and k not in self.tied}
 
     def outer_names(self) -> set[str]:
         """Names in the file of the embeddings and the head."""
         ends = (self.module.get_input_embeddings(), self.module.get_output_embeddings())
         names = {f"{k}.weight" for k, m in self.module.named_modules() if any(m is e for e in ends)}
-        return {s for n in names if n in self.places for s in self.places[n].sources}
+        return {s for n in names for s in self.sources(n)}
 
     def shape(self) -> dict[str, int]:
         """Sizes: layers, hidden, vocabulary, context, and the bytes that a token takes in an f16 KV cache."""
-        c = self.module.config
-        heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
-        width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+        c = self.module.config.get_text_config(decoder=True)
+        attending = [i for i, layer in enumerate(self.layers) if any(_keeps_keys(m) for m in layer.modules())]
         return {
             "layers": len(self.layers),
             "hidden": int(c.hidden_size),
             "vocabulary": int(c.vocab_size),
             "context": int(getattr(c, "max_position_embeddings", None) or 0),
-            "kv_bytes_per_token": 2 * 2 * len(self.layers) * int(heads) * int(width),
+            "kv_bytes_per_token": sum(2 * _kv_width(c, i) for i in attending),
         }
+
+
+def _keeps_keys(module: torch.nn.Module) -> bool:
+    """Is it attention over all tokens, rather than a recurrent layer that is called so?"""
+    name = type(module).__name__
+    return "Attention" in name and not any(k in name for k in ("Linear", "Delta", "Lightning"))
+
+
+def _kv_width(c: Any, layer: int) -> int:
+    """Numbers that a token adds to the keys and values of a layer."""
+    heads = c.num_attention_heads
+    kv = getattr(c, "num_key_value_heads", None) or heads
+    heads, kv = (x[layer] if isinstance(x, list | tuple) else x for x in (heads, kv))
+    width = getattr(c, "head_dim", None) or c.hidden_size // heads
+    keys = getattr(c, "qk_head_dim", None) or width
+    return int(kv) * (int(keys) + int(getattr(c, "v_head_dim", None) or width))
+
+
+def expert_of(name: str) -> tuple[str, int | None]:
+    """A matrix's name, as `observing` gives it, apart: the tensor, and which of the experts that are stacked in it."""
+    stem, bracket, number = name.removesuffix("]").rpartition("[")
+    return (stem, int(number)) if bracket else (name, None)
+
+
+class Held:
+    """Tensors in memory where a source is read."""
+
+    def __init__(self, tensors: Mapping[str, Encoded]) -> None:
+        self._tensors = tensors
+
+    def read(self, name: str) -> Encoded:
+        """One of them."""
+        return self._tensors[name]
 
 
 def _arch(source: Source) -> archs.Arch | None:

@@ -115,12 +115,17 @@ def test_experts_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_observing_leaves_no_hooks() -> None:
-    layer = torch.nn.Sequential(torch.nn.Linear(4, 4))
-    seen: list[str] = []
-    with observing(layer, "p", lambda names, x: seen.extend(names)):
-        layer(torch.zeros(2, 4))
-    layer(torch.zeros(2, 4))
-    assert seen == ["p.0.weight"]
+    ids = torch.arange(2, 34)[None]
+    with qf.open(MODEL) as source, torch.inference_mode():
+        model = Model(source, "demo")
+        hidden = model.enter(ids, 1)
+        seen: list[str] = []
+        with model.block(0) as layer:
+            with observing(layer, model, 0, lambda names, x: seen.extend(names)):
+                model.run_block(0, layer, hidden.clone(), 1)
+            first = list(seen)
+            model.run_block(0, layer, hidden, 1)
+    assert seen == first and len(first) == 7 and "model.layers.0.mlp.down_proj.weight" in first
 
 
 def test_too_short(tmp_path: Path) -> None:

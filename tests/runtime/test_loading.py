@@ -295,7 +295,7 @@ def test_what_does_not_load_says_so_in_a_line(tmp_path: Path) -> None:
     for path, error, message in (
         (changed("unknown", architectures=["FooForCausalLM"]), UnsupportedError, r"\['FooForCausalLM'\]: not a model class"),
         (changed("nothing", architectures=None), UnsupportedError, "no architectures in config.json"),
-        (changed("vision", **vision), FormatError, "tensor model.vision_tower.* is missing"),
+        (changed("vision", **vision), ShapeError, r"config says \[32000, 4096\]"),
         (changed("bert", architectures=["BertModel"]), UnsupportedError, "BertModel"),
         (changed("layers", num_hidden_layers=8), FormatError, r"tensor model.layers.6.* is missing"),
         (changed("width", hidden_size=128), ShapeError, r"shape \[4096, 256\], config says \[4096, 128\]"),

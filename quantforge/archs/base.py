@@ -189,8 +189,10 @@ class Arch:
 
     # ---- the config
 
-    def hyperparameters(self, config: Config) -> dict[str, Any]:
+    def hyperparameters(self, config: Config, *, graph: bool = True) -> dict[str, Any]:
         """config.json with this architecture's defaults filled in, `rope` in one form, and values checked.
+
+        graph: refuse what llama.cpp's graph cannot run; a checkpoint may have it.
 
         Raises UnsupportedError for a missing or mistyped value and for what llama.cpp cannot run.
         """
@@ -205,12 +207,12 @@ class Arch:
             self._heads(h)
         if self.rope_types:
             h["rope"] = rope_settings(h, partial=self.partial_rotary)
-            if h["rope"]["rope_type"] not in self.rope_types:
+            if graph and h["rope"]["rope_type"] not in self.rope_types:
                 raise UnsupportedError(
                     f"config.json: rope scaling {h['rope']['rope_type']!r}: llama.cpp runs {self.name} models with "
                     f"{', '.join(sorted(self.rope_types))}"
                 )
-        for key, value in self._implied(h).items():
+        for key, value in self._implied(h).items() if graph else ():
             if h.get(key, value) != value:
                 raise UnsupportedError(
                     f"config.json: {key} = {h[key]!r}: llama.cpp runs {self.name} models only with {key} = {value!r}"
@@ -286,15 +288,17 @@ class Arch:
         config: Config,
         tensors: Mapping[str, Shape],
         optional: Collection[str] = (),
+        *,
+        graph: bool = True,
     ) -> list[Weight]:
         """The tensors of the GGUF file: first the computed ones, then the checkpoint's, in the order of `tensors`.
 
         tensors: checkpoint name -> shape; optional: those that may be left out if the model has no
-        place for them. Buffers, tied copies and the model's other parts are left out; experts that the
+        place for them; graph: as in `hyperparameters`. Buffers, tied copies and the model's other parts are left out; experts that the
         checkpoint stores one by one are gathered. Raises ShapeError naming missing or unknown
         tensors and shapes that contradict the config.
         """
-        h = self.hyperparameters(config)
+        h = self.hyperparameters(config, graph=graph)
         roles = self._roles(h, len(tensors))
         present = {n: s for n, s in tensors.items() if not self.skipped.search(n)}
         spelled = canonical(present, {o for role in roles for origins in role.spellings for o in origins.names})

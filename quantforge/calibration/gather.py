@@ -326,7 +326,7 @@ def stored_names(model: Model) -> dict[str, list[str]]:
         return {k: _each(v, stacked.get(k, 0)) for k, v in found.items()}
     assert model.arch is not None
     shapes = {k: tuple(v.shape) for k, v in model.source.weights.items()}
-    weights = [w for w in model.arch.weights(model.config, shapes) if w.sources and w.layer is not None]
+    weights = [w for w in model.arch.weights(model.config, shapes, graph=False) if w.sources and w.layer is not None]
     crosswise = {w.name for w in weights if w.groups or any(p.groups for p in w.pieces)}
     return {w.name: _each(list(w.sources), w.experts) for w in weights if w.name not in crosswise or w.experts}
 

@@ -144,7 +144,9 @@ class Outputs:
         """Those of a plan. Raises UnsupportedError for experts that cannot be stored one by one."""
         forward = {}  # GGUF name -> how it is made of the checkpoint's tensors
         if model.source.gguf_names and model.arch is not None:
-            forward = {w.name: w for w in model.arch.weights(model.config, {n: p.shape for n, p in model.places.items()})}
+            forward = {
+                w.name: w for w in model.arch.weights(model.config, {n: p.shape for n, p in model.places.items()}, graph=False)
+            }
         made: dict[str, Weight] = {}
         of: dict[str, list[Output]] = {}
         for t in tensors:

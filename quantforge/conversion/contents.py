@@ -56,7 +56,7 @@ def contents(source: Source, target: Format, pre_tokenizer: str | None) -> Conte
     directory, config = source.directory, source.checkpoint_config()
     if not target.gguf_names:
         try:
-            weights = archs.find(config).weights(config, shapes, source.optional)
+            weights = archs.find(config).weights(config, shapes, source.optional, graph=False)
         except UnsupportedError as e:
             log.warning("%s; every tensor keeps its name and only --type and --tensor-type decide", e)
             weights = [Weight.of(name, shape) for name, shape in shapes.items()]

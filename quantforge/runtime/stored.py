@@ -151,7 +151,9 @@ class StoredModel:
         by_tensor = {n: {w.role} for n, w in self.places.items()}
         if self.source.format != "gguf":
             try:
-                weights = self.arch.weights(self.config, {n: w.shape for n, w in self.places.items()}) if self.arch else []
+                weights = (
+                    self.arch.weights(self.config, {n: w.shape for n, w in self.places.items()}, graph=False) if self.arch else []
+                )
             except QuantForgeError:  # something that transformers runs and llama.cpp does not
                 weights = []
             by_tensor = {}

@@ -175,7 +175,7 @@ def observing(layer: nn.Module, model: Model, i: int, note: Note) -> Iterator[No
             if any(p.ndim == 3 for p in module.parameters(recurse=False)):
                 stack.callback(module.register_forward_pre_hook(begin).remove)
                 stack.callback(module.register_forward_hook(end).remove)
-                config = getattr(module, "config", None)
+                config: Any = getattr(module, "config", None)
                 if hasattr(config, "_experts_implementation"):
                     stack.callback(setattr, config, "_experts_implementation", config._experts_implementation)
                     config._experts_implementation = "eager"  # which takes experts one by one

@@ -98,7 +98,7 @@ def _resolved(module: Any, names: Iterable[str]) -> Iterable[tuple[str, str, Any
         for some in ((renamings, converters), ([], [])):
             target, pattern = rename_source_key(name, *some, module.base_model_prefix, state)
             if target in state:
-                return target, by_pattern.get(pattern), str(pattern)
+                return target, by_pattern.get(str(pattern)), str(pattern)
         return None
 
     ordered = sorted(names, key=dot_natural_key)

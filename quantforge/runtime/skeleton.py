@@ -74,9 +74,9 @@ def meta_module(config: Mapping[str, Any], source: Source, dtype: torch.dtype) -
     return module.eval()
 
 
-def find_decoder(module: Any) -> nn.Module:
+def find_decoder(module: Any) -> Any:
     """What is between tokens and the output layer."""
-    decoder: nn.Module = module.get_decoder()
+    decoder = module.get_decoder()
     if decoder is not module:
         return decoder
     inner = [m for m in module.children() if m is not module.get_output_embeddings()]

@@ -22,6 +22,7 @@ from ..errors import NonFiniteError, ShapeError, UnsupportedError
 from ..formats.rows import read_encoded, read_rows
 from ..nn import QuantEmbedding, QuantExperts, QuantLinear
 from .head import Head, const, rows_at_once, stand_in
+from .skeleton import find_decoder
 from .stored import FLOATS, StoredModel
 
 if TYPE_CHECKING:
@@ -315,7 +316,7 @@ class Model(StoredModel):
     @contextmanager
     def _around_blocks(self) -> Iterator[Any]:
         """transformers' decoder with the weights that belong neither to blocks nor to embeddings."""
-        base = self.module.get_decoder()
+        base = find_decoder(self.module)
         prefix = next(k for k, m in self.module.named_modules() if m is base)
         tables = [m for m in base.modules() if isinstance(m, nn.Embedding)]
         inside = {id(m) for m in self.layers.modules()}
@@ -409,7 +410,7 @@ class Model(StoredModel):
     @contextmanager
     def head(self) -> Iterator[Head]:
         """The output layer, empty: `Head.take` decodes rows."""
-        base, linear = self.module.get_decoder(), self.module.get_output_embeddings()
+        base, linear = find_decoder(self.module), self.module.get_output_embeddings()
         if not isinstance(linear, nn.Linear):
             raise UnsupportedError(f"{self.name}: the output layer of {type(self.module).__name__} is not a linear map")
         self.load(self.module, "", skip=[base, linear, getattr(self.module, self.module.base_model_prefix, base)])

@@ -17,7 +17,14 @@ _NOT_SIZES = ("quantization_config", "architectures", "torch_dtype", "dtype", "a
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: _plain(v) if isinstance(v, Mapping) else v for k, v in config.items() if k not in _NOT_SIZES}
+    return {k: _value(v) for k, v in config.items() if k not in _NOT_SIZES}
+
+
+def _value(v: Any) -> Any:
+    """A value of config.json, where infinity is written {"__float__": "Infinity"}."""
+    if isinstance(v, Mapping):
+        return float(v["__float__"]) if set(v) == {"__float__"} else _plain(v)
+    return [_value(x) for x in v] if isinstance(v, list) else v
 
 
 def _text_part(cls: Any, settings: Any) -> tuple[Any, Any]:
@@ -67,12 +74,21 @@ def meta_module(config: Mapping[str, Any], source: Source, dtype: torch.dtype) -
     return module.eval()
 
 
+def find_decoder(module: Any) -> Any:
+    """What is between tokens and the output layer."""
+    decoder = module.get_decoder()
+    if decoder is not module:
+        return decoder
+    inner = [m for m in module.children() if m is not module.get_output_embeddings()]
+    return max(inner, key=lambda m: sum(p.numel() for p in m.parameters()))
+
+
 def find_layers(module: Any, name: str) -> nn.ModuleList:
     """The decoder's blocks: of its lists of modules, the one that has most of the parameters.
 
     name: the model's. Raises UnsupportedError where there is none.
     """
-    decoder = module.get_decoder()
+    decoder = find_decoder(module)
     lists = [m for m in decoder.children() if isinstance(m, nn.ModuleList)]
     lists = lists or [m for m in decoder.modules() if isinstance(m, nn.ModuleList)]
     if not lists:

@@ -48,6 +48,14 @@ def rope_settings(h: Mapping[str, Any], *, partial: bool = False) -> dict[str, A
     return rope
 
 
+def sliding_theta(h: Mapping[str, Any], default: float) -> float:
+    """The base of layers with a window, where it is one of its own. Raises UnsupportedError: no graph scales these."""
+    rope = (h.get("rope_parameters") or {}).get("sliding_attention") or {}
+    if (kind := rope.get("rope_type", "default")) != "default":
+        raise UnsupportedError(f"config.json: rope scaling {kind!r} of sliding_attention layers does not exist in llama.cpp")
+    return float(rope.get("rope_theta", h.get("rope_local_base_freq", default)))
+
+
 def rope_metadata(rope: Mapping[str, Any]) -> dict[str, Any]:
     """GGUF's keys, with {arch}, for settings as `rope_settings` gives them; Llama 3's are a tensor instead.
 

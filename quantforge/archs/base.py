@@ -344,7 +344,7 @@ class Arch:
         """
         h = self.hyperparameters(config)
         roles = self._roles(h, len(tensors))
-        computed = {w.name for w in self.generated(h)} if self.generated else set()
+        computed = {w.name for w in self.generated(h)} | {ROPE_FREQS} if self.generated else set()
         names = {role.name for role in roles}
         if unknown := [n for n in tensors if n not in names and n not in computed]:
             raise ShapeError(f"a {self.hf[0]} has no place for the file's tensors {_some(unknown)}")

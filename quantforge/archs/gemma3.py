@@ -12,33 +12,20 @@ from .gemma2 import ARCH as GEMMA2
 from .keys import METADATA
 from .rope import sliding_theta
 from .weight import PLUS_ONE
+from .windows import restored_types, window_pattern
 
 _att = gguf.Keys.Attention
 _EVERY = 6
 """The graph's own pattern: every sixth layer attends to all."""
 
 
-def layer_types(h: Config, every: int) -> list[str]:
-    """The kind of attention of each layer, as the config lists them or by its period."""
-    every = h.get("sliding_window_pattern", every)
-    usual = ["full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(h["num_hidden_layers"])]
-    return list(h.get("layer_types") or usual)
-
-
 def _computed(h: Config) -> Mapping[str, Any]:
-    kinds = layer_types(h, _EVERY)
-    found: dict[str, Any] = {gguf.Keys.Rope.FREQ_BASE_SWA: sliding_theta(h, 10000.0)}
-    if kinds != layer_types({"num_hidden_layers": len(kinds)}, _EVERY):  # else as llama.cpp's converter: not stated
-        found[_att.SLIDING_WINDOW_PATTERN] = [kind == "sliding_attention" for kind in kinds]
-    return found
+    return {gguf.Keys.Rope.FREQ_BASE_SWA: sliding_theta(h, 10000.0), **window_pattern(h, _EVERY, always=False)}
 
 
 def _restored(get: Callable[[str], Any]) -> Mapping[str, Any]:
-    pattern, layers = get(_att.SLIDING_WINDOW_PATTERN), int(get(gguf.Keys.LLM.BLOCK_COUNT))
-    kinds = layer_types({"num_hidden_layers": layers}, _EVERY)
-    if pattern is not None:
-        kinds = ["sliding_attention" if sliding else "full_attention" for sliding in pattern]
-    return {"layer_types": kinds, "rope_local_base_freq": float(get(gguf.Keys.Rope.FREQ_BASE_SWA) or 10000.0)}
+    local = float(get(gguf.Keys.Rope.FREQ_BASE_SWA) or 10000.0)
+    return {"layer_types": restored_types(get, _EVERY), "rope_local_base_freq": local}
 
 
 _sample = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 32}

@@ -110,6 +110,14 @@ def rope_scaling(get: Callable[[str], Any]) -> dict[str, Any] | None:
     return rope
 
 
+def rope_by_kind(get: Callable[[str], Any]) -> dict[str, Any]:
+    """config.json's rope_parameters where layers with a window have a base of their own; get: as for `rope_scaling`."""
+    theta = get(_K.FREQ_BASE) or 10000.0
+    sliding = get(_K.FREQ_BASE_SWA) or theta
+    full = {**(rope_scaling(get) or {"rope_type": "default"}), "rope_theta": shortest(theta)}
+    return {"full_attention": full, "sliding_attention": {"rope_type": "default", "rope_theta": shortest(sliding)}}
+
+
 def _yarn_magnitude(factor: float, mscale: float = 1.0) -> float:
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 

@@ -3,10 +3,15 @@
  * A kernel is found by (codec, op) in the table that qf_open returns. It never allocates for the
  * caller, prints or exits; it returns one of the codes below. Arrays are dense and row-major.
  *
- *   op        in                                               out
- *   encode    w f32[rows, in], optional importance f32[in]     one u8[rows, row_bytes]
- *   decode    u8[rows, row_bytes]                              f32[rows, in]
- *   matmul    x f32[m, in], rows i64[2], what decode takes     f32[m, out], of which columns rows[0] : rows[1]
+ *   op                  in                                              out
+ *   encode              w f32[rows, in], optional importance f32[in]    one u8[rows, row_bytes]
+ *   decode              u8[rows, row_bytes]                             f32[rows, in]
+ *   matmul              x f32[m, in], rows i64[2], what w is stored in  f32[m, out], of which columns rows[0] : rows[1]
+ *   matmul_int8         the same, x as round_activations gives it       the same
+ *   round_activations   x f32[m, in]; the codec is ""                   u8[m, bytes]: 8-bit integers and their scales
+ *
+ * The CUDA library has encode and decode, and for planes (nn/planes.py), by the name of their kernel family, linear and
+ * dequantize.
  */
 #ifndef QUANTFORGE_H
 #define QUANTFORGE_H

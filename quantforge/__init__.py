@@ -10,12 +10,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .backends import Library
     from .calibration.gather import CalibrationReport, calibrate
     from .calibration.importance import Importance
     from .calibration.importance import read as read_importance
     from .codecs import Codec, Encoded, GridCodec, register
-    from .conversion.plan import Plan, plan
-    from .conversion.run import Report, convert
+    from .conversion.convert import convert, plan
+    from .conversion.options import Calibration
+    from .conversion.plan import Plan
+    from .conversion.run import Report
     from .device import quantize
     from .errors import (
         BackendError,
@@ -34,12 +37,14 @@ if TYPE_CHECKING:
     from .evaluation.scorecard import compare
     from .formats import open_path as open
     from .recipes import Recipe
+    from .recipes.linears import Scheme
     from .runtime.loading import load
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BackendError",
+    "Calibration",
     "CalibrationError",
     "CalibrationReport",
     "Codec",
@@ -48,6 +53,7 @@ __all__ = [
     "FormatError",
     "GridCodec",
     "Importance",
+    "Library",
     "NativeError",
     "NonFiniteError",
     "OutputError",
@@ -56,6 +62,7 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "Report",
+    "Scheme",
     "ShapeError",
     "UnsupportedError",
     "__version__",
@@ -75,8 +82,12 @@ __all__ = [
 _HOMES = {
     **dict.fromkeys(("Codec", "Encoded", "GridCodec", "register"), ("codecs", "")),
     "quantize": ("device", ""),
-    **dict.fromkeys(("Report", "convert"), ("conversion.run", "")),
-    **dict.fromkeys(("Plan", "plan"), ("conversion.plan", "")),
+    **dict.fromkeys(("convert", "plan"), ("conversion.convert", "")),
+    "Calibration": ("conversion.options", ""),
+    "Plan": ("conversion.plan", ""),
+    "Report": ("conversion.run", ""),
+    "Library": ("backends", ""),
+    "Scheme": ("recipes.linears", ""),
     **dict.fromkeys(("CalibrationReport", "calibrate"), ("calibration.gather", "")),
     "Importance": ("calibration.importance", ""),
     "Recipe": ("recipes", ""),

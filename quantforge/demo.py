@@ -9,10 +9,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from .conversion.run import Report, convert
+from .conversion.convert import convert
+from .conversion.run import Report
 from .errors import NativeError
-from .evaluation import scorecard
-from .evaluation.report.markdown import render
 
 DATA = Path(__file__).with_name("data")
 MODEL = DATA / "demo-model"
@@ -24,6 +23,9 @@ PROMPT = "The following example shows how to open a file and read"
 
 def run(out: Path, say: Callable[[str], None], types: tuple[str, ...] = TYPES, prompt: str = PROMPT) -> list[Report]:
     """Convert the shipped model to each type in `out`; `say` gets the lines to show."""
+    from .evaluation import scorecard  # torch, which MODEL's other users do without
+    from .evaluation.report.markdown import render
+
     out.mkdir(parents=True, exist_ok=True)
     say(f"The shipped model: a 5.8 M-parameter Llama, bf16, {(MODEL / 'model.safetensors').stat().st_size:,} bytes\n")
     reports = []

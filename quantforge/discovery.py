@@ -1,6 +1,7 @@
 """How extensions are found: modules of a package that hold its marker, what is registered, and entry points.
 
-The group of a package's entry points has the package's name: `quantforge.codecs`, `.methods`, `.formats`, `.layouts`, `.archs`.
+The group of a package's entry points has the package's name: `quantforge.codecs`, `.methods`, `.formats`, `.layouts`, `.archs`,
+`.backends`, `.evaluation.metrics`.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@
 
 #include "../quantforge.h"
 
-// The same algorithms are compiled for GPUs, where kernels/cuda/device.h defines these.
+// The same algorithms are compiled for GPUs, where kernels/cuda/encode.cuh defines these.
 #ifndef QF_INLINE
 #define QF_INLINE static inline __attribute__((always_inline))
 #define QF_FN inline                              // what kernels call

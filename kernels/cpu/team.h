@@ -1,6 +1,6 @@
 // Who works on a block. On a CPU one thread has W blocks, one per lane, and does every group of
 // them in turn; on a GPU a team of SIZE threads has one block and each does its own groups
-// (kernels/cuda/device.h). Algorithms are written for both: what the groups tell each other lies in
+// (kernels/cuda/encode.cuh). Algorithms are written for both: what the groups tell each other lies in
 // memory that the team shares, between team_sync()s.
 #pragma once
 

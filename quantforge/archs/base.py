@@ -199,6 +199,8 @@ class Arch:
         self._rename(h, given)
         for key in self.needed:
             number(h, key, int)
+        if "max_position_embeddings" in h:
+            number(h, "max_position_embeddings", int)
         if "num_attention_heads" in h:
             self._heads(h)
         if self.rope_types:
@@ -268,6 +270,17 @@ class Arch:
 
     # ---- tensors
 
+    def ends(self, names: Iterable[str]) -> tuple[str, str] | None:
+        """The stored head and embedding of a checkpoint whose config can say that they are one; None if not both are there."""
+        heads = [o for t in self.tensors.values() if t.tied for o in t.origins] or [From("lm_head")]
+        pair = [f"{o.name}{o.suffix}" for o in (heads[0], self.tensors["token_embd"].origins[0])]
+        spelled = {c: n for n, c in canonical(names, {*pair, *self._some_names()}).items()}
+        return (spelled[pair[0]], spelled[pair[1]]) if all(n in spelled for n in pair) else None
+
+    def _some_names(self) -> set[str]:
+        """Names of the first block, which tell a checkpoint's prefix."""
+        return {f"{o.name}{o.suffix}".format(bid=0, eid=0) for t in self.tensors.values() for o in t.origins}
+
     def weights(
         self,
         config: Config,
@@ -317,6 +330,7 @@ class Arch:
     def _check_unknown(self, h: Config, unknown: list[str]) -> None:
         """Leave out tied copies, and the other parts of a model that has such, with a note. Raises ShapeError."""
         tied = {f"{o.name}.weight" for t in self.tensors.values() if t.tied and h.get(t.tied) for o in t.origins}
+        tied |= {"lm_head.weight"} if h.get("tie_word_embeddings") else set()
         unknown = [n for n in unknown if not any(n == t or n.endswith(f".{t}") for t in tied)]
         if self.others is not None:
             beside = [n for n in unknown if self.others.search(n)]

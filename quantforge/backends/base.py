@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import os
@@ -14,19 +15,21 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..arrays import Parts
 from ..codecs import Codec
-from ..errors import BackendError, RecipeError, nearest
+from ..discovery import Registry
+from ..errors import BackendError, RecipeError, UnsupportedError, nearest
+from ..methods import Method, Stats
+from .worker import Backend
 
 if TYPE_CHECKING:
     import torch
 
     from ..calibration.corpus import Ints
-    from ..methods import Stats
 
 log = logging.getLogger(__name__)
 
@@ -36,62 +39,19 @@ _PATIENCE = 10
 """Seconds that a library has to end when it is told to."""
 
 
-@dataclass(frozen=True, slots=True)
-class Known:
-    """One library."""
-
-    package: str
-    """On PyPI."""
-    works: str
-    """The versions that are known to work, with what."""
-    methods: Mapping[str, tuple[str, ...]]
-    """--method -> layouts in which it writes; the first ones are the defaults."""
-    schemes: Mapping[str, str] = field(default_factory=dict)
-    """--type that is its own word for a type -> ours."""
-    gptq_options: frozenset[str] = frozenset()
-    cpu: bool = True
+def _check(given: Any) -> Backend:
+    if not isinstance(given, Backend):
+        raise UnsupportedError(f"{given!r} is no instance of quantforge.backends.Backend")
+    return given
 
 
-LIBRARIES = {
-    "auto-gptq": Known(
-        "auto-gptq",
-        "auto-gptq 0.7.1 with transformers 4.47 to 4.57",
-        {"gptq": ("gptq",)},
-        gptq_options=frozenset({"act_order", "static_groups", "damping"}),
-        cpu=False,
-    ),
-    "autoawq": Known("autoawq", "autoawq 0.2.9 with transformers 4.51.3 to 4.56.2", {"awq": ("awq",)}),
-    "gptqmodel": Known(
-        "gptqmodel",
-        "gptqmodel 7.6.0 with transformers 5.22.2 and numpy 2.2.6",
-        {"gptq": ("gptq",), "awq": ("awq",)},
-        gptq_options=frozenset({"act_order", "static_groups", "damping"}),
-    ),
-    "llm-compressor": Known(
-        "llmcompressor",
-        "llmcompressor 0.14.0.1 with compressed-tensors 0.19.0 and transformers up to 5.17",
-        {"gptq": ("compressed-tensors",), "awq": ("compressed-tensors",), "rtn": ("compressed-tensors",)},
-        {
-            "W4A16": "W4A16",
-            "W4A16_ASYM": "W4A16_ASYM",
-            "W8A16": "W8A16",
-            "W8A8": "W8A8",
-            "FP8": "fp8-tensor",
-            "FP8_DYNAMIC": "FP8_DYNAMIC",
-            "FP8_BLOCK": "FP8_BLOCK",
-            "NVFP4A16": "NVFP4A16",
-            "NVFP4": "NVFP4A16",
-            "MXFP4A16": "MXFP4A16",
-            "MXFP4": "MXFP4A16",
-        },
-        gptq_options=frozenset({"act_order", "damping"}),
-    ),
-    "auto-round": Known(
-        "auto-round",
-        "auto-round 0.16.1 with transformers 5.22.2 and gptqmodel 7.6.0",
-        {"auto-round": ("gptq", "awq", "compressed-tensors"), "rtn": ("gptq", "awq", "compressed-tensors")},
-    ),
-}
+_registry: Registry[Backend] = Registry(__package__, "back end", _check, marker="BACKEND")
+register = _registry.register
+
+
+def names() -> list[str]:
+    """Names of all back ends."""
+    return list(_registry.all())
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,34 +64,60 @@ class Made:
     seconds: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class Library:
-    """A library as a `Method`, for whole models only."""
+@dataclass(frozen=True)
+class Library(Method):
+    """A library as a `Method`, for whole models only. Raises RecipeError: unknown, no such method, interpreter or option."""
 
     backend: str
-    method: str
-    python: str
+    """A name of `names`."""
+    _: KW_ONLY
+    python: str | os.PathLike[str] | None = None
+    """The interpreter that has it; None: this one."""
+    method: str | None = None
+    """One of its own; None: its usual one."""
+    act_order: bool | None = None
+    static_groups: bool | None = None
+    damping: float | None = None
+    """These three as in `methods.GPTQ`; None: as the library has it."""
     layout: str = ""
-    """In which it writes."""
+    """In which it writes. This and the rest is what `plan` makes of the recipe."""
     scheme: str | None = None
     """Its own word for the type; None: bits, group_size and symmetric."""
     bits: int = 4
     group_size: int = 128
     symmetric: bool = True
-    act_order: bool | None = None
-    static_groups: bool | None = None
-    damping: float | None = None
 
     def __post_init__(self) -> None:
-        given = {k for k in ("act_order", "static_groups", "damping") if getattr(self, k) is not None}
-        if self.method != "gptq" or not given <= self.known.gptq_options:
-            for k in sorted(given if self.method != "gptq" else given - self.known.gptq_options):
-                raise RecipeError(f"--{k.replace('_', '-')}: {self.backend}'s {self.method} has no such option")
+        name = self.backend
+        if (known := _registry.find(name)) is None:
+            raise RecipeError(f"unknown back end {name}{nearest(name, names())}; known: {', '.join(names())}")
+        method = (self.method or next(iter(known.methods))).lower()
+        if method not in known.methods:
+            others = [k for k, v in _registry.all().items() if method in v.methods]
+            raise RecipeError(
+                f"--backend {name} has --method {' or '.join(known.methods)}, not {self.method}"
+                + (f", which {' and '.join(others)} have" if others else "")
+                + "; the built-in methods need no --backend"
+            )
+        found = sys.executable if self.python is None else shutil.which(os.path.expanduser(self.python))
+        if found is None:
+            raise RecipeError(f"--backend-python {os.fspath(self.python or '')}: there is no such interpreter")
+        for option in ("act_order", "damping", "static_groups"):
+            if getattr(self, option) is not None and (method != "gptq" or option not in known.gptq_options):
+                raise RecipeError(f"--{option.replace('_', '-')}: {known.name}'s {method} has no such option")
+        # not resolved: an environment's python is a link, and what it is depends on where that stands
+        for field, value in (("backend", known.name), ("method", method), ("python", os.path.abspath(found))):
+            object.__setattr__(self, field, value)
+
+    def check(self, device: str) -> None:
+        """Raises BackendError where it needs another device."""
+        if not self.known.cpu and not device.startswith("cuda"):
+            raise BackendError(f"{self.backend} quantizes only with CUDA: give --device cuda; {self.advice} and no GPU")
 
     @property
-    def known(self) -> Known:
+    def known(self) -> Backend:
         """What it can do."""
-        return LIBRARIES[self.backend]
+        return _registry.get(self.backend)
 
     @property
     def name(self) -> str:
@@ -148,7 +134,7 @@ class Library:
         return {"desc_act": bool(self.act_order), "static_groups": bool(self.static_groups)} if self.method == "gptq" else {}
 
     def takes(self, codec: Codec) -> bool:
-        """See `Method.takes`; the library has been asked for what it can do."""
+        """Anything: the library has been asked for what it can do."""
         return True
 
     def quantize(self, w: torch.Tensor, codec: Codec, stats: Stats | None) -> Parts:
@@ -175,7 +161,11 @@ class Library:
                 (copy / file.name).symlink_to(file.absolute())
         shutil.copyfile(model / "config.json", copy / "config.json")
         settings = ("method", "layout", "scheme", "bits", "group_size", "symmetric", "act_order", "static_groups", "damping")
-        job = {k: getattr(self, k) for k in settings} | {"library": self.backend, "device": device, "rows": ids.tolist()}
+        job = {k: getattr(self, k) for k in settings} | {
+            "file": os.path.abspath(inspect.getfile(self.known.quantize)),
+            "device": device,
+            "rows": ids.tolist(),
+        }
         job |= {"model": str(copy), "out": str(out), "result": str(result)}
         (work / "job.json").write_text(json.dumps(job))
         log.info("%s in %s: %d windows of %d tokens", self.name, self.python, *ids.shape)
@@ -200,7 +190,7 @@ class Library:
         environment |= dict.fromkeys(("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"), "1")
         environment |= {"TOKENIZERS_PARALLELISM": "false", "GPTQMODEL_CPU_WORKERS": str(max(2, threads))}
         environment.setdefault("OMP_NUM_THREADS", str(threads))
-        command = [self.python, str(Path(__file__).with_name("worker.py")), str(work / "job.json")]
+        command = [os.fspath(self.python or sys.executable), str(Path(__file__).with_name("worker.py")), str(work / "job.json")]
         with said.open("wb") as output, said.open(encoding="utf-8", errors="replace") as seen:
             try:
                 # its stdin stays open as long as we are there: the worker ends when that closes
@@ -252,33 +242,6 @@ class Library:
         with tempfile.NamedTemporaryFile("w", prefix=f"quantforge-{self.backend}-", suffix=".log", delete=False) as kept:
             kept.write(said)
         return f"{self.backend} ({have or where}) failed: {why[:300]} (all it said: {kept.name}); {self.advice}"
-
-
-def get(backend: str, method: str | None = None, python: str | os.PathLike[str] | None = None, device: str = "cpu") -> Library:
-    """The library of that name with a method of its own (None: its usual one), in an interpreter (None: this one).
-
-    Raises RecipeError: unknown, no such method, no such interpreter; BackendError: it needs a GPU.
-    """
-    known = LIBRARIES.get(backend.lower())
-    if known is None:
-        raise RecipeError(f"unknown back end {backend}{nearest(backend, LIBRARIES)}; known: {', '.join(LIBRARIES)}")
-    if method is not None and method.lower() not in known.methods:
-        others = [k for k, v in LIBRARIES.items() if method.lower() in v.methods]
-        raise RecipeError(
-            f"--backend {backend} has --method {' or '.join(known.methods)}, not {method}"
-            + (f", which {' and '.join(others)} have" if others else "")
-            + "; the built-in methods need no --backend"
-        )
-    found = shutil.which(os.path.expanduser(python)) if python is not None else sys.executable
-    if found is None:
-        raise RecipeError(f"--backend-python {os.fspath(python or '')}: there is no such interpreter")
-    # not resolved: an environment's python is a link, and what it is depends on where that stands
-    library = Library(
-        backend=backend.lower(), method=(method or next(iter(known.methods))).lower(), python=os.path.abspath(found)
-    )
-    if not known.cpu and not device.startswith("cuda"):
-        raise BackendError(f"{backend} quantizes only with CUDA: give --device cuda; {library.advice} and no GPU")
-    return library
 
 
 _ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")

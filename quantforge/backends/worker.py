@@ -1,13 +1,15 @@
 """Run by another Python: `python worker.py JOB.json` quantizes a checkpoint directory with one library.
 
-Imports nothing of quantforge and nothing beside the library's own dependencies, and works on Python 3.8.
-The job: library, model, out (directories), rows (windows of token ids), method, layout, scheme or bits,
+Imports nothing of quantforge and nothing beside the library's own dependencies, and works on Python 3.8; so do the modules
+beside it that hold a `BACKEND`, of which it runs the one that the job names. And what these share.
+The job: file (of the back end), model, out (directories), rows (windows of token ids), method, layout, scheme or bits,
 group_size and symmetric, act_order, device, threads, result (where to say what happened, as JSON).
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import os
 import signal
@@ -15,184 +17,49 @@ import sys
 import threading
 import time
 import traceback
+import types
 from contextlib import suppress
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Callable, Dict, Mapping  # noqa: UP035 - Python 3.8
 
 if __name__ == "__main__":  # what lies beside this file must not shadow anything
     sys.path[:] = [p for p in sys.path if os.path.abspath(p or ".") != os.path.dirname(os.path.abspath(__file__))]
 
 BATCH = 4  # windows at once
+Job = Dict[str, Any]  # noqa: UP006
+"""What the file says that `main` gets."""
 
 
-def auto_gptq(job: dict[str, Any]) -> None:
-    """GPTQ, v1 layout; only with CUDA."""
-    import torch
-    from auto_gptq import AutoGPTQForCausalLM, BaseQuantizeConfig
+@dataclass(frozen=True)
+class Backend:
+    """One library: what it can do, and how it is told to."""
 
-    config = BaseQuantizeConfig(
-        bits=job["bits"],
-        group_size=job["group_size"],
-        sym=job["symmetric"],
-        model_file_base_name="model",
-        **given(job, act_order="desc_act", static_groups="static_groups", damping="damp_percent"),
-    )
-    model = AutoGPTQForCausalLM.from_pretrained(job["model"], config, torch_dtype=torch.float16)
-    model.quantize(examples(job), batch_size=BATCH)
-    model.save_quantized(job["out"], use_safetensors=True)
-    # today's readers look for model.safetensors and refuse is_marlin_format
-    for name in os.listdir(job["out"]):
-        path = os.path.join(job["out"], name)
-        if name.endswith(".safetensors"):
-            os.rename(path, os.path.join(job["out"], "model.safetensors"))
-        elif name.endswith("config.json"):
-            found = read(path)
-            for part in (found, found.get("quantization_config", {})):
-                part.pop("is_marlin_format", None)
-            write(path, found)
+    name: str
+    """As in --backend."""
+    package: str
+    """On PyPI."""
+    module: str
+    """What is imported."""
+    works: str
+    """The versions that are known to work, with what."""
+    methods: Mapping[str, tuple[str, ...]]
+    """--method -> layouts in which it writes; the first ones are the defaults."""
+    quantize: Callable[[Job], None]
+    """Run in the library's own Python: makes a checkpoint in job["out"] from the one in job["model"]."""
+    schemes: Mapping[str, str] = field(default_factory=dict)
+    """--type that is its own word for a type -> ours."""
+    gptq_options: frozenset[str] = frozenset()
+    """Of act_order, static_groups and damping, those that its gptq has."""
+    cpu: bool = True
+    """False: it needs CUDA."""
 
 
-def autoawq(job: dict[str, Any]) -> None:
-    """AWQ, gemm version."""
-    import torch
-    from awq import AutoAWQForCausalLM
-    from awq.quantize.quantizer import AwqQuantizer
-
-    # Its search keeps the weights aside by state_dict() and .cpu(), which on a CPU copies nothing: every trial would
-    # multiply the original. Clones keep it.
-    search = AwqQuantizer._compute_best_scale
-
-    def search_on_clones(self: Any, x: Any, w_mean: Any, x_mean: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
-        own = module.state_dict
-        module.state_dict = lambda *a, **k: {name: t.clone() for name, t in own(*a, **k).items()}
-        try:
-            return search(self, x, w_mean, x_mean, module, *args, **kwargs)
-        finally:
-            del module.state_dict
-
-    AwqQuantizer._compute_best_scale = search_on_clones
-    # f16 whatever the checkpoint is in: its packed scales are f16
-    model = AutoAWQForCausalLM.from_pretrained(
-        job["model"], device_map=job["device"], torch_dtype=torch.float16, trust_remote_code=False
-    )
-    settings = {"w_bit": job["bits"], "q_group_size": job["group_size"], "zero_point": not job["symmetric"], "version": "GEMM"}
-    model.quantize(
-        None,
-        quant_config=settings,
-        calib_data=job["rows"],
-        max_calib_samples=len(job["rows"]),
-        max_calib_seq_len=len(job["rows"][0]),
-    )
-    model.save_quantized(job["out"])
-
-
-def gptqmodel(job: dict[str, Any]) -> None:
-    """GPTQ (v1 where symmetric, else v2) or AWQ (gemm)."""
-    from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
-
-    awq = job["layout"] == "awq"
-    settings = {"bits": job["bits"], "group_size": job["group_size"], "sym": job["symmetric"]}
-    if awq:
-        settings.update(quant_method="awq", format="gemm")
-    else:
-        settings["format"] = "gptq" if job["symmetric"] else "gptq_v2"
-        settings.update(given(job, act_order="desc_act", static_groups="static_groups", damping="damp_percent"))
-    model = GPTQModel.load(job["model"], QuantizeConfig(**settings), device=job["device"], trust_remote_code=False)
-    cpu_awq = awq and job["device"] == "cpu"
-    model.quantize(examples(job), batch_size=BATCH, **({"backend": BACKEND.AWQ_TORCH} if cpu_awq else {}))
-    model.save(job["out"])
-
-
-def llm_compressor(job: dict[str, Any]) -> None:
-    """compressed-tensors; GPTQ, AWQ or round to nearest."""
-    import torch
-    from llmcompressor import oneshot
-    from llmcompressor.modifiers import quantization
-    from transformers import AutoModelForCausalLM
-
-    if job["scheme"]:
-        what = {"scheme": job["scheme"]}
-    else:
-        grouped = job["group_size"] != -1
-        weights = {"num_bits": job["bits"], "type": "int", "symmetric": job["symmetric"]}
-        weights.update({"strategy": "group", "group_size": job["group_size"]} if grouped else {"strategy": "channel"})
-        what = {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}}
-    what["ignore"] = ["lm_head"]
-    if job["method"] == "gptq":
-        what.update(given(job, damping="dampening_frac"))
-        if job["act_order"] is not None:
-            what["actorder"] = "static" if job["act_order"] else None
-        recipe = [quantization.GPTQModifier(targets="Linear", **what)]
-    else:
-        recipe = [quantization.QuantizationModifier(targets="Linear", **what)]
-    if job["method"] == "awq":
-        from llmcompressor.modifiers.transform.awq import AWQModifier
-
-        recipe.insert(0, AWQModifier())
-        if not torch.accelerator.is_available():  # pinned memory is for devices; asked for, it raises where there is none
-            setattr(torch.Tensor, "pin_memory", lambda self, *a: self)  # noqa: B010
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype="auto", trust_remote_code=False)
-    rows: Any = torch.utils.data.DataLoader([{k: torch.tensor(v) for k, v in e.items()} for e in examples(job)], batch_size=1)  # type: ignore[arg-type]
-    oneshot(
-        model=model, dataset=rows, recipe=recipe, num_calibration_samples=len(job["rows"]), max_seq_length=len(job["rows"][0])
-    )
-    model.save_pretrained(job["out"], save_compressed=True)
-
-
-def auto_round(job: dict[str, Any]) -> None:
-    """Signed gradient descent on the rounding, or round to nearest; GPTQ, AWQ or compressed-tensors layout."""
-    import torch
-    from auto_round import AutoRound
-    from transformers import AutoModelForCausalLM
-
-    layout = {"gptq": "auto_gptq", "awq": "auto_awq", "compressed-tensors": "llm_compressor"}[job["layout"]]
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype="auto", trust_remote_code=False)
-    rows: Any = torch.tensor(job["rows"])
-    settings = {"iters": 0} if job["method"] == "rtn" else {}
-    made = AutoRound(
-        model,
-        tokenizer=Tokens(),
-        bits=job["bits"],
-        group_size=job["group_size"],
-        sym=job["symmetric"],
-        dataset=[{"input_ids": r, "attention_mask": torch.ones_like(r)} for r in rows.split(BATCH)],
-        nsamples=len(rows),
-        seqlen=rows.shape[1],
-        batch_size=BATCH,
-        device_map=job["device"],
-        **settings,
-    )
-    made.quantize_and_save(job["out"], format=layout)
-
-
-LIBRARIES = {
-    "auto-gptq": ("auto_gptq", auto_gptq),
-    "autoawq": ("awq", autoawq),
-    "gptqmodel": ("gptqmodel", gptqmodel),
-    "llm-compressor": ("llmcompressor", llm_compressor),
-    "auto-round": ("auto_round", auto_round),
-}
-"""Name -> module, what to do."""
-
-
-class Tokens:
-    """Stands in for a tokenizer where the library wants to save one: rows are token ids already."""
-
-    pad_token_id = None
-    pad_token = None
-
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """The tokenizer's files are the checkpoint's own."""
-
-
-# ---- what is the same for all
-
-
-def examples(job: dict[str, Any]) -> list[dict[str, list[int]]]:
+def examples(job: Job) -> list[dict[str, list[int]]]:
     """Rows as tokenizers give them."""
     return [{"input_ids": row, "attention_mask": [1] * len(row)} for row in job["rows"]]
 
 
-def given(job: dict[str, Any], **names: str) -> dict[str, Any]:
+def given(job: Job, **names: str) -> Job:
     """Options that were given, under the library's names."""
     return {theirs: job[ours] for ours, theirs in names.items() if job[ours] is not None}
 
@@ -209,14 +76,14 @@ def write(path: str, value: Any) -> None:
         json.dump(value, f, indent=2)
 
 
-def versions() -> dict[str, str]:
+def versions(package: str) -> dict[str, str]:
     """Versions that explain most failures."""
     from importlib import metadata
 
     found = {"python": sys.version.split()[0]}
-    for package in ("auto-gptq", "autoawq", "gptqmodel", "llmcompressor", "auto-round", "transformers", "torch"):
+    for name in (package, "transformers", "torch"):
         with suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
+            found[name] = metadata.version(name)
     return found
 
 
@@ -258,23 +125,37 @@ def last_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
+def load(path: str) -> Backend:
+    """The `BACKEND` of a file. It imports `quantforge.backends.worker`, which here is this module, and nothing else of ours."""
+    for name in ("quantforge", "quantforge.backends"):
+        sys.modules[name] = types.ModuleType(name)
+        sys.modules[name].__path__ = []
+    sys.modules["quantforge.backends.worker"] = sys.modules[__name__]
+    spec = importlib.util.spec_from_file_location("quantforge.backends.chosen", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found: Backend = module.BACKEND
+    return found
+
+
 def main(path: str) -> int:
     """Do the job. 0, or 1 with the error in the result file."""
     job = read(path)
-    module, run = LIBRARIES[job["library"]]
-    told: dict[str, Any] = {"versions": versions(), "stage": "import"}
+    library = load(job["file"])
+    told: dict[str, Any] = {"versions": versions(library.package), "stage": "import"}
     began = time.time()
     try:
         try:
-            importlib.import_module(module)
+            importlib.import_module(library.module)
         except ModuleNotFoundError as e:
-            told["missing"] = e.name == module
+            told["missing"] = e.name == library.module
             raise
         told["stage"] = "run"
         old_names(os.path.join(job["model"], "config.json"), told["versions"].get("transformers", "5"))
         if "torch" in sys.modules:
             sys.modules["torch"].manual_seed(0)
-        run(job)
+        library.quantize(job)
         flatten(job["out"])
         told["stage"] = "done"
     except BaseException as e:  # libraries also exit

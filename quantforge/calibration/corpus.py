@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,11 +18,14 @@ from ..errors import FormatError, RecipeError
 from ..tokenizer import Tokenizer
 
 BUILTIN = "builtin"
-"""The held-out text that ships with the package."""
+"""In place of a path: the text that ships with the package."""
+HELD_OUT = Path(str(files("quantforge") / "data" / "text" / "heldout.txt"))
 _BREAK = re.compile(r"\n{3,}")
 _FEW = 10
 
 Ints = NDArray[np.int64]
+Stages: TypeAlias = Callable[[str, int, int], None]
+"""Told of long work on text: what is being done, how much of it is done, of how much."""
 
 
 def read_text(path: Path) -> tuple[bytes, str]:
@@ -50,7 +55,7 @@ class Corpus:
     def read(cls, text: str | os.PathLike[str], tokenizer: Tokenizer) -> Corpus:
         """Read and tokenize a UTF-8 file, or the shipped text ("builtin"). Raises FormatError."""
         builtin = os.fspath(text) == BUILTIN
-        path = Path(str(files("quantforge") / "data" / "text" / "heldout.txt")) if builtin else Path(text)
+        path = HELD_OUT if builtin else Path(text)
         data, written = read_text(path)
         ids, starts = tokenizer.encode(written)
         first = [0, *(m.end() for m in _BREAK.finditer(written))]

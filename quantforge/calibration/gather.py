@@ -6,7 +6,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -26,17 +25,15 @@ from ..formats import Header, Stored, open_path
 from ..runtime import FUSED, Model, advance
 from ..tokenizer import Tokenizer
 from . import overlap
-from .corpus import BUILTIN, Corpus, Ints, cut, read_text
+from .corpus import BUILTIN, HELD_OUT, Corpus, Ints, Stages, cut, read_text
 
 logger = logging.getLogger(__name__)
 
 CTX = 512
 FEW_TOKENS = 32
 """An expert that saw fewer tokens gets the other experts' mean for what is missing."""
-_PARAGRAPH, _GRAM, _SHARE = 60, 13, 0.02
 
 PathLike: TypeAlias = str | os.PathLike[str]
-Progress: TypeAlias = Callable[[str, int, int], None]
 Note: TypeAlias = Callable[[Sequence[str], torch.Tensor], None]
 
 
@@ -57,10 +54,9 @@ def read_windows(text: PathLike, tokenizer: Tokenizer, ctx: int, chunks: int | N
     path = _text_path(text)
     corpus = Corpus.read(path, tokenizer)
     if os.fspath(text) != BUILTIN:
-        held_out = Path(str(files("quantforge") / "data" / "text" / "heldout.txt"))
-        check_overlap(
-            path.read_text(encoding="utf-8"), held_out.read_text(encoding="utf-8"), path.name, "the shipped held-out text"
-        )
+        _, held_out = read_text(HELD_OUT)
+        if how := overlap.shared(corpus.text, held_out):
+            raise CalibrationError(f"{path.name} overlaps the shipped held-out text: {how}; calibrate with other text")
     if len(corpus.tokens) < 2 * ctx:
         raise CalibrationError(
             f"{path}: {len(corpus.tokens)} tokens are too few to calibrate with windows of {ctx}: "
@@ -80,29 +76,6 @@ def sketch(text: PathLike) -> overlap.Sketch:
     path = _text_path(text)
     data, written = read_text(path)
     return overlap.Sketch.of(path.name, hashlib.sha256(data).hexdigest(), written)
-
-
-def check_overlap(calibration: str, held_out: str, name: str = "the calibration text", other: str = "the held-out text") -> None:
-    """Raise CalibrationError if two texts share a paragraph of at least 60 characters, or 2% of the 13-word sequences."""
-
-    def paragraphs(text: str) -> dict[str, None]:
-        found = dict.fromkeys(" ".join(p.split()) for p in re.split(r"\n\s*\n", text.replace("\r\n", "\n")))
-        return {p: None for p in found if len(p) >= _PARAGRAPH}
-
-    def sequences(text: str) -> set[int]:
-        words = re.findall(r"\w+", text.lower())
-        return {hash(tuple(words[i : i + _GRAM])) for i in range(len(words) - _GRAM + 1)}
-
-    theirs = paragraphs(held_out)
-    shared = next((p for p in paragraphs(calibration) if p in theirs), None)
-    if shared is not None:
-        raise CalibrationError(f"{name} overlaps {other}: both have the paragraph {shared[:50]!r}...; calibrate with other text")
-    a, b = sequences(calibration), sequences(held_out)
-    both = len(a & b)
-    if both > _SHARE * min(len(a), len(b)):
-        raise CalibrationError(
-            f"{name} overlaps {other}: they share {both} sequences of {_GRAM} words; calibrate with other text"
-        )
 
 
 # ---- what the matrices of a block see
@@ -200,7 +173,7 @@ def calibrate(
     chunks: int | None = None,
     device: str = "cpu",
     force: bool = False,
-    progress: Progress | None = None,
+    progress: Stages | None = None,
 ) -> CalibrationReport:
     """Write the importance matrix of a model in llama-imatrix's GGUF layout.
 
@@ -220,7 +193,7 @@ def calibrate(
             raise CalibrationError(
                 f"{model}: an importance matrix names tensors as GGUF does, and this architecture has no such names"
             )
-        tokenizer = Tokenizer(Path(model), source.config, gguf_metadata=source.format == "gguf")
+        tokenizer = source.tokenizer()
         ids = read_windows(text, tokenizer, context(ctx, runner), chunks)
         squares = gather(runner, ids, progress)
         entries, experts, warnings = _entries(runner, squares)
@@ -253,7 +226,7 @@ def context(ctx: int | None, model: Model, option: str = "--ctx") -> int:
     return min(CTX, own) if ctx is None else ctx
 
 
-def gather(model: Model, ids: Ints, progress: Progress | None = None) -> _Squares:
+def gather(model: Model, ids: Ints, progress: Stages | None = None) -> _Squares:
     """Sums of squares of every matrix's inputs over windows of tokens int[windows, ctx]."""
     squares = _Squares()
     hooks = ExitStack()

@@ -48,12 +48,12 @@ def runs(text: str) -> Hashes:
     n = min(len(points), _PIECE + RUN)
     with np.errstate(over="ignore"):
         base, inverse = (np.concatenate([[np.uint64(1)], np.full(n, b)]).cumprod(dtype=np.uint64) for b in (_BASE, _INVERSE))
-        found = []
+        pieces = []
         for first in range(0, len(points) - RUN + 1, _PIECE):  # a polynomial of the letters, rolled along
             x = _mix(points[first : first + _PIECE + RUN - 1] + _BASE)
             sums = np.concatenate([[np.uint64(0)], (x * base[: len(x)]).cumsum(dtype=np.uint64)])
-            found.append(_mix((sums[RUN:] - sums[:-RUN]) * inverse[: len(sums) - RUN]))
-    return np.concatenate(found) if found else np.empty(0, np.uint64)
+            pieces.append(_mix((sums[RUN:] - sums[:-RUN]) * inverse[: len(sums) - RUN]))
+    return np.concatenate(pieces) if pieces else np.empty(0, np.uint64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,37 +68,42 @@ class Sketch:
     @classmethod
     def of(cls, name: str, sha256: str, text: str, size: int = SKETCH) -> Sketch:
         """The sketch of a text of about `size` hashes, whatever its length."""
-        found = runs(text)
-        limit = min(2**64 - 1, (size << 64) // max(1, len(found)))
-        return cls(name, sha256, limit, np.unique(found[found <= np.uint64(limit)]))
+        hashes = runs(text)
+        limit = min(2**64 - 1, (size << 64) // max(1, len(hashes)))
+        return cls(name, sha256, limit, np.unique(hashes[hashes <= np.uint64(limit)]))
 
-    def overlap(self, text: str, found: Hashes) -> str | None:
-        """How a text, of which `found` are the runs, overlaps this one; None if it does not.
+    def overlap(self, text: str, hashes: Hashes) -> str | None:
+        """How a text, of which `hashes` are the runs, overlaps this one; None if it does not.
 
         It does with 2% of the hashes, or one passage of 1000 letters and digits, in common.
         """
-        at = np.flatnonzero(found <= np.uint64(self.limit))
-        shared = np.isin(found[at], self.hashes)
-        edges = np.flatnonzero(np.diff(np.concatenate([[False], shared, [False]]).astype(np.int8)))
+        at = np.flatnonzero(hashes <= np.uint64(self.limit))
+        known = np.isin(hashes[at], self.hashes)
+        edges = np.flatnonzero(np.diff(np.concatenate([[False], known, [False]]).astype(np.int8)))
         if not len(edges):
             return None
         begins, ends = at[edges[::2]], at[edges[1::2] - 1]
         best = int((ends - begins).argmax())
-        part, length = shared.sum() / min(len(at), len(self.hashes)), int(ends[best] - begins[best]) + RUN
+        part, length = known.sum() / min(len(at), len(self.hashes)), int(ends[best] - begins[best]) + RUN
         few = edges[2 * best + 1] - edges[2 * best] < _FEW
-        if (length < PASSAGE or few) and (part <= PART or shared.sum() < _FEW):
+        if (length < PASSAGE or few) and (part <= PART or known.sum() < _FEW):
             return None
         quoted = letters(text)[int(begins[best]) :][:40]
-        return f"{max(part, length / max(1, len(found))):.0%} of it, with a passage of {length} letters ({quoted!r}...)"
+        return f"{max(part, length / max(1, len(hashes))):.0%} of it, with a passage of {length} letters ({quoted!r}...)"
 
 
-def check(model: str, config: Mapping[str, Any], name: str, text: str, found: Hashes) -> None:
+def shared(calibration: str, text: str) -> str | None:
+    """How a text overlaps one that is there as a whole, by the rule for sketches; None if it does not."""
+    return Sketch.of("", "", calibration, len(calibration)).overlap(text, runs(text))
+
+
+def check(model: str, config: Mapping[str, Any], name: str, text: str, hashes: Hashes) -> None:
     """Raise CalibrationError if a model was calibrated with what it is to be measured on.
 
-    config: metadata of its file; text: what is measured on, of which `found` are the runs.
+    config: metadata of its file; text: what is measured on, of which `hashes` are the runs.
     """
     for sketch in remembered(config):
-        if how := sketch.overlap(text, found):
+        if how := sketch.overlap(text, hashes):
             raise CalibrationError(
                 f"{model} was calibrated with {sketch.name}, and {name} overlaps that: {how}; it would look better than it is: "
                 "measure on other text (--text)"
@@ -123,12 +128,12 @@ def remembered(config: Mapping[str, Any]) -> list[Sketch]:
     columns = [config.get(f"{KEY}.{k}") for k in ("texts", "sha256", "hashes")]
     if not all(isinstance(c, list | tuple) for c in columns):
         return []
-    found = []
+    sketches = []
     for name, digest, hashes in zip(*columns, strict=False):
         try:
             values = np.frombuffer(base64.b64decode(hashes, validate=True), "<u8")
         except (ValueError, TypeError):
             continue
         if len(values):
-            found.append(Sketch(str(name), str(digest), int(values[0]), values[1:].astype(np.uint64)))
-    return found
+            sketches.append(Sketch(str(name), str(digest), int(values[0]), values[1:].astype(np.uint64)))
+    return sketches

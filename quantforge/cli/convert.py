@@ -8,10 +8,30 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .shared import parse_size, progress_bar, recipe_options, size
+from .. import sizes
+from .shared import Listing, progress_bar, recipe_options
 
 if TYPE_CHECKING:
     from ..conversion.plan import Plan
+
+
+def _formats() -> list[str]:
+    from .. import layouts
+    from ..conversion.options import writable
+
+    return [*writable(), *layouts.names()]
+
+
+def _methods() -> list[str]:
+    from .. import methods
+
+    return methods.names()
+
+
+def _backends() -> list[str]:
+    from .. import backends
+
+    return backends.names()
 
 
 def _print_plan(plan: Plan) -> None:
@@ -22,9 +42,8 @@ def _print_plan(plan: Plan) -> None:
         click.echo(f"{t.name:<{width}}  {shape:>14}  {t.source_codec.name:>5} → {t.codec.name:<8} {t.nbytes:>14,}{note}")
     for warning in plan.warnings:
         click.echo(f"warning: {warning}", err=True)
-    click.echo(
-        f"{len(plan.tensors)} tensors, {plan.total_bytes:,} bytes ({size(plan.total_bytes)}), {plan.bpw:.3f} bits per weight"
-    )
+    shown = f"{plan.total_bytes:,} bytes ({sizes.show(plan.total_bytes)})"
+    click.echo(f"{len(plan.tensors)} tensors, {shown}, {plan.bpw:.3f} bits per weight")
 
 
 @click.command()
@@ -34,7 +53,9 @@ def _print_plan(plan: Plan) -> None:
 @click.option(
     "--format",
     metavar="F",
-    help="gguf, safetensors, gptq, awq, compressed-tensors, bitsandbytes; default: gguf for *.gguf, else safetensors.",
+    cls=Listing,
+    listing=_formats,
+    help="One of {}; default: by the suffix of OUT, or safetensors.",
 )
 @click.option(
     "--bits", metavar="N", type=click.IntRange(2, 8), help="Integers of that width for the linear layers of the blocks."
@@ -43,10 +64,18 @@ def _print_plan(plan: Plan) -> None:
 @click.option(
     "--sym/--asym", "symmetric", default=None, help="Without or with a zero point; default: what the format usually has."
 )
-@click.option("--checkpoint-format", metavar="V", help="GPTQ layout: gptq (v1) or gptq_v2; default: v1 where symmetric, else v2.")
-@click.option("--int8-threshold", metavar="X", type=float, help="bitsandbytes int8: activations kept in floats; default 6.0.")
-@click.option("--max-shard-size", metavar="SIZE", callback=parse_size, help="Largest weight file, as 5GB or 500MB; default 5GB.")
-@click.option("--imatrix", metavar="FILE", type=click.Path(dir_okay=False), help="Importance matrix (llama.cpp's GGUF or .dat).")
+@click.option("--checkpoint-format", "version", metavar="V", help="GPTQ: gptq (v1) or gptq_v2; default: v2 where asymmetric.")
+@click.option(
+    "--int8-threshold", "threshold", metavar="X", type=float, help="bitsandbytes int8: activations kept in floats; default 6."
+)
+@click.option("--max-shard-size", metavar="SIZE", help="Largest weight file, as 5GB or 500MB; default 5GB.")
+@click.option(
+    "--imatrix",
+    "importance",
+    metavar="FILE",
+    type=click.Path(dir_okay=False),
+    help="Importance matrix (llama.cpp's GGUF or .dat).",
+)
 @click.option(
     "--threads", metavar="N", type=click.IntRange(1), help="Threads; default: all CPUs. Output bytes do not depend on it."
 )
@@ -56,8 +85,14 @@ def _print_plan(plan: Plan) -> None:
 @click.option("--force", is_flag=True, help="Overwrite an existing output.")
 @click.option("--report", metavar="FILE.json", type=click.Path(dir_okay=False), help="Write a report with each tensor's error.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan or the report as JSON.")
-@click.option("--method", metavar="M", help="rtn, gptq, awq or awq+gptq (torch); default: rtn, or the back end's own.")
-@click.option("--backend", metavar="B", help="Quantize with auto-gptq, autoawq, gptqmodel, llm-compressor or auto-round.")
+@click.option(
+    "--method",
+    metavar="M",
+    cls=Listing,
+    listing=_methods,
+    help="How codes are chosen: {}; default: rtn, or the back end's own.",
+)
+@click.option("--backend", metavar="B", cls=Listing, listing=_backends, help="Another library that quantizes: {}.")
 @click.option("--backend-python", metavar="PATH", help="The interpreter that has it; default: this one.")
 @click.option("--calibration", metavar="FILE", default="builtin", show_default=True, help="Text that --method sees.")
 @click.option("--calibration-chunks", metavar="N", type=click.IntRange(2), help="Windows of it; default 128.")
@@ -78,41 +113,22 @@ def _print_plan(plan: Plan) -> None:
 def convert(
     model: str,
     out: str,
-    recipe: Any,
-    format: str | None,
-    bits: int | None,
-    group_size: int | None,
-    symmetric: bool | None,
-    checkpoint_format: str | None,
-    int8_threshold: float | None,
-    max_shard_size: int | None,
-    imatrix: str | None,
     threads: int | None,
-    pre_tokenizer: str | None,
-    allow_requantize: bool,
     dry_run: bool,
     force: bool,
     report: str | None,
     as_json: bool,
-    **calibration: Any,
+    **options: Any,
 ) -> None:
-    """Convert MODEL (a directory, a .safetensors or .gguf file) to OUT (a .gguf file, or a directory of safetensors)."""
+    """Convert MODEL (a directory, or a file) to OUT: a file such as *.gguf, or a directory.
+
+    --format lists what there is.
+    """
     from .. import convert as run
     from .. import plan as make_plan
 
-    options: dict[str, Any] = {
-        "allow_requantize": allow_requantize,
-        "pre_tokenizer": pre_tokenizer,
-        "format": format,
-        **calibration,
-    }
-    options |= {"bits": bits, "group_size": group_size, "symmetric": symmetric, "max_shard_size": max_shard_size}
-    if checkpoint_format is not None:
-        options["version"] = checkpoint_format
-    if int8_threshold is not None:
-        options["threshold"] = int8_threshold
     if dry_run:
-        plan = make_plan(model, out, recipe, imatrix, **options)
+        plan = make_plan(model, out, **options)
         if as_json:
             click.echo(json.dumps(plan.to_json(), ensure_ascii=False))
         else:
@@ -122,8 +138,6 @@ def convert(
         done = run(
             model,
             out,
-            recipe,
-            imatrix,
             threads=threads,
             force=force,
             measure=bool(report or as_json),
@@ -142,7 +156,9 @@ def convert(
         names = [t.name for t in judged if t.method == kept]
         some = f": {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" if kept == "rtn" else ""
         click.echo(f"{kept} kept for {len(names)} of {len(judged)} matrices{some}")
-    click.echo(f"{done.path}: {done.recipe}, {size(done.total_bytes)}, {done.bpw:.3f} bits per weight, {done.seconds:.1f} s")
+    click.echo(
+        f"{done.path}: {done.recipe}, {sizes.show(done.total_bytes)}, {done.bpw:.3f} bits per weight, {done.seconds:.1f} s"
+    )
 
 
 COMMAND = convert

@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from .. import sizes
 from ..errors import RecipeError
 
 if TYPE_CHECKING:
-    from ..conversion.run import Progress
+    from ..conversion.run import Status
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def size(n: float) -> str:
-    """A number of bytes for people: 3.21 GB."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if n < 1000 or unit == "GB":
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.2f} {unit}"
-        n /= 1000
-    raise AssertionError
+class Listing(click.Option):
+    """An option whose help has a list in the place of {}, looked up when the help is printed.
+
+    Registries load NumPy, or more; `quantforge --help` and a command that runs do not wait for them.
+    """
+
+    def __init__(self, *names: Any, listing: Callable[[], Iterable[str]], **attributes: Any) -> None:
+        super().__init__(*names, **attributes)
+        self._listing = listing
+
+    def get_help_record(self, context: click.Context) -> tuple[str, str] | None:
+        """See click."""
+        self.help = (self.help or "").replace("{}", ", ".join(self._listing()))
+        return super().get_help_record(context)
 
 
 def split_rule(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> list[tuple[str, str]]:
@@ -38,15 +45,6 @@ def split_rule(context: click.Context, parameter: click.Parameter, values: tuple
             raise click.BadParameter(f"{value!r}: write REGEX=TYPE, as in 'attn_v=Q8_0'")
         rules.append((pattern, kind))
     return rules
-
-
-def parse_size(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
-    """Bytes from 5GB, 500MB or 200MiB."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", value or "0", re.IGNORECASE)
-    size = 0 if match is None else int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " "))
-    if value is not None and size < 1:
-        raise click.BadParameter(f"{value!r} is no size like 5GB, 500MB or 200MiB")
-    return size or None
 
 
 def recipe_options(command: F) -> F:
@@ -82,14 +80,14 @@ def recipe_options(command: F) -> F:
         keep_output: bool,
         **kwargs: Any,
     ) -> Any:
-        from .. import recipes
+        from .. import layouts, recipes
 
         if kind and recipe:
             raise RecipeError("--type and --recipe exclude each other: name the base preset inside the recipe file")
         own_rules = bool(recipe or tensor_types or output_tensor_type or token_embedding_type or pure or keep_output)
         if kwargs.get("backend") and not own_rules:  # it may be the library's own word
             return command(*args, recipe=kind, **kwargs)
-        linears = kwargs.get("bits") is not None or kwargs.get("format") not in (None, "gguf", "safetensors")
+        linears = kwargs.get("bits") is not None or str(kwargs.get("format")).lower() in layouts.names()
         if linears and not kwargs.get("backend"):
             # one type for the linear layers of the blocks, which the format knows by its own names
             if recipe or output_tensor_type or token_embedding_type or pure or keep_output:
@@ -112,7 +110,7 @@ def recipe_options(command: F) -> F:
 
 
 @contextmanager
-def progress_bar() -> Iterator[Callable[[Progress], None] | None]:
+def progress_bar() -> Iterator[Callable[[Status], None] | None]:
     """A progress bar on a terminal; nothing when piped."""
     if not sys.stderr.isatty():
         yield None
@@ -132,7 +130,7 @@ def progress_bar() -> Iterator[Callable[[Progress], None] | None]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=None, tensors=0, total_tensors=0, written="", rate="", name="")
 
-        def show(p: Any) -> None:
+        def show(p: Status) -> None:
             elapsed = bar.tasks[0].elapsed or 0.0
             rate = f"{p.weights / elapsed / 1e6:.0f} M weights/s" if elapsed > 0.2 else ""
             bar.update(
@@ -141,7 +139,7 @@ def progress_bar() -> Iterator[Callable[[Progress], None] | None]:
                 completed=p.weights,
                 tensors=p.tensors,
                 total_tensors=p.total_tensors,
-                written=size(p.bytes),
+                written=sizes.show(p.bytes),
                 rate=rate,
                 name=p.name,
             )

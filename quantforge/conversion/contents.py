@@ -13,14 +13,13 @@ import gguf
 
 from .. import archs, tokenizer
 from ..archs import from_gguf
-from ..archs.rope import ROPE_FREQS
 from ..archs.weight import Shape, Weight
 from ..calibration import overlap
 from ..calibration.importance import Importance
 from ..codecs import Codec
 from ..codecs.plain import prevailing
 from ..errors import UnsupportedError
-from ..formats import Source
+from ..formats import Format, Source
 from ..tokenizer.files import read_json
 
 log = logging.getLogger(__name__)
@@ -41,23 +40,23 @@ class Contents:
     files: Mapping[str, bytes] = field(default_factory=dict)
 
 
-def contents(source: Source, target: str, pre_tokenizer: str | None) -> Contents:
+def contents(source: Source, target: Format, pre_tokenizer: str | None) -> Contents:
     """What a file of format `target` made from this source holds.
 
     pre_tokenizer: as in `tokenizer.metadata`. Raises FormatError, ShapeError, UnsupportedError.
     """
     shapes = {name: stored.shape for name, stored in source.weights.items()}
-    if source.format == "gguf":
+    if source.gguf_names:
         weights = [Weight.of(name, shape) for name, shape in shapes.items()]
-        if target == "gguf":
+        if target.gguf_names:
             metadata = {k: v for k, v in source.config.items() if not k.startswith("split.")}
             return Contents(weights, {w.name: [(w.name, w)] for w in weights}, metadata)
         return _from_gguf(source, weights, pre_tokenizer)
 
-    directory = source.path if source.path.is_dir() else source.path.parent
-    if target != "gguf":
+    directory, config = source.directory, source.checkpoint_config()
+    if not target.gguf_names:
         try:
-            weights = archs.find(source.config).weights(source.config, shapes, source.optional)
+            weights = archs.find(config).weights(config, shapes, source.optional)
         except UnsupportedError as e:
             log.warning("%s; every tensor keeps its name and only --type and --tensor-type decide", e)
             weights = [Weight.of(name, shape) for name, shape in shapes.items()]
@@ -73,13 +72,13 @@ def contents(source: Source, target: str, pre_tokenizer: str | None) -> Contents
         for w in weights:  # a tensor that several are made of goes by the first one
             outputs[w.name] = [(s, Weight.of(w.name, shapes[s], s)) for s in w.sources if s not in taken]
             taken.update(w.sources)
-        return Contents(weights, outputs, source.config, files)
-    arch = archs.find(source.config)
-    weights = arch.weights(source.config, shapes, source.optional)
+        return Contents(weights, outputs, config, files)
+    arch = archs.find(config)
+    weights = arch.weights(config, shapes, source.optional)
     metadata = {
-        **arch.metadata(source.config, read_json(directory / "generation_config.json")),
+        **arch.metadata(config, read_json(directory / "generation_config.json")),
         **_general(directory, weights),
-        **tokenizer.metadata(directory, source.config, pre_tokenizer=pre_tokenizer),
+        **tokenizer.metadata(directory, config, pre_tokenizer=pre_tokenizer),
     }
     return Contents(weights, {w.name: [(w.name, w)] for w in weights}, metadata)
 
@@ -87,8 +86,7 @@ def contents(source: Source, target: str, pre_tokenizer: str | None) -> Contents
 def _from_gguf(source: Source, weights: Sequence[Weight], pre_tokenizer: str | None) -> Contents:
     """A GGUF file as a from_gguf."""
     shapes = {w.name: w.shape for w in weights}
-    factors = source.read(ROPE_FREQS).decode().reshape(-1) if ROPE_FREQS in shapes else None
-    config = from_gguf.config(source.config, shapes, source.path, factors)
+    config = source.checkpoint_config()
     outputs: dict[str, list[tuple[str, Weight]]] = {}
     for name, made in from_gguf.find_arch(source.config, source.path).checkpoint(config, shapes).items():
         outputs.setdefault(made.name, []).append((name, made))
@@ -127,17 +125,18 @@ def quantization_metadata(file_type: int, imatrix: Importance | None) -> dict[st
     return values
 
 
-def provenance(source: Source, imatrix: Importance | None, method: str | None, text: str | Path) -> dict[str, Any]:
+def provenance(source: Source, imatrix: Importance | None, method: str | None, text: str | Path | None) -> dict[str, Any]:
     """What a file says of the method and of all texts that it, its importance or its source was calibrated with.
 
-    text: what the method saw, if there is one.
+    text: what the method saw; None: nothing.
     """
     texts = {s.sha256: s for s in (*overlap.remembered(source.config), *(imatrix.texts if imatrix else ()))}
     values = {}
     if method is not None:
+        values["quantforge.method"] = method
+    if text is not None:
         from ..calibration.gather import sketch
 
-        values["quantforge.method"] = method
         mine = sketch(text)
         texts[mine.sha256] = mine
     return values | overlap.metadata(list(texts.values()))
@@ -149,6 +148,6 @@ _DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
 def stated_dtype(config: Mapping[str, Any], source: Source, tensors: Iterable[tuple[Codec, Shape]]) -> dict[str, str]:
     """config.json's dtype, where it is not what it was: from_pretrained turns every tensor into it."""
     before, now = prevailing((s.codec, s.shape) for s in source.weights.values()), prevailing(tensors)
-    if source.format != "gguf" and now == before:
+    if not source.gguf_names and now == before:
         return {}
     return {"dtype" if "dtype" in config else "torch_dtype": _DTYPES[now]}  # every version of transformers reads the older name

@@ -3,38 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gguf
 import numpy as np
 
-from .. import backends, codecs, formats, layouts, recipes
+from .. import codecs, layouts, methods, recipes
 from ..archs.weight import Weight
-from ..arrays import F32
+from ..arrays import F32, Parts
 from ..calibration.importance import Importance
-from ..calibration.importance import read as read_importance
-from ..codecs import Codec, repacks
-from ..codecs.integers import IntegerCodec
+from ..codecs import Codec, Encoded, repack, repacks
+from ..codecs.fp4 import NVFP4
 from ..codecs.plain import PlainCodec, as_floats, prevailing
-from ..errors import CalibrationError, RecipeError, ShapeError, UnsupportedError, nearest
+from ..errors import CalibrationError, RecipeError, ShapeError, UnsupportedError
 from ..formats import Format, Header, Source, Stored
 from ..formats.rows import codec_of
 from ..layouts import Layout
+from ..methods import Method
 from ..recipes import linears
-from ..recipes.linears import choose_scheme
-from .contents import contents, provenance, quantization_metadata, stated_dtype
-
-if TYPE_CHECKING:
-    from ..backends import Library
-    from ..methods import Method
-
-CALIBRATION_CHUNKS = 128
-"""Windows of calibration text that a method sees by default."""
+from ..recipes.linears import Scheme, choose_scheme
+from .contents import Contents, contents, provenance, quantization_metadata, stated_dtype
+from .options import Calibration, Options
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +53,21 @@ class PlannedTensor:
         """Stored bytes."""
         return self.codec.nbytes(self.shape)
 
+    @property
+    def target(self) -> Codec:
+        """The codec that its numbers are rounded to: `via`, or `codec`."""
+        return self.via or self.codec
+
+    def sharing(self, largest: Callable[[str], float]) -> Codec:
+        """`target` with the scale that it shares with its `mates`. largest: magnitude in a tensor of the output, by its name."""
+        if not isinstance(self.target, NVFP4) or not self.mates:
+            return self.target
+        return self.target.sharing(max(map(largest, self.mates)))
+
+    def stored(self, rounded: Encoded) -> Parts:
+        """Parts of `codec` from rows of `target`."""
+        return rounded.parts if self.via is None else repack(rounded, self.codec).parts
+
     def to_json(self) -> dict[str, Any]:
         """As in `convert --dry-run --json`."""
         row: dict[str, Any] = {"name": self.name, "type": self.codec.name, "shape": list(self.shape), "bytes": self.nbytes}
@@ -71,15 +78,11 @@ class PlannedTensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Calibration:
-    """A calibrated method for the blocks' matrices, and the text it sees."""
+class Calibrated:
+    """A method for the blocks' matrices, and what it sees."""
 
     method: Method
-    text: str | Path
-    chunks: int
-    """Windows, spread over the text."""
-    ctx: int | None
-    """Tokens of each; None: 512, or less if the model's context is."""
+    calibration: Calibration
     device: str
 
 
@@ -95,7 +98,7 @@ class Plan:
     """Tensor of the output -> mean x²: f32[in], or f32[experts, in] where they are stacked."""
     recipe: str
     warnings: Sequence[str] = ()
-    calibrated: Calibration | None = None
+    calibrated: Calibrated | None = None
     device: str = "cpu"
     """Where tensors are encoded."""
     finish: Callable[[Path], Plan] | None = None
@@ -138,111 +141,30 @@ def plain(value: Any) -> Any:
     return value
 
 
-def plan(
-    model: str | Path | Source,
-    out: str | Path,
-    recipe: str | Path | recipes.Recipe | None = None,
-    importance: str | Path | Importance | None = None,
-    *,
-    format: str | None = None,
-    bits: int | None = None,
-    group_size: int | None = None,
-    symmetric: bool | None = None,
-    max_shard_size: int | None = None,
-    tensor_types: Sequence[str | tuple[str, str]] = (),
-    allow_requantize: bool = False,
-    pre_tokenizer: str | None = None,
-    method: str | Method | None = None,
-    backend: str | None = None,
-    backend_python: str | Path | None = None,
-    calibration: str | Path = "builtin",
-    calibration_chunks: int | None = None,
-    calibration_ctx: int | None = None,
-    act_order: bool | None = None,
-    static_groups: bool | None = None,
-    damping: float | None = None,
-    clip: bool | None = None,
-    device: str = "cpu",
-    **layout_options: Any,
-) -> Plan:
+def decide(source: Source, options: Options) -> Plan:
     """Decide everything about a conversion from headers alone.
 
-    model: a directory, a .safetensors or .gguf file, or an open Source. out: a path; `.gguf` means
-    GGUF, anything else a directory of safetensors. recipe: Q4_K_M, or what the format usually has.
-    importance: an imatrix file. format: "gguf", "safetensors", or a layout of `layouts`, in which
-    the linear layers of the blocks are quantized and nothing else; so they are where bits (and
-    group_size: -1 for rows; symmetric) are given instead of a recipe. max_shard_size: bytes. tensor_types: "REGEX=TYPE"
-    for some of the tensors, by GGUF's or the checkpoint's name; the first match wins.
-    method: "rtn", "gptq", "awq", "awq+gptq" or an object of `quantforge.methods`, for the matrices of the model's
-    blocks. calibration: the text it sees, a file or "builtin"; calibration_chunks: windows of it, default 128;
-    calibration_ctx: tokens of each, default min(512, the model's). act_order, static_groups, damping: as in
-    `methods.GPTQ`; clip: as in `methods.AWQ`. backend: the library of `backends` that quantizes instead, method: one that
-    it has; backend_python: the interpreter that has it. device: where tensors are encoded and methods run, cpu or cuda.
-    layout_options: of that layout,
-    such as version="gptq_v2". Raises FormatError, UnsupportedError, RecipeError, ShapeError, CalibrationError, BackendError.
+    Raises FormatError, UnsupportedError, RecipeError, ShapeError, CalibrationError.
     """
-    if backend is not None:
-        if not isinstance(method, str | None):
-            raise RecipeError(f"--backend {backend}: give the method by its name")
-        if clip is not None:
-            raise RecipeError("--clip belongs to the built-in AWQ: leave it out, or --backend")
-        library = backends.get(backend, method, backend_python, device)
-        library = replace(library, act_order=act_order, static_groups=static_groups, damping=damping)
-        calibrate = {"calibration": calibration, "calibration_chunks": calibration_chunks, "calibration_ctx": calibration_ctx}
-        write = {"max_shard_size": max_shard_size, "tensor_types": tensor_types, "pre_tokenizer": pre_tokenizer, **layout_options}
-        return _plan_library(
-            library,
-            model,
-            Path(out),
-            recipe,
-            importance,
-            format,
-            (bits, group_size, symmetric),
-            calibrate | {"device": device},
-            write,
-        )
-    if backend_python is not None:
-        raise RecipeError("--backend-python goes with --backend")
-    source = model if isinstance(model, Source) else formats.open_path(model)
-    target, layout = _target(Path(out), format, layout_options)
-    to_gguf = target.name == "gguf"
-    held = contents(source, target.name, pre_tokenizer)
+    target, layout = options.target()
+    held = contents(source, target, options.pre_tokenizer)
     weights, outputs = held.weights, held.outputs
     stored = {w.name: codec_of(source, w) for w in weights}
-    imatrix = read_importance(importance) if isinstance(importance, str | Path) else importance
-    table = _check_importance(imatrix, weights)
-    warnings: list[str] = []
-    options = {"act_order": act_order, "static_groups": static_groups, "damping": damping, "clip": clip}
-    how = _calibration(method or "rtn", options, calibration, calibration_chunks, calibration_ctx, device)
-    seen = {w.name for w in weights if w.layer is not None} if how else set()
-    file_type = int(gguf.LlamaFileType.GUESSED)
-    if layout is not None or bits is not None:
-        dtype, settings = prevailing((s.codec, s.shape) for s in source.weights.values()), how.method.settings() if how else None
-        layout, codec, rules = choose_scheme(layout, recipe, bits, group_size, symmetric, tensor_types, dtype, settings)
-        choices, name = linears.assign(weights, outputs, stored, codec, rules, to_gguf), codec.name
-        if layout is not None:
-            named = {n.removesuffix(".weight"): choices[w.name].codec for w in weights for n, _ in outputs[w.name]}
-            warnings = layout.warnings({n: c for n, c in named.items() if not isinstance(c, PlainCodec)})
-    elif group_size is not None or symmetric is not None:
-        raise RecipeError("--group-size and --sym go with --bits, or with --format gptq, awq or compressed-tensors")
-    elif recipe is None and not to_gguf and how is None and (source.format == "gguf" or not _all_floats(stored.values())):
-        choices, name = {w.name: recipes.Choice(as_floats(stored[w.name])) for w in weights}, "floats"
-    else:
-        preset = recipe if isinstance(recipe, recipes.Recipe) else recipes.get(str(recipe or "Q4_K_M"))
-        preset = preset.with_rules(tensor_types) if tensor_types else preset
-        choices, name = preset.assign(weights, held.metadata, stored, importance=table.keys() | seen), preset.name
-        file_type = preset.file_type
+    table = _check_importance(options.importance, weights)
+    how = None if options.method is None else Calibrated(options.method, options.calibration, options.device)
+    chosen = _choose(source, options, target, layout, held, stored, table)
+    choices, layout, warnings = chosen.choices, chosen.layout, list(chosen.warnings)
 
     tensors: list[PlannedTensor] = []
     for w in weights:
         have = stored[w.name]
-        if how and w.layer is not None and not isinstance(have, PlainCodec) and not allow_requantize:
+        if how and w.layer is not None and not isinstance(have, PlainCodec) and not options.allow_requantize:
             raise RecipeError(
                 f"{w.name}: the source is already quantized ({have.name}); --method chooses codes for the original "
                 "model's weights: use that, or --allow-requantize"
             )
         unchanged = all(made.by_row for _, made in outputs[w.name])
-        codec, via, note = _written_as(w, choices[w.name], have, unchanged, to_gguf, allow_requantize)
+        codec, via, note = _written_as(w, choices[w.name], have, unchanged, target, options.allow_requantize)
         tensors += [PlannedTensor(n, made, codec, have, note, via) for n, made in outputs[w.name]]
     if layout is not None:
         modules = {t.name.removesuffix(".weight"): t.codec for t in tensors}
@@ -264,34 +186,75 @@ def plan(
         inside = {choices[w.name].codec for w in weights if w.layer is not None}
         warnings += _check_method(how.method, {c for c in inside if not isinstance(c, PlainCodec)})
     metadata = dict(held.metadata)
-    if to_gguf:
-        metadata |= quantization_metadata(file_type, imatrix)
+    if target.gguf_names:
+        metadata |= quantization_metadata(chosen.file_type, options.importance)
     else:
         metadata |= stated_dtype(metadata, source, ((t.codec, t.shape) for t in tensors))
-    metadata |= provenance(source, imatrix, how.method.name if how else None, calibration)
+    seen_text = options.calibration.text if how and how.method.needs else None
+    metadata |= provenance(source, options.importance, how.method.name if how else None, seen_text)
     header = Header(metadata, {t.name: Stored(t.codec, t.shape) for t in tensors}, held.files, layout)
-    if max_shard_size is not None:
-        header = replace(header, max_shard_size=max_shard_size)
-    return Plan(source, target, header, tensors, _by_output(table, weights, outputs), name, warnings, how, device)
+    if options.max_shard_size is not None:
+        header = replace(header, max_shard_size=options.max_shard_size)
+    importance = _by_output(table, weights, outputs)
+    return Plan(source, target, header, tensors, importance, chosen.recipe, warnings, how, options.device)
+
+
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    """What the recipe, or the scheme for the blocks' linear layers, comes to."""
+
+    recipe: str
+    choices: Mapping[str, recipes.Choice]
+    file_type: int = int(gguf.LlamaFileType.GUESSED)
+    layout: Layout | None = None
+    warnings: Sequence[str] = ()
+
+
+def _choose(
+    source: Source,
+    options: Options,
+    target: Format,
+    layout: Layout | None,
+    held: Contents,
+    stored: Mapping[str, Codec],
+    table: Mapping[str, F32],
+) -> _Chosen:
+    """A codec for each weight. stored: what it is in the source; table: importance that there is."""
+    recipe, scheme, method = options.recipe, options.scheme, options.method
+    if layout is not None or scheme.bits is not None:
+        dtype, settings = prevailing((s.codec, s.shape) for s in source.weights.values()), method.settings() if method else None
+        layout, codec, rules = choose_scheme(layout, recipe, scheme, options.tensor_types, dtype, settings)
+        choices = linears.assign(held.weights, held.outputs, stored, codec, rules, target.gguf_names)
+        warnings: Sequence[str] = ()
+        if layout is not None:
+            named = {n.removesuffix(".weight"): choices[w.name].codec for w in held.weights for n, _ in held.outputs[w.name]}
+            warnings = layout.warnings({n: c for n, c in named.items() if not isinstance(c, PlainCodec)})
+        return _Chosen(codec.name, choices, layout=layout, warnings=warnings)
+    if scheme != Scheme():
+        raise RecipeError(f"--group-size and --sym go with --bits, or with --format {', '.join(layouts.names())}")
+    kept = source.gguf_names or not all_floats(stored.values())
+    if recipe is None and not target.gguf_names and method is None and kept:
+        return _Chosen("floats", {w.name: recipes.Choice(as_floats(stored[w.name])) for w in held.weights})
+    preset = recipe if isinstance(recipe, recipes.Recipe) else recipes.get(str(recipe or "Q4_K_M"))
+    preset = preset.with_rules(options.tensor_types) if options.tensor_types else preset
+    seen = {w.name for w in held.weights if w.layer is not None} if method else set()
+    choices = preset.assign(held.weights, held.metadata, stored, importance=table.keys() | seen)
+    return _Chosen(preset.name, choices, preset.file_type)
 
 
 def _written_as(
-    w: Weight, choice: recipes.Choice, have: Codec, unchanged: bool, to_gguf: bool, allow_requantize: bool
+    w: Weight, choice: recipes.Choice, have: Codec, unchanged: bool, target: Format, allow_requantize: bool
 ) -> tuple[Codec, Codec | None, str | None]:
     """`codec`, `via` and `note` of the tensors that a weight becomes.
 
     have: what it is in the source; unchanged: its numbers are the output's, whatever the order of rows. Raises
-    UnsupportedError for what GGUF cannot hold, RecipeError for what would be quantized twice.
+    UnsupportedError for what the format cannot hold, RecipeError for what would be quantized twice.
     """
     codec, via, note = choice.codec, None, choice.note
-    if to_gguf and codec.ggml_type is None:
-        holder = _ggml_holder(codec, w.shape)
+    if not target.holds(codec):
+        holder = _holder(target, codec, w.shape)
         if holder is None:
-            raise UnsupportedError(
-                f"{w.name}: GGUF cannot hold {codec.name}; "
-                + ("of integers it holds symmetric ones and asymmetric ones of at most 5 bits; " if codec.integers else "")
-                + "give a directory as output to write safetensors"
-            )
+            raise UnsupportedError(f"{w.name}: {_cannot_hold(target, codec)}")
         via, codec = (None if codec is have else codec), holder
         note = f"{(via or have).name} as {codec.name}, {_exactness(via or have, codec)}"
     if via is not None or codec is have or isinstance(have, PlainCodec):
@@ -299,7 +262,7 @@ def _written_as(
     if unchanged and repacks(have, codec, w.shape):
         return codec, None, f"the integers of {have.name}, {_exactness(have, codec)}"
     if not isinstance(codec, PlainCodec) and not allow_requantize:
-        same = _ggml_holder(have, w.shape) if to_gguf else _integer_holder(have, w.shape)
+        same = _holder(target, have, w.shape) if target.gguf_names else _integer_holder(have, w.shape)
         raise RecipeError(
             f"{w.name}: the source is already quantized ({have.name}); quantizing it again to {codec.name} "
             f"loses more than quantizing the original would: use that, or --allow-requantize"
@@ -308,115 +271,40 @@ def _written_as(
     return codec, None, note
 
 
-def _plan_library(
-    library: Library,
-    model: str | Path | Source,
-    out: Path,
-    recipe: str | Path | recipes.Recipe | None,
-    importance: str | Path | Importance | None,
-    format: str | None,
-    wanted: tuple[int | None, int | None, bool | None],
-    calibrate: Mapping[str, Any],
-    write: Mapping[str, Any],
-) -> Plan:
-    """What a library will be told, and what its checkpoint becomes; see `plan`."""
-    source = model if isinstance(model, Source) else formats.open_path(model)
-    if not (source.path / "config.json").is_file() or source.format == "gguf":
-        raise UnsupportedError(
-            f"{source.path}: --backend needs a checkpoint directory as transformers loads it; "
-            "`quantforge convert MODEL DIR --type BF16` makes one"
-        )
-    if not _all_floats(s.codec for s in source.weights.values()):
-        raise UnsupportedError(f"{source.path}: quantized already; --backend quantizes the original model")
-    bits, group_size, symmetric = wanted
-    schemes, written_in = library.known.schemes, library.known.methods[library.method]
-    kind = schemes.get(str(recipe).upper())
-    target = None if kind else recipe
-    if target is not None and wanted == (None, None, None) and not isinstance(target, recipes.Recipe):
-        with suppress(UnsupportedError):  # what stands on even steps the library can make as well
-            grid = codecs.get(str(target)).integers
-            if grid is not None and not grid.whole:
-                bits, group_size, symmetric = grid.hi.bit_length(), grid.group or -1, grid.zero is not None
-    usual = "awq" if symmetric is False and "awq" in written_in and bits in (None, 4) else written_in[0]
-    layout = format if format in written_in else usual
-    _, codec = layouts.get(layout).choose(
-        kind, bits, group_size, symmetric, prevailing((s.codec, s.shape) for s in source.weights.values())
-    )
-    even: dict[str, Any] = {}
-    if isinstance(codec, IntegerCodec):
-        even = {"bits": codec.bits, "group_size": codec.group or -1, "symmetric": codec.symmetric}
-    library = replace(library, layout=layout, scheme=str(recipe).upper() if kind else None, **even)
-
-    to_gguf = out.suffix == ".gguf"
-    how: dict[str, Any]
-    if target is not None:
-        how = {"recipe": target, "format": format}
-    elif to_gguf:
-        how = even or {"recipe": codec.name}
-    else:
-        how = {"format": format or layout, **({"recipe": kind} if kind else even)}
-    if library.act_order and not library.static_groups and layout == "gptq" and (to_gguf or how.get("format") != "gptq"):
-        raise RecipeError("--act-order scatters groups over the columns, which only GPTQ files can say: add --static-groups")
-    as_is = target is None and (to_gguf or format in (None, layout, "safetensors"))
-    adopt = as_is and not to_gguf and format != "safetensors" and not any(write.values())
-    first = plan(source, out, importance=importance, method=library, **how, **calibrate, **write)
-    then: dict[str, Any] = {"recipe": recipes.AS_STORED} if as_is and (adopt or to_gguf or format == "safetensors") else how
-    finish = partial(plan, out=out, importance=importance, allow_requantize=True, **then, **write)
-    return replace(first, finish=finish, adopt=adopt, recipe=f"{first.recipe}, {library.name}")
-
-
-def _calibration(
-    method: str | Method, options: Mapping[str, Any], text: str | Path, chunks: int | None, ctx: int | None, device: str
-) -> Calibration | None:
-    """What a method needs; None for plain rounding, which runs without torch."""
-    if method == "rtn" and not any(v is not None for v in options.values()):
-        return None
-    from .. import methods
-
-    return Calibration(methods.get(method, **options), text, chunks or CALIBRATION_CHUNKS, ctx, device)
-
-
 def _check_method(method: Method, codecs: set[Codec]) -> list[str]:
     """Warnings about the types of the blocks' matrices. Raises UnsupportedError where the method can choose no codes."""
     if not codecs:
         return ["no matrix in the model's blocks is quantized: --method has nothing to do"]
     others = ", ".join(sorted(c.name for c in codecs if not method.takes(c)))
     if not any(method.takes(c) for c in codecs):
+        fitting = [m for m in methods.names() if all(methods.get(m).takes(c) for c in codecs)]
         raise UnsupportedError(
-            f"{others}: --method {method.name} cannot choose its codes; it does for integers (--bits), Q4_0 to Q8_0, "
-            "Q2_K to Q6_K and the IQ types; here use --method rtn or awq"
+            f"{others}: --method {method.name} cannot choose its codes; here use --method {' or '.join(fitting)}"
         )
     return [f"{others}: rounded as usual, --method {method.name} cannot choose its codes"] if others else []
 
 
-def _all_floats(used: Iterable[Codec]) -> bool:
+def all_floats(used: Iterable[Codec]) -> bool:
+    """True if nothing is quantized."""
     return all(isinstance(c, PlainCodec) for c in used)
-
-
-def _target(out: Path, format: str | None, options: Mapping[str, Any]) -> tuple[Format, Layout | None]:
-    """The format that is written and, for a checkpoint directory, its layout."""
-    is_gguf = out.suffix == ".gguf"
-    known = ("gguf", "safetensors", *layouts.names())
-    if format is not None and format not in known:
-        raise RecipeError(f"unknown format {format}{nearest(format, known)}; known: {', '.join(known)}")
-    if format is not None and is_gguf != (format == "gguf"):
-        raise RecipeError(f"{out}: a {format} output is {'a file named *.gguf' if format == 'gguf' else 'a directory'}")
-    if format in layouts.names():
-        try:
-            return formats.get("safetensors"), layouts.get(format, **options)
-        except TypeError:
-            raise RecipeError(f"--format {format} has no option {', '.join(options)}") from None
-    if options:
-        raise RecipeError(f"{', '.join(options)}: only with the --format that has it")
-    return formats.get("gguf" if is_gguf else "safetensors"), None
 
 
 _HOLDERS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 
 
-def _ggml_holder(codec: Codec, shape: tuple[int, ...]) -> Codec | None:
-    """The smallest ggml type that can take over the integers of `codec`, or None."""
-    return next((c for c in map(codecs.get, _HOLDERS) if repacks(codec, c, shape)), None)
+def _holder(target: Format, codec: Codec, shape: tuple[int, ...]) -> Codec | None:
+    """The smallest ggml type of that format that can take over the integers of `codec`, or None."""
+    return next((c for c in map(codecs.get, _HOLDERS) if target.holds(c) and repacks(codec, c, shape)), None)
+
+
+def _cannot_hold(target: Format, codec: Codec) -> str:
+    """Why, and what instead."""
+    if any(map(target.holds, map(codecs.get, _HOLDERS))):  # they take integers over
+        of_integers = "of integers it holds symmetric ones and asymmetric ones of at most 5 bits; " if codec.integers else ""
+        return f"{target.name} files cannot hold {codec.name}; {of_integers}give a directory as output to write safetensors"
+    held = [name for name in codecs.names() if target.holds(codecs.get(name))]
+    shown = f"{', '.join(held[:12])}{', ...' if len(held) > 12 else ''}" if held else "none that is known"
+    return f"{target.name} files cannot hold {codec.name}; types that it holds, for --type and --tensor-type: {shown}"
 
 
 def _integer_holder(codec: Codec, shape: tuple[int, ...]) -> Codec | None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import resource
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,17 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import device, formats
+from .. import device, formats, sizes
 from ..arrays import F32, Parts
 from ..backends import Library
-from ..calibration.importance import Importance
-from ..codecs import Encoded, repack
 from ..codecs.plain import PlainCodec
 from ..errors import OutputError
 from ..formats import Sink, Source
-from ..recipes import Recipe
 from . import tiles
-from .plan import Calibration, Plan, plan
+from .options import Calibration
+from .plan import Calibrated, Plan
 from .tiles import Tiles
 
 if TYPE_CHECKING:
@@ -89,7 +85,7 @@ class Report:
 
 
 @dataclass(slots=True)
-class Progress:
+class Status:
     """Where a conversion stands; passed to the progress callback after each tile."""
 
     tensors: int
@@ -100,34 +96,6 @@ class Progress:
     name: str
 
 
-def convert(
-    model: str | Path | Source,
-    out: str | Path,
-    recipe: str | Path | Recipe | None = None,
-    importance: str | Path | Importance | None = None,
-    *,
-    threads: int | None = None,
-    force: bool = False,
-    measure: bool = False,
-    progress: Callable[[Progress], None] | None = None,
-    **options: Any,
-) -> Report:
-    """Convert a model; the output appears at `out` when it is complete, or not at all.
-
-    recipe: a preset ("Q4_K_M"), a type, a TOML file or a Recipe. importance: an imatrix file.
-    measure: also decode what was written and report each tensor's error. threads: all CPUs by
-    default; the output does not depend on it. progress: called after each tile of rows.
-    options: those of `plan`: format, bits, group_size, symmetric, max_shard_size, method, calibration, ...
-    Raises what `plan` raises, and NonFiniteError (NaN or infinity: names tensor and index).
-    """
-    job = plan(model, out, recipe, importance, **options)
-    try:
-        return run(job, out, threads=threads, force=force, measure=measure, progress=progress)
-    finally:
-        if not isinstance(model, Source):
-            job.source.close()
-
-
 def run(
     job: Plan,
     out: str | Path,
@@ -135,9 +103,14 @@ def run(
     threads: int | None = None,
     force: bool = False,
     measure: bool = False,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[Status], None] | None = None,
 ) -> Report:
-    """Carry out a plan. See `convert`."""
+    """Carry out a plan: the output appears at `out` when it is complete, or not at all.
+
+    threads: all CPUs by default; the output does not depend on it. force: overwrite. measure: also decode what was
+    written and report each tensor's error. progress: called after each tile of rows. Raises OutputError, NonFiniteError,
+    BackendError.
+    """
     out = Path(out)
     if out.exists() and not force:
         raise OutputError(out, "exists already; --force overwrites it")
@@ -153,7 +126,6 @@ def run(
     warnings = [*job.warnings, *work.warnings]
     for warning in warnings:
         log.warning("%s", warning)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return Report(
         path=str(out),
         recipe=job.recipe,
@@ -161,7 +133,7 @@ def run(
         bpw=job.bpw,
         seconds=time.perf_counter() - began,
         cpu_seconds=time.process_time() - cpu,
-        peak_rss_bytes=peak,
+        peak_rss_bytes=sizes.resident(peak=True),
         threads=threads,
         tensors=[work.report(i) for i in range(len(job.tensors))],
         warnings=warnings,
@@ -209,7 +181,7 @@ class _Work:
         self,
         job: Plan,
         measure: bool,
-        progress: Callable[[Progress], None] | None,
+        progress: Callable[[Status], None] | None,
         encoder: device.Encoder | None,
         original: Source | None = None,
     ) -> None:
@@ -227,7 +199,7 @@ class _Work:
         self._queue = self._in_order()
         self._left: dict[int, int] = {}
         self._stopped = False
-        self._state = Progress(0, len(job.tensors), 0, sum(prod(t.shape) for t in job.tensors), 0, "")
+        self._state = Status(0, len(job.tensors), 0, sum(prod(t.shape) for t in job.tensors), 0, "")
 
     def run(self, out: Path, threads: int) -> None:
         """Do all of it."""
@@ -271,43 +243,39 @@ class _Work:
         stored = t.source_codec.name
         return TensorReport(t.name, t.codec.name, stored, shape, t.nbytes, t.note, plain, weighted, kept, mine, rtn, seen)
 
-    def calibrated(self, how: Calibration, sink: Sink) -> None:
+    def calibrated(self, how: Calibrated, sink: Sink) -> None:
         """Do the tensors of the model's blocks, one block after the other; the rest stays for the tiles."""
-        from .blockwise import EXPERT_TOKENS, Outcome, quantize_blocks
+        from .blockwise import Outcome, quantize_blocks
+        from .moments import EXPERT_TOKENS
 
-        source, at = self.job.source, {t.name: i for i, t in enumerate(self.job.tensors)}
-        ids = _windows(source, how)
+        at = {t.name: i for i, t in enumerate(self.job.tensors)}
         found: dict[str, list[Outcome]] = {}
 
         def write(o: Outcome) -> None:
-            i = at[o.task.name]
-            t, parts = self.job.tensors[i], o.parts
-            if t.via is not None:
-                parts = repack(Encoded(t.via, o.weights.shape, parts), t.codec).parts
-            sink.write(t.name, parts, o.task.row)
+            t = o.output.tensor
+            sink.write(t.name, o.parts, o.output.row)
             if self.measure:
-                self.errors[i].add(_Errors.of(o.weights, t.codec.decode(parts, o.weights.shape)))
+                self.errors[at[t.name]].add(_Errors.of(o.weights, t.codec.decode(o.parts, o.weights.shape)))
             found.setdefault(t.name, []).append(o)
             self._done.add(t.name)
-            self._tell(t.name, o.weights.size, parts, done=len(found[t.name]) == max(1, len(t.weight.sources)))
+            self._tell(t.name, o.weights.size, o.parts, done=len(found[t.name]) == max(1, len(t.weight.sources)))
 
-        tensors = [(t.name, t.via or t.codec, t.weight) for t in self.job.tensors]
-        mates = {t.name: t.mates for t in self.job.tensors}
-        quantize_blocks(source, tensors, ids, how.method, write, device=how.device, mates=mates)
+        quantize_blocks(
+            self.job.source, self.job.tensors, _windows(self.job.source, how.calibration), how.method, write, device=how.device
+        )
+        few: list[tuple[int, str]] = []
         for name, outcomes in found.items():
             kinds = sorted({o.method for o in outcomes})
             mine = [o.output_error for o in outcomes if o.output_error is not None]
             rtn = [o.rtn_error for o in outcomes if o.rtn_error is not None]
-            self.tokens[name] = [o.tokens for o in sorted(outcomes, key=lambda o: o.task.row) if o.tokens is not None]
+            self.tokens[name] = [o.tokens for o in sorted(outcomes, key=lambda o: o.output.row) if o.tokens is not None]
             self.methods[name] = (", ".join(kinds), sum(mine) / len(mine) if mine else None, sum(rtn) / len(rtn) if rtn else None)
-
-        few = {n: seen for n, seen in self.tokens.items() if "exp" in n and min(seen, default=EXPERT_TOKENS) < EXPERT_TOKENS}
+            few += [(o.tokens, name) for o in outcomes if o.expert and o.tokens is not None and o.tokens < EXPERT_TOKENS]
         if few:
-            least = min(few, key=lambda n: min(few[n]))
+            tokens, least = min(few)
             self.warnings.append(
-                f"{sum(sum(n < EXPERT_TOKENS for n in seen) for seen in few.values())} experts' matrices saw fewer than "
-                f"{EXPERT_TOKENS} calibration tokens ({least}: {min(few[least])}); the mean of all experts stands in for the "
-                "missing ones: calibrate with more text (--calibration-chunks)"
+                f"{len(few)} experts' matrices saw fewer than {EXPERT_TOKENS} calibration tokens ({least}: {tokens}); "
+                "the mean of all experts stands in for the missing ones: calibrate with more text (--calibration-chunks)"
             )
 
     def _tell(self, name: str, weights: int, parts: Parts, done: bool) -> None:
@@ -363,21 +331,20 @@ def _windows(source: Source, how: Calibration) -> Ints:
     """Calibration tokens: int[windows, ctx]."""
     from ..calibration.gather import context, read_windows
     from ..runtime import Model
-    from ..tokenizer import Tokenizer
 
-    tokenizer = Tokenizer(source.path, source.config, gguf_metadata=source.format == "gguf")
+    tokenizer = source.tokenizer()
     ctx = context(how.ctx, Model(source, source.path.name), "--calibration-ctx")
     return read_windows(how.text, tokenizer, ctx, how.chunks, spread=True)
 
 
 def _through_library(
-    job: Plan, out: Path, threads: int, measure: bool, progress: Callable[[Progress], None] | None
+    job: Plan, out: Path, threads: int, measure: bool, progress: Callable[[Status], None] | None
 ) -> tuple[_Work, int]:
     """Let a library of `backends` quantize, and make the output from the checkpoint that it leaves."""
     how, finish = job.calibrated, job.finish
     assert how is not None and finish is not None and isinstance(how.method, Library)
     job.format.create(out, job.header).abort()  # it may take hours: what cannot be written is said before
-    ids = _windows(job.source, how)
+    ids = _windows(job.source, how.calibration)
     with TemporaryDirectory(prefix=".quantforge-", suffix=".tmp", dir=out.absolute().parent) as directory:
         made = how.method.run(job.source.path, Path(directory), ids, device=how.device, threads=threads)
         rest = finish(made.path)

@@ -10,9 +10,8 @@ import numpy as np
 
 from .. import device
 from ..arrays import F32, Parts
-from ..codecs import Codec, Encoded, repack, repacks
+from ..codecs import Encoded, repack, repacks
 from ..codecs.base import GgmlCodec
-from ..codecs.fp4 import NVFP4
 from ..codecs.plain import PlainCodec
 from ..errors import NonFiniteError
 from ..formats import Source
@@ -46,12 +45,12 @@ class Tiles:
     def __init__(self, job: Plan, encoder: device.Encoder | None) -> None:
         """encoder: what encodes on a device; None: the CPU does."""
         self.job, self.encoder = job, encoder
-        self._largest: dict[tuple[str, ...], float] = {}
+        self._magnitudes: dict[str, float] = {}
 
     def cut(self, t: PlannedTensor) -> Iterator[tuple[int, int]]:
         """(first row, last row) of every tile of a tensor, leading axes merged."""
         rows = prod(t.shape[:-1])
-        if not t.codec.row_local or (t.via and not t.via.row_local) or not by_rows(self.job.source, t.weight):
+        if not (t.codec.row_local and t.target.row_local) or not by_rows(self.job.source, t.weight):
             yield 0, rows
             return
         step = max(1, (device.TILE if self._goes_up(t) else TILE) // max(1, t.shape[-1]))
@@ -89,9 +88,8 @@ class Tiles:
         if not t.codec.row_local or len(t.shape) == 1:
             w = w.reshape(t.shape)
         try:
-            if t.via is not None:
-                return repack(Encoded(t.via, w.shape, t.via.encode(w, q)), t.codec).parts, w
-            return self._codec(t).encode(w, q), w
+            codec = t.sharing(self._largest)
+            return t.stored(Encoded(codec, w.shape, codec.encode(w, q))), w
         except NonFiniteError as e:
             if not e.index:
                 raise NonFiniteError(f"{t.weight.name}: {e}", ()) from None
@@ -111,16 +109,12 @@ class Tiles:
         whole = b - a > per_expert
         return q if whole else np.asarray(q[a // per_expert])
 
-    def _codec(self, t: PlannedTensor) -> Codec:
-        """The codec, with the scale that it shares with others."""
-        if not isinstance(t.codec, NVFP4) or not t.mates:
-            return t.codec
-        if t.mates not in self._largest:
-            source = self.job.source
-            weights = [other.weight for other in self.job.tensors if other.name in t.mates]
-            largest = (float(np.abs(decoded(read_rows(source, w))).max()) for w in weights)
-            self._largest[t.mates] = max(largest)
-        return t.codec.sharing(self._largest[t.mates])
+    def _largest(self, name: str) -> float:
+        """The largest magnitude in a tensor of the output."""
+        if name not in self._magnitudes:
+            w = next(t.weight for t in self.job.tensors if t.name == name)
+            self._magnitudes[name] = float(np.abs(decoded(read_rows(self.job.source, w))).max())
+        return self._magnitudes[name]
 
     def _goes_up(self, t: PlannedTensor) -> bool:
         """True if the device encodes that tensor."""

@@ -6,15 +6,16 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..arrays import F32
-from ..calibration.corpus import Windows
+from ..calibration.corpus import Stages, Windows
 from ..errors import NonFiniteError
-from . import metrics as stats
+from .metrics import Bootstrap, Metric, Score, Seen, Tokens
 from .report import TensorError
 
 if TYPE_CHECKING:
@@ -27,19 +28,21 @@ _LOGITS_AT_ONCE = 1 << 19
 """Logits of one model that exist together: 2 MB, which stay in a core's cache."""
 _OBSERVED = 16384
 """Tokens from which input statistics and the error of hidden states are taken."""
-Progress = Callable[[str, int, int], None]
 
 
 class Comparison:
     """One pass of all models over all windows. The first is the reference.
 
-    `score` has the statistics of every token; `hidden_error` and `tensors`, of each model, what was seen on the way; the
-    bytes are what was held at a time.
+    `score` and `collected` have the statistics of every token; `hidden_error` and `tensors`, of each model, what was seen on
+    the way; the bytes are what was held at a time.
     """
 
-    def __init__(self, models: list[Model], windows: Windows, tell: Progress) -> None:
+    def __init__(self, models: list[Model], windows: Windows, metrics: Sequence[Metric], tell: Stages) -> None:
         self.models, self.windows, self.tell = models, windows, tell
-        self.score = stats.Score([m.name for m in models], windows.targets, str(models[0].device))
+        device = str(models[0].device)
+        made = {m.name: m.collector(len(models), len(windows.targets), device) for m in metrics if m.needs == "text"}
+        self.collected = {name: collector for name, collector in made.items() if collector is not None}
+        self.score = Score([m.name for m in models], windows.targets, device, list(self.collected.values()))
         self.hidden_error: list[list[float]] = [[] for _ in models]
         self.tensors: list[list[TensorError]] = [[] for _ in models]
         self.block_bytes = self.hidden_bytes = self.head_bytes = self.logit_bytes = 0
@@ -166,10 +169,22 @@ class Comparison:
                     difference.add(*(torch.from_numpy(x.decode(name, rows)) for x in (ref, m)))
                 self._note(k, name, None, shape, difference, squares.get(name))
 
-    def bootstrap(self) -> tuple[stats.Bootstrap, str]:
-        """Clusters in the order of the scored tokens, and what they are."""
+    # ---- what came of it
+
+    @cached_property
+    def clusters(self) -> tuple[Bootstrap, str]:
+        """Of the scored tokens in their order, and what a cluster is."""
         clusters, what = self.windows.clusters()
-        return stats.Bootstrap(clusters), what
+        return Bootstrap(clusters), what
+
+    def seen(self, model: int, metric: str) -> Seen:
+        """What a metric is given of a model."""
+        tokens, collected = self._tokens, self.collected.get(metric)
+        return Seen(model, tokens[model], tokens[0], self.score.targets, self.clusters[0], collected)
+
+    @cached_property
+    def _tokens(self) -> list[Tokens]:
+        return [self.score.tokens(i) for i in range(len(self.models))]
 
 
 class _Difference:
@@ -209,7 +224,7 @@ def _weight(block: nn.Module, name: str) -> torch.Tensor | None:
     owner = dict(block.named_modules()).get(path)
     if isinstance(owner, QuantLinear) and leaf == "weight":
         return owner.dequantize()
-    found = getattr(owner, leaf, None)
-    if isinstance(found, QuantExperts):
-        return torch.stack([found[i] for i in range(len(found))])
-    return found if isinstance(found, torch.Tensor) else None
+    weight = getattr(owner, leaf, None)
+    if isinstance(weight, QuantExperts):
+        return torch.stack([weight[i] for i in range(len(weight))])
+    return weight if isinstance(weight, torch.Tensor) else None

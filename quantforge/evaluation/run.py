@@ -1,7 +1,7 @@
 """Compare models with a reference on text: what did quantization cost?
 
-Whatever quantforge reads can be compared. `comparison` runs all models together on the text, `similarity` and `tasks` ask
-them; here they are opened, checked against each other, and what came out is put together.
+Whatever quantforge reads can be compared. `comparison` runs all models together on the text, `answers` and `tasks` ask
+them, `metrics` say in figures what came of it; here models are opened and checked against each other, and figures put together.
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ import logging
 import os
 import platform
 import re
-import resource
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
@@ -23,16 +22,17 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import gguf
 
+from .. import sizes
 from ..calibration import overlap
-from ..calibration.corpus import BUILTIN, Corpus, Windows, cut
+from ..calibration.corpus import BUILTIN, Corpus, Stages, Windows, cut
 from ..device import available
-from ..errors import RecipeError, ShapeError, nearest
+from ..errors import RecipeError, ShapeError, UnsupportedError
 from ..formats import open_path
-from ..tokenizer import Tokenizer
-from . import metrics as stats
-from . import similarity
+from . import answers as asking
+from . import metrics as registry
 from . import tasks as harness
-from .comparison import Comparison, Progress
+from .comparison import Comparison
+from .metrics import Answers, Measured, Metric
 from .report import Evaluation, ModelResult
 from .report.base import check_path
 
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 METRICS = ("ppl", "kld", "flips", "similarity")
+"""What is measured where nothing else is asked for."""
 CTX = 512
 _LEAST = 64 << 20
 """Bytes that answering may always take; else no more than the text took, so that memory does not depend on depth."""
@@ -69,7 +70,7 @@ def evaluate(
     device: str = "cpu",
     noise_floor: bool = True,
     report: PathLike | Sequence[PathLike] = (),
-    progress: Progress | None = None,
+    progress: Stages | None = None,
 ) -> Evaluation:
     """Measure how far models are from a reference, on text and on answers to prompts.
 
@@ -77,7 +78,8 @@ def evaluate(
     shipped held-out text); documents in it are separated by two blank lines. ctx: tokens per window,
     default min(512, the model's); the second half of each window is scored, after BOS if the
     tokenizer adds one, as llama-perplexity does. stride: instead, a sliding window that scores the last
-    `stride` tokens, as in transformers' documentation. chunks: no more windows than this.
+    `stride` tokens, as in transformers' documentation. chunks: no more windows than this. metrics: names of
+    `evaluation.metrics`; ppl is always measured.
     prompts: a file with one prompt on each line, or the prompts. embedder: a sentence-transformers model;
     default: mean hidden state of the reference. tasks: of lm-evaluation-harness; task_path: a directory
     with task files of one's own; task_limit: examples of each. report: .json, .md or .html files to write.
@@ -87,11 +89,13 @@ def evaluate(
     named = (
         dict(models) if isinstance(models, Mapping) else _named([models] if isinstance(models, (str, os.PathLike)) else models)
     )
-    wanted = _metrics(metrics)
+    asked_for = set(metrics)
+    wanted = registry.chosen(asked_for)
     reports = [report] if isinstance(report, (str, os.PathLike)) else list(report)
     for path in reports:
         check_path(path)
-    questions = similarity.read_prompts(prompts) if "similarity" in wanted else []
+    judges = [m for m in wanted if m.needs == "answers"]
+    questions = asking.read_prompts(prompts) if judges else []
     if answer_tokens < 1:
         raise RecipeError(f"--answer-tokens {answer_tokens}: at least one is needed")
     manager = harness.manager(tasks, task_path) if tasks else None
@@ -99,13 +103,13 @@ def evaluate(
     began = time.perf_counter()
     device = str(available(device))
     with ExitStack() as stack:
-        party = _Party(stack, named, reference, device, floor=noise_floor and wanted > {"ppl"})
-        asked = similarity.ask(questions, party.tokenizer, answer_tokens, _max_context(party.reference), embedder)
+        party = _Party(stack, named, reference, device, floor=noise_floor and asked_for > {"ppl"})
+        asked = asking.ask(questions, party.tokenizer, answer_tokens, _max_context(party.reference), embedder)
         corpus = Corpus.read(text, party.tokenizer)
         party.check_text(corpus)
         windows = cut(corpus, party.tokenizer, _context(ctx, party.reference), stride, chunks)
-        before = _memory("VmRSS")
-        run = Comparison(party.running(wanted), windows, tell)
+        before = sizes.resident()
+        run = Comparison(party.running(), windows, wanted, tell)
         run.go()
         loss = time.perf_counter() - began
         results = [_result(m, i, run, wanted) for i, m in enumerate(run.models)]
@@ -114,15 +118,13 @@ def evaluate(
             tell("answers", 0, 1)
             memory = max(_LEAST, run.held_bytes)
             parties = (party.reference, party.ceiling, *party.candidates)
-            answers, figures, intervals = similarity.compare(
-                parties, party.tokenizer, questions, asked, answer_tokens, embedder, memory
-            )
-            for r, f, i in zip(results[1:], figures, intervals, strict=False):
-                r.similarity = f
-                r.intervals |= i
-        found = None
+            answers = asking.generate(parties, party.tokenizer, questions, asked, answer_tokens, embedder, memory)
+            for i, _ in enumerate(party.candidates):
+                for m in judges:
+                    _record(results[1 + i], m, m.judge(answers, 2 + i))
+        done = None
         if tasks:
-            found, numbers = harness.run([party.reference, *party.candidates], party.tokenizer, tasks, manager, task_limit)
+            done, numbers = harness.run([party.reference, *party.candidates], party.tokenizer, tasks, manager, task_limit)
             for r, t in zip(results, numbers, strict=False):
                 r.tasks = t
         seconds = time.perf_counter() - began
@@ -132,10 +134,11 @@ def evaluate(
             models=results[1:n],
             noise_floor=results[n] if len(results) > n else None,
             text=_about_text(corpus, windows),
-            intervals=_differences(run, n),
-            similarity=answers,
-            tasks=found,
+            intervals=_differences(run, n, wanted),
+            similarity=asking.side_by_side(answers) if answers and any(m.name == "similarity" for m in judges) else None,
+            tasks=done,
             run=_about_run(run, windows, device, loss, seconds, before, answers),
+            figures=[f for m in wanted for f in m.figures if f.key not in ModelResult.__slots__],
         )
     for path in reports:
         evaluation.save(path)
@@ -145,24 +148,17 @@ def evaluate(
 def _named(paths: Iterable[PathLike]) -> dict[str, PathLike]:
     """Models by file name without suffix; by more of the path where two have the same."""
     listed = [Path(p) for p in paths]
-    found: dict[str, PathLike] = {}
+    models: dict[str, PathLike] = {}
     for p in listed:
         name = p.name.removesuffix(".gguf").removesuffix(".safetensors") or p.resolve().name
         same = sum(q.name == p.name for q in listed) > 1
         name = f"{p.resolve().parent.name}/{name}" if same else name
-        if name in found:
+        if name in models:
             raise RecipeError(f"{p}: a model named {name} is there already; name each model once")
-        found[name] = p
-    if not found:
+        models[name] = p
+    if not models:
         raise RecipeError("no model to evaluate: name at least one")
-    return found
-
-
-def _metrics(metrics: Iterable[str]) -> set[str]:
-    wanted = set(metrics)
-    for m in wanted - set(METRICS):
-        raise RecipeError(f"unknown metric {m}{nearest(m, METRICS)}; known: {', '.join(METRICS)}")
-    return wanted or {"ppl"}
+    return models
 
 
 class _Party:
@@ -177,7 +173,7 @@ class _Party:
         path = Path(reference)
         name = path.resolve().name.removesuffix(".gguf")
         self.reference = Model(source, name, device=device)
-        self.tokenizer = Tokenizer(path, source.config, gguf_metadata=source.format == "gguf")
+        self.tokenizer = source.tokenizer()
         self.ceiling = Model(source, f"{name} in bf16", device=device, dtype=torch.bfloat16)
         self.floor = floor
         self.candidates = []
@@ -187,18 +183,18 @@ class _Party:
             self._check_vocabulary(candidate)
             self.candidates.append(candidate)
 
-    def running(self, wanted: set[str]) -> list[Model]:
+    def running(self) -> list[Model]:
         """The models that see the text."""
         return [self.reference, *self.candidates, *([self.ceiling] if self.floor else [])]
 
     def check_text(self, corpus: Corpus) -> None:
         """Raise CalibrationError if a model was calibrated with the text."""
-        found = None
+        runs = None
         for model in (self.reference, *self.candidates):
             config = model.source.config
             if overlap.remembered(config):
-                found = overlap.runs(corpus.text) if found is None else found
-                overlap.check(model.name, config, corpus.name, corpus.text, found)
+                runs = overlap.runs(corpus.text) if runs is None else runs
+                overlap.check(model.name, config, corpus.name, corpus.text, runs)
             elif corpus.name in re.split(r"[\\/, ]+", str(config.get("quantize.imatrix.dataset", ""))):
                 logger.warning(
                     "%s: its importance comes from a text that is also named %s; if it is this one, the model looks better "
@@ -236,7 +232,7 @@ def _context(ctx: int | None, reference: Model) -> int:
 # ---- results
 
 
-def _result(m: Model, i: int, run: Comparison, wanted: set[str]) -> ModelResult:
+def _result(m: Model, i: int, run: Comparison, wanted: Sequence[Metric]) -> ModelResult:
     source = m.source
     names = m.outer_names()
     bits = {k: 8 * s.nbytes for k, s in source.weights.items()}
@@ -258,29 +254,28 @@ def _result(m: Model, i: int, run: Comparison, wanted: set[str]) -> ModelResult:
         hidden_error=run.hidden_error[i],
         tensors=run.tensors[i],
     )
-    tokens, ref = run.score.tokens(i), run.score.tokens(0)
-    found = stats.perplexity(tokens)
-    if i and "kld" in wanted:
-        found |= stats.divergence(tokens, ref)
-    for k, v in found.items():
-        setattr(r, k, v)
-    boot, _ = run.bootstrap()
-    if i:
-        r.intervals = stats.intervals(tokens, ref, boot)
-        if "kld" not in wanted:
-            r.intervals = {"ppl": r.intervals["ppl"], "ln_ppl_ratio": r.intervals["ln_ppl_ratio"]}
-            r.ln_ppl_ratio = r.intervals["ln_ppl_ratio"]["estimate"]
-        if "flips" in wanted:
-            r.flips = stats.flips(tokens.top, ref.top, run.score.targets)
-    else:
-        r.intervals = {"ppl": stats.intervals(tokens, ref, boot)["ppl"]}
+    for metric in wanted:
+        if metric.needs == "text" and (i or not metric.against_reference):
+            _record(r, metric, metric.measure(run.seen(i, metric.name)))
     return r
 
 
-def _differences(run: Comparison, n: int) -> dict[str, Any]:
-    boot, what = run.bootstrap()
-    ref = run.score.tokens(0)
-    tokens = {i: run.score.tokens(i) for i in range(1, n)}
+def _record(r: ModelResult, metric: Metric, measured: Measured) -> None:
+    known = {f.key for f in metric.figures}
+    for key, value in measured.figures.items():
+        if key not in known:
+            raise UnsupportedError(f"metric {metric.name} gave {key}, which is none of its figures: {', '.join(known)}")
+        r.put(key, value)
+    r.intervals |= {k: asdict(i) for k, i in measured.intervals.items()}
+
+
+def _differences(run: Comparison, n: int, wanted: Sequence[Metric]) -> dict[str, Any]:
+    boot, what = run.clusters
+
+    def paired(a: int, b: int) -> dict[str, Any]:
+        some = (m.paired(run.seen(a, m.name), run.seen(b, m.name)) for m in wanted if m.needs == "text")
+        return {k: asdict(i) for intervals in some for k, i in intervals.items()}
+
     names = [m.name for m in run.models]
     return {
         "level": boot.level,
@@ -289,12 +284,7 @@ def _differences(run: Comparison, n: int) -> dict[str, Any]:
         "resamples": boot.resamples,
         "seed": boot.seed,
         "method": f"{boot.level:.0%} paired bootstrap of {boot.n} {what}, {boot.resamples} resamples, expanded percentiles",
-        "differences": [
-            {"a": names[a], "b": names[b], **stats.difference(tokens[a], tokens[b], ref, boot)}
-            for a in tokens
-            for b in tokens
-            if a < b
-        ],
+        "differences": [{"a": names[a], "b": names[b], **paired(a, b)} for a in range(1, n) for b in range(a + 1, n)],
     }
 
 
@@ -319,11 +309,11 @@ def _about_text(corpus: Corpus, windows: Windows) -> dict[str, Any]:
 
 
 def _about_run(
-    run: Comparison, windows: Windows, device: str, loss: float, seconds: float, before: int, answers: Mapping[str, Any] | None
+    run: Comparison, windows: Windows, device: str, loss: float, seconds: float, before: int, answers: Answers | None
 ) -> dict[str, Any]:
     from .. import __version__
 
-    peak = _memory("VmHWM")
+    peak = sizes.resident(peak=True)
     passed = windows.ids.size
     packages = ("torch", "transformers", "tokenizers", "numpy")
     return {
@@ -341,21 +331,12 @@ def _about_run(
         f"held at a time: hidden states of all {len(run.models)} models ({run.hidden_bytes / 1e6:.1f} MB), and one block of each "
         f"({run.block_bytes / 1e6:.1f} MB) or a slice of each head ({run.head_bytes / 1e6:.1f} MB) with its logits "
         f"({run.logit_bytes / 1e6:.1f} MB)"
-        + (f"; to answer, one model ({answers['weight_bytes'] / 1e6:.1f} MB)" if answers else ""),
+        + (f"; to answer, one model ({answers.weight_bytes / 1e6:.1f} MB)" if answers else ""),
         "device": device,
         "machine": _machine(),
         "versions": {"quantforge": __version__, "python": platform.python_version(), **{p: version(p) for p in packages}},
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-
-
-def _memory(what: str) -> int:
-    """Of this process in bytes: "VmRSS", now, or "VmHWM", its peak; the peak for both where there is no /proc."""
-    try:
-        with open("/proc/self/status") as f:
-            return next(int(line.split()[1]) * 1024 for line in f if line.startswith(what))
-    except (OSError, StopIteration):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _machine() -> str:

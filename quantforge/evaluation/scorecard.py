@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from .. import sizes
 from ..calibration import importance
+from ..calibration.corpus import Stages
 from ..calibration.gather import calibrate
-from ..conversion.run import convert
+from ..conversion.convert import convert
 from ..errors import CalibrationError, RecipeError
-from .comparison import Progress
-from .report import Choice, Evaluation, ModelResult
+from .report import Evaluation, ModelResult, Recommendation
 from .report.base import check_path
 from .run import PathLike, evaluate
 
@@ -24,7 +24,6 @@ logger = logging.getLogger(__name__)
 
 TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_XS", "Q3_K_M", "Q2_K", "IQ2_XXS")
 _CALIBRATION_CHUNKS = 100
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
 def compare(
@@ -36,7 +35,7 @@ def compare(
     context: int | None = None,
     out: PathLike | None = None,
     report: PathLike | Sequence[PathLike] = (),
-    progress: Progress | None = None,
+    progress: Stages | None = None,
     **options: Any,
 ) -> Evaluation:
     """Convert a checkpoint to several types, evaluate all of them at once, rank them and choose.
@@ -46,7 +45,7 @@ def compare(
     which weights and the KV cache (f16) of `context` tokens (default: the model's) must fit. out: keep the GGUF files in
     this directory. report, progress and other options: as for `evaluate`.
     """
-    limit = None if memory is None else parse_bytes(memory)
+    limit = None if memory is None else sizes.parse(memory, "--memory")
     reports = [report] if isinstance(report, (str, os.PathLike)) else list(report)
     for path in reports:
         check_path(path)
@@ -64,26 +63,16 @@ def compare(
             name = Path(kind).stem
             paths[name] = where / f"{name}.gguf"
             convert(Path(model), paths[name], kind, weights, force=True)
-        found = evaluate(paths, reference=model, progress=progress, **options)
+        evaluation = evaluate(paths, reference=model, progress=progress, **options)
     if limit is not None:
-        found.choice = choose(found, limit, context)
-    found.run["imatrix"] = origin
+        evaluation.choice = choose(evaluation, limit, context)
+    evaluation.run["imatrix"] = origin
     for path in reports:
-        found.save(path)
-    return found
+        evaluation.save(path)
+    return evaluation
 
 
-def parse_bytes(text: int | str) -> int:
-    """A number of bytes from text like "6GB", "512 MiB" or "1.5g". Raises RecipeError."""
-    if isinstance(text, int):
-        return text
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kmgt]i?)?b?\s*", text.lower())
-    if not match:
-        raise RecipeError(f"--memory {text!r}: write a size like 6GB, 800MB or 4GiB")
-    return int(float(match[1]) * _UNITS[match[2] or ""])
-
-
-def choose(evaluation: Evaluation, limit: int, context: int | None) -> Choice:
+def choose(evaluation: Evaluation, limit: int, context: int | None) -> Recommendation:
     """The closest to the reference of the models whose weights and KV cache fit into `limit` bytes."""
     shape = evaluation.reference.shape
     context = context or shape.get("context", 0) or 4096
@@ -93,26 +82,22 @@ def choose(evaluation: Evaluation, limit: int, context: int | None) -> Choice:
     fitting = [m for m in ranked if needs[m.name] <= limit]
 
     def cost(m: ModelResult) -> str:
-        return f"{_size(needs[m.name])} (weights {_size(m.bytes)}, KV cache {_size(kv)} for {context:,} tokens)"
+        return f"{sizes.show(needs[m.name])} (weights {sizes.show(m.bytes)}, KV cache {sizes.show(kv)} for {context:,} tokens)"
 
     if not fitting:
         least = min(evaluation.models, key=lambda m: m.bytes)
-        why = f"None of these fits into {_size(limit)}: the smallest, {least.name}, needs {cost(least)}."
-        return Choice(limit, context, kv, None, why, needs)
+        why = f"None of these fits into {sizes.show(limit)}: the smallest, {least.name}, needs {cost(least)}."
+        return Recommendation(limit, context, kv, None, why, needs)
     best = fitting[0]
     measure = f"mean KLD {best.kld_mean:.3g}" if best.kld_mean is not None else f"PPL {best.ppl:.4g}"
-    why = f"{best.name} is the closest to the reference ({measure}) of the {len(fitting)} that fit into {_size(limit)}: "
+    why = f"{best.name} is the closest to the reference ({measure}) of the {len(fitting)} that fit into {sizes.show(limit)}: "
     why += f"it needs {cost(best)}."
     if better := ranked[: ranked.index(best)]:
-        why += f" {better[-1].name} would be closer but needs {_size(needs[better[-1].name])}."
-    return Choice(limit, context, kv, best.name, why, needs)
+        why += f" {better[-1].name} would be closer but needs {sizes.show(needs[better[-1].name])}."
+    return Recommendation(limit, context, kv, best.name, why, needs)
 
 
-def _size(n: float) -> str:
-    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.2f} MB"
-
-
-def _imatrix(model: Path, imatrix: Any, scratch: Path, progress: Progress | None) -> tuple[importance.Importance | None, str]:
+def _imatrix(model: Path, imatrix: Any, scratch: Path, progress: Stages | None) -> tuple[importance.Importance | None, str]:
     """The importance to convert with, and where it is from."""
     if imatrix is None or isinstance(imatrix, importance.Importance):
         return imatrix, "none" if imatrix is None else "given"

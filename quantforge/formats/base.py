@@ -16,11 +16,13 @@ from typing import Any
 import numpy as np
 from typing_extensions import Self
 
-from ..arrays import Parts, TensorInfo
+from .. import archs
+from ..arrays import Array, Parts, TensorInfo
 from ..codecs import Codec, Encoded
 from ..discovery import Registry
 from ..errors import FormatError, OutputError, UnsupportedError, nearest
 from ..layouts import Layout
+from ..tokenizer import Tokenizer
 from .files import MappedFile, NewFiles
 
 
@@ -48,6 +50,39 @@ class Source(ABC):
     """Every tensor by its name in the file, in file order."""
     optional: frozenset[str] = frozenset()
     """Tensors that say nothing where the model has no place for them: biases of zero."""
+    gguf_names: bool = False
+    """True: tensors and metadata are called as in GGUF; false: as in a checkpoint."""
+
+    @property
+    def directory(self) -> Path:
+        """Where files beside the weights are."""
+        return self.path if self.path.is_dir() else self.path.parent
+
+    def checkpoint_config(self) -> dict[str, Any]:
+        """config.json of the model as a checkpoint. Raises UnsupportedError, FormatError.
+
+        Where it says that head and embedding are one, but others are stored, it says what is stored, as transformers has it.
+        """
+        known = archs.supported()
+        arch = next((known[n] for n in self.config.get("architectures") or () if n in known), None)
+        text = self.config.get("text_config")
+        nested = isinstance(text, Mapping) and "tie_word_embeddings" in text
+        key = "tie_word_embeddings"
+        said = dict(text if nested else self.config)  # type: ignore[arg-type]
+        if arch is None or not said.get(key, arch.defaults.get(key)) or not self._head_differs(arch):
+            return dict(self.config)
+        return {**self.config, key: False} | ({"text_config": {**said, key: False}} if nested else {})
+
+    def _head_differs(self, arch: archs.Arch) -> bool:
+        ends = arch.ends(self.weights)
+        if ends is None:
+            return False
+        a, b = map(self.read, ends)
+        return a.shape != b.shape or a.codec is not b.codec or not all(_equal(a.parts[k], b.parts[k]) for k in a.parts)
+
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer, that runs. Raises FormatError, UnsupportedError."""
+        return Tokenizer(self.path, self.config, gguf_metadata=self.gguf_names)
 
     @property
     @abstractmethod
@@ -69,6 +104,12 @@ class Source(ABC):
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def _equal(a: Array, b: Array, step: int = 1 << 24) -> bool:
+    """Are the bytes the same? Compared a piece at a time."""
+    x, y = (np.ascontiguousarray(w).reshape(-1).view(np.uint8) for w in (a, b))
+    return x.nbytes == y.nbytes and all(np.array_equal(x[i : i + step], y[i : i + step]) for i in range(0, x.nbytes, step))
 
 
 @dataclass(frozen=True, slots=True)

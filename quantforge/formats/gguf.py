@@ -27,6 +27,8 @@ import gguf
 import numpy as np
 
 from .. import codecs
+from ..archs import from_gguf
+from ..archs.rope import ROPE_FREQS
 from ..arrays import SAFETENSORS_DTYPES, Array, TensorInfo
 from ..codecs import Codec
 from ..errors import FormatError, ShapeError, UnsupportedError
@@ -279,6 +281,7 @@ class GgufSource(MappedSource):
     """A GGUF file, or a set of split files, mapped into memory."""
 
     format = "gguf"
+    gguf_names = True
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -290,6 +293,11 @@ class GgufSource(MappedSource):
         self.config = {k: v for k, v in first.items() if not k.startswith("split.")}
         self._places = _gather(tensors)
         self.weights = {k: tensors[k][0] for k in self._places}
+
+    def checkpoint_config(self) -> dict[str, Any]:
+        """config.json rebuilt from the metadata, and Llama 3's tensor of rope factors."""
+        factors = self.read(ROPE_FREQS).decode().reshape(-1) if ROPE_FREQS in self.weights else None
+        return from_gguf.config(self.config, {k: s.shape for k, s in self.weights.items()}, self.path, factors)
 
     def _open_splits(self, paths: list[Path]) -> tuple[dict[str, Any], dict[str, tuple[Stored, Place]]]:
         self._files = [MappedFile(p) for p in paths]

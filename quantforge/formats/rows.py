@@ -146,8 +146,9 @@ def _composed(outer: Rows, inner: Rows) -> Rows:
     if isinstance(outer, slice):
         if isinstance(inner, slice):
             return slice(outer.start + inner.start, outer.start + inner.stop)
-        return inner + outer.start
-    return outer[inner].astype(np.int64, copy=False)
+        return np.add(inner, outer.start)
+    chosen: NDArray[np.int64] = outer[inner]
+    return chosen
 
 
 def _transposed(e: Encoded, piece: Piece, wanted: NDArray[np.int64]) -> F32:

@@ -1,7 +1,21 @@
 """Methods: how the codes of a matrix are chosen."""
 
 from .awq import AWQ
-from .base import Method, Stats, get, names, output_error, output_errors, register
+from .base import NEEDS, Block, Group, Method, Stats, get, names, output_error, output_errors, register
 from .gptq import GPTQ, gptq
 
-__all__ = ["AWQ", "GPTQ", "Method", "Stats", "get", "gptq", "names", "output_error", "output_errors", "register"]
+__all__ = [
+    "AWQ",
+    "GPTQ",
+    "NEEDS",
+    "Block",
+    "Group",
+    "Method",
+    "Stats",
+    "get",
+    "gptq",
+    "names",
+    "output_error",
+    "output_errors",
+    "register",
+]

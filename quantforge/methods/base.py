@@ -1,54 +1,90 @@
 """What a method is: choose a codec's codes for a matrix, knowing what calibration saw. And the registry of
-methods: modules of this package are discovered, third parties `register` or use the entry points `quantforge.methods`."""
+methods: modules of this package are discovered, third parties `register` or use the entry points `quantforge.methods`.
+
+Nothing here, nor in the modules that register methods, imports torch before a method works: see `numerics`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol, TypeVar, runtime_checkable
-
-import torch
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import fields, is_dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from ..arrays import Parts
 from ..codecs import Codec
 from ..discovery import Registry
-from ..errors import CalibrationError, NonFiniteError, RecipeError, UnsupportedError
+from ..errors import CalibrationError, RecipeError, UnsupportedError
 
-_TRIES = 6
-_DOUBLE = 4096
+if TYPE_CHECKING:
+    import torch
+
+NEEDS = frozenset({"importance", "hessian", "inputs"})
+"""What calibration can gather for a method."""
 
 
-@dataclass(frozen=True, slots=True)
 class Stats:
-    """Second moments of the inputs x of a matrix over calibration tokens."""
+    """What calibration saw of the inputs x of a matrix: as much of it as was asked for, see `Method.needs`."""
 
-    hessian: torch.Tensor
-    """2·mean x xᵀ: f32[in, in]."""
-    tokens: int
-    shift: torch.Tensor | None = None
-    """2·mean (x₀ − x) xᵀ: f32[in, in], x₀ the input in the unquantized model; None: x = x₀."""
-    drift: torch.Tensor | None = None
-    """2·mean (x₀ − x)(x₀ − x)ᵀ: f32[in, in], where errors are measured."""
+    def __init__(
+        self,
+        hessian: torch.Tensor | None,
+        tokens: int,
+        shift: torch.Tensor | None = None,
+        drift: torch.Tensor | None = None,
+        *,
+        importance: torch.Tensor | None = None,
+        inputs: torch.Tensor | None = None,
+    ) -> None:
+        """importance may be left out where it follows from the Hessian or the inputs."""
+        self.tokens = tokens
+        self.shift = shift
+        """2·mean (x₀ − x) xᵀ: f32[in, in], x₀ the input in the unquantized model; None: x = x₀, or no Hessian."""
+        self.drift = drift
+        """2·mean (x₀ − x)(x₀ − x)ᵀ: f32[in, in], where errors are measured."""
+        self._hessian, self._importance, self._inputs = hessian, importance, inputs
+
+    @property
+    def hessian(self) -> torch.Tensor:
+        """2·mean x xᵀ: f32[in, in]. Raises CalibrationError where it was not gathered, as the next two do."""
+        return _gathered("hessian", self._hessian)
 
     @property
     def importance(self) -> torch.Tensor:
         """Mean x²: f32[in]."""
-        return self.hessian.diagonal() / 2
+        if self._hessian is not None:
+            return self._hessian.diagonal() / 2
+        if self._importance is None and self._inputs is not None:
+            return self._inputs.square().mean(0)
+        return _gathered("importance", self._importance)
+
+    @property
+    def inputs(self) -> torch.Tensor:
+        """x: f32[tokens, in]."""
+        return _gathered("inputs", self._inputs)
+
+
+def _gathered(what: str, found: torch.Tensor | None) -> torch.Tensor:
+    if found is None:
+        raise CalibrationError(f'calibration gathered no {what}: a method that uses it names it, needs = {{"{what}"}}')
+    return found
 
 
 def output_error(w: torch.Tensor, quantized: torch.Tensor, stats: Stats) -> float:
     """How far outputs are from the unquantized model's, relative: mean ‖ŵx − wx₀‖² / mean ‖wx₀‖².
 
-    Without shift: ‖(ŵ − w)x‖² / ‖wx‖². w, quantized: f32[out, in].
+    Without shift: ‖(ŵ − w)x‖² / ‖wx‖². w, quantized: f32[out, in]; of stats, the Hessian.
     """
     return output_errors(w, [quantized], stats)[0]
 
 
 def output_errors(w: torch.Tensor, quantized: Iterable[torch.Tensor], stats: Stats) -> list[float]:
     """`output_error` of several, with the work that they share done once."""
+    from torch import float64
 
     def dot(a: torch.Tensor, b: torch.Tensor) -> float:
-        return float((a * b).sum(dtype=torch.float64))
+        return float((a * b).sum(dtype=float64))
 
     h, moved, drift = stats.hessian, None, 0.0
     if stats.shift is not None and stats.drift is not None:  # of x₀x₀ᵀ = (x + (x₀ − x))(x + (x₀ − x))ᵀ
@@ -62,79 +98,97 @@ def output_errors(w: torch.Tensor, quantized: Iterable[torch.Tensor], stats: Sta
     return found
 
 
-def factor(hessian: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """U upper with (H + damping·mean(diag H))⁻¹ = UᵀU, and the columns that no input reaches.
+class Group(Protocol):
+    """Matrices of a block that share an input whose columns can be scaled, because what makes the input can undo it."""
 
-    In f64, or f32 above 4096 columns. Damping grows tenfold, up to 6 times, until there is a factor.
-    Raises CalibrationError, NonFiniteError.
+    matrices: Sequence[torch.Tensor]
+    """Copies as they are now: f32[out, in] each."""
+    codecs: Sequence[Codec]
+    """What each of them will be rounded to."""
+
+    @property
+    def importance(self) -> torch.Tensor:
+        """Mean x² on the windows that choose: f32[in]."""
+        ...
+
+    @property
+    def loss(self) -> Callable[[Sequence[torch.Tensor]], float]:
+        """Mean squared error of the block's output if other matrices stood there, on the windows that choose."""
+        ...
+
+    @property
+    def judge(self) -> Callable[[Sequence[torch.Tensor]], float]:
+        """The same on windows that did not choose."""
+        ...
+
+    def share(self, s: torch.Tensor) -> torch.Tensor:
+        """f32[in] made equal where it has to be (one value head feeds several query heads), by the largest."""
+        ...
+
+    def scale(self, s: torch.Tensor) -> None:
+        """Multiply the columns of the matrices by s: f32[in], of `share`, and divide what feeds them."""
+        ...
+
+
+class Block(Protocol):
+    """A decoder block before its matrices are quantized, as `Method.prepare` may change it."""
+
+    def groups(self) -> Iterator[Group]:
+        """What can be scaled, one after the other: each as the ones before have left it."""
+        ...
+
+
+class Method(ABC):
+    """A way to choose codes. Stateless; options are fields of a frozen dataclass.
+
+    Subclasses set `name` and implement `quantize`: that is all a method needs.
     """
-    diagonal = hessian.diagonal()
-    if not bool(torch.isfinite(diagonal).all()) or not bool(torch.isfinite(hessian.sum())):
-        raise NonFiniteError("the calibration inputs are not finite", ())
-    dead = diagonal <= 0
-    if bool(dead.all()):
-        raise CalibrationError("every calibration input is 0")
-    mean = float(diagonal[~dead].mean())
-    for _ in range(_TRIES):
-        h = hessian.to(torch.float64 if len(hessian) <= _DOUBLE else torch.float32, copy=True)
-        h[dead, dead] = mean
-        h.diagonal().add_(damping * mean)
-        lower, bad = torch.linalg.cholesky_ex(h)
-        del h
-        if not int(bad):
-            upper, bad = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not int(bad) and bool(torch.isfinite(upper.sum())):
-                return upper, dead
-        damping = max(damping, 1e-4) * 10
-    raise CalibrationError(f"the Hessian has no Cholesky factor even with damping {damping / 10:g}; calibrate with more text")
-
-
-def aim(w: torch.Tensor, shift: torch.Tensor, upper: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """The weights that give the unquantized model's outputs for the inputs at hand: w′ = w(1 + S H⁻¹), H⁻¹ = UᵀU in `order`."""
-    if len(w) > len(upper):  # n³ costs less than out · n²
-        moved = w.to(upper.dtype) @ (shift[:, order].to(upper.dtype) @ upper.T @ upper)
-    else:
-        moved = (w @ shift)[:, order].to(upper.dtype) @ upper.T @ upper
-    w = w.clone()
-    w[:, order] += moved.float()
-    return w
-
-
-@runtime_checkable
-class Method(Protocol):
-    """A way to choose codes. Stateless; options are constructor arguments."""
 
     @property
+    @abstractmethod
     def name(self) -> str:
-        """As in --method."""
-        ...
+        """As in --method, and in reports."""
 
     @property
-    def needs(self) -> frozenset[str]:
-        """What it uses of calibration, of {"importance", "hessian", "inputs"}."""
-        ...
+    def needs(self) -> AbstractSet[str]:
+        """What is gathered for it, of `NEEDS`: mean x², 2·mean x xᵀ, x itself. Nothing: it gets no `Stats`, is judged by
+        nothing and always used; else of each matrix the better of its result and rtn's on held-out windows is kept."""
+        return frozenset({"importance"})
+
+    @property
+    def rewrite(self) -> str:
+        """What reports call a matrix that `prepare` changed and that was then rounded as usual."""
+        return self.name
 
     def settings(self) -> Mapping[str, Any]:
         """What a checkpoint's config should say of it, in AutoGPTQ's words: "desc_act", "damp_percent", ..."""
-        ...
+        return {}
 
     def takes(self, codec: Codec) -> bool:
-        """True if it can choose this codec's codes."""
-        ...
+        """True if it can choose this codec's codes; matrices of other types are rounded as usual."""
+        return codec.encodes
 
+    def prepare(self, block: Block) -> None:
+        """Change a block so that it computes the same and quantizes better, before any of its matrices is quantized."""
+        return
+
+    @abstractmethod
     def quantize(self, w: torch.Tensor, codec: Codec, stats: Stats | None) -> Parts:
         """Stored parts of w: f32[out, in]. Raises ShapeError, NonFiniteError, CalibrationError."""
-        ...
 
 
-_M = TypeVar("_M", bound="Method")
+_M = TypeVar("_M", bound="Method | type[Method]")
 
 
 def _check(given: Any) -> Method:
-    method = given() if isinstance(given, type) else given
+    try:
+        method = given() if isinstance(given, type) else given
+    except TypeError as e:  # abstract, or with options that have no default
+        raise UnsupportedError(f"{given.__qualname__} is no method: {e}") from None
     if not isinstance(method, Method):
-        lacks = [n for n in ("name", "needs", "settings", "takes", "quantize") if not hasattr(method, n)]
-        raise UnsupportedError(f"{given!r} is no method: it lacks {', '.join(lacks)}")
+        raise UnsupportedError(f"{given!r} is no method: derive it from quantforge.methods.Method")
+    if unknown := set(method.needs) - NEEDS:
+        raise UnsupportedError(f"method {method.name} needs {', '.join(sorted(unknown))}; there are {', '.join(sorted(NEEDS))}")
     return method
 
 
@@ -157,13 +211,10 @@ def get(name: str | Method, **options: Any) -> Method:
 
     Raises RecipeError naming the known ones, or the methods that have an option.
     """
-    method = name
-    if isinstance(name, str):
-        try:
-            method = _registry.get(name)
-        except UnsupportedError as e:
-            raise RecipeError(str(e)) from None
-    assert not isinstance(method, str)
+    try:
+        method = _registry.get(name) if isinstance(name, str) else _check(name)
+    except UnsupportedError as e:
+        raise RecipeError(str(e)) from None
     for option, value in options.items():
         if value is None:
             continue
@@ -178,7 +229,9 @@ def get(name: str | Method, **options: Any) -> Method:
 def _with(method: Method, option: str, value: Any) -> Method | None:
     """The method with an option set; None if it has no such option."""
     inner = getattr(method, "inner", None)
-    if any(f.name == option for f in fields(method)):  # type: ignore[arg-type]
-        return replace(method, **{option: value})  # type: ignore[type-var]
+    if not is_dataclass(method):
+        return None
+    if any(f.name == option for f in fields(method)):
+        return replace(method, **{option: value})
     changed = None if inner is None else _with(get(inner), option, value)
-    return None if changed is None else replace(method, inner=changed)  # type: ignore[type-var]
+    return None if changed is None else replace(method, inner=changed)

@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING
 
 from ..arrays import Parts
 from ..codecs import Codec
-from .base import Stats, register
+from .base import Method, Stats, register
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
-class RTN:
+class RTN(Method):
     """Every weight by itself."""
 
-    name: str = "rtn"
-    needs: frozenset[str] = frozenset({"importance"})
-
-    def settings(self) -> Mapping[str, Any]:
-        """None."""
-        return {}
-
-    def takes(self, codec: Codec) -> bool:
-        """Every codec that encodes."""
-        return codec.encodes
+    name = "rtn"
 
     def quantize(self, w: torch.Tensor, codec: Codec, stats: Stats | None) -> Parts:
         """See `Method.quantize`."""

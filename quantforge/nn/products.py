@@ -1,7 +1,7 @@
 """Products of planes with many activations on a GPU: which way, from how many activations on, and the ways themselves.
 
 matvec   kernels/cuda: up to 16 activations at once
-fused    kernels/triton: weights become numbers inside the product
+fused    triton_kernels: weights become numbers inside the product
 slabs    rows of the matrix become numbers a slab at a time, which the L2 keeps until cuBLAS has read it
 """
 

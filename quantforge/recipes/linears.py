@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +19,32 @@ from . import recipe as recipes
 from .presets import kept
 
 
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """Integers on even steps for the linear layers of a model's blocks. What is None is as the format usually has it."""
+
+    bits: int | None = None
+    """Of each weight."""
+    group_size: int | None = None
+    """Columns that share a scale; -1: a scale per row."""
+    symmetric: bool | None = None
+    """Without a zero point."""
+
+
 def choose_scheme(
     layout: Layout | None,
     recipe: str | Path | recipes.Recipe | None,
-    bits: int | None,
-    group_size: int | None,
-    symmetric: bool | None,
+    scheme: Scheme,
     tensor_types: Sequence[str | tuple[str, str]],
     dtype: str,
     settings: Mapping[str, Any] | None,
 ) -> tuple[Layout | None, Codec, list[recipes.Rule]]:
-    """What --type, --bits and the like mean in a layout: the layout with its choices, the linear layers' codec, rules.
+    """What --type and a scheme mean in a layout: the layout with its choices, the linear layers' codec, rules.
 
     layout: None where a ggml type will take the integers over. dtype: the model's, "bf16"; settings: `Method.settings`, if
     a method chooses the codes. Raises RecipeError, UnsupportedError.
     """
-    if recipe is not None and bits is not None:
+    if recipe is not None and scheme.bits is not None:
         raise RecipeError("--type and --bits exclude each other: give one of them")
     given: Sequence[recipes.Rule] = ()
     if isinstance(recipe, recipes.Recipe):
@@ -42,9 +52,10 @@ def choose_scheme(
     chosen = layout or layouts.get("compressed-tensors")
     unordered = settings is not None and bool(settings.get("desc_act")) and not settings.get("static_groups")
 
-    def choose(kind: str | None, bits: int | None = None, group_size: int | None = None, symmetric: bool | None = None) -> Codec:
+    def choose(kind: str | None, scheme: Scheme = Scheme()) -> Codec:
         nonlocal chosen
-        chosen, codec = chosen.choose(kind, bits, group_size, symmetric, dtype if layout else "f16")
+        scale = dtype if layout else "f16"
+        chosen, codec = chosen.choose(kind, scheme.bits, scheme.group_size, scheme.symmetric, scale)
         return chosen.ordered(codec) if layout and unordered else codec
 
     def find(kind: str | Codec, where: str) -> Codec:
@@ -53,7 +64,7 @@ def choose_scheme(
                 return known
         return choose(str(kind) if isinstance(kind, str) else kind.name)
 
-    codec = choose(None if recipe is None else str(recipe), bits, group_size, symmetric)
+    codec = choose(None if recipe is None else str(recipe), scheme)
     rules = [recipes.rule(t, find) for t in tensor_types]
     rules += [replace(r, codec=find(r.codec, r.origin)) for r in given]
     if layout is None:
@@ -67,19 +78,20 @@ def assign(
     stored: Mapping[str, Codec],
     codec: Codec,
     rules: Sequence[recipes.Rule],
-    to_gguf: bool,
+    gguf_names: bool,
 ) -> dict[str, recipes.Choice]:
     """`codec`, or what a rule says, for the linear layers of the blocks; everything else stays, in floats.
 
-    outputs: as in `Contents`; stored: what each weight is in the source. Raises RecipeError, UnsupportedError.
+    outputs: as in `Contents`; stored: what each weight is in the source; gguf_names: of the output's format.
+    Raises RecipeError, UnsupportedError.
     """
     choices = {}
     used: set[int] = set()
     layers = 1 + max((int(n) for w in weights for n in re.findall(r"\.(\d+)\.", w.name)[:1]), default=0)
     for w in weights:
-        names = [(s, w.shape[-2:]) for s in w.sources] if to_gguf else [(n, made.shape) for n, made in outputs[w.name]]
+        names = [(s, w.shape[-2:]) for s in w.sources] if gguf_names else [(n, made.shape) for n, made in outputs[w.name]]
         linear = bool(names) and all(_is_linear(*named) for named in names)
-        as_is = kept(w, stored[w.name], codec.name) if to_gguf else as_floats(stored[w.name])
+        as_is = kept(w, stored[w.name], codec.name) if gguf_names else as_floats(stored[w.name])
         if not linear:
             choices[w.name] = recipes.Choice(as_is)
             continue

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 
-import gguf
 import numpy as np
 import pytest
 
 from quantforge import archs
-from quantforge.archs import base
 from quantforge.errors import QuantForgeError, ShapeError, UnsupportedError
 from tests.checkpoints import TEXT
 
@@ -24,7 +22,8 @@ CONFIG = {
     "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0,
 }
-EVERY = sorted(archs.supported())
+DENSE = ["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"]
+"""What is said below of one config is said of these; every architecture is proven by its logits in test_logits.py."""
 
 
 def config(name: str = "LlamaForCausalLM", **changes):
@@ -63,7 +62,7 @@ def weights(c, t=None):
     return archs.find(c).weights(c, tensors(c) if t is None else t)
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", DENSE)
 @pytest.mark.parametrize("tied", [False, True])
 def test_every_tensor_is_mapped_once_in_order(name, tied):
     c = config(name, tie_word_embeddings=tied)
@@ -75,21 +74,8 @@ def test_every_tensor_is_mapped_once_in_order(name, tied):
     assert len(set(names)) == len(names)
     assert ("output.weight" in names) is not tied
     arch = archs.find(c)
-    stems = {gguf.TENSOR_NAMES[m].rsplit(".", 1)[-1] for m in gguf.MODEL_TENSORS[arch.gguf]}
-    assert {w.role for w in found} | ({"output"} if tied else set()) == set(arch.tensors) <= stems
+    assert {w.role for w in found} | ({"output"} if tied else set()) == set(arch.tensors)
     assert {w.layer for w in found} == {None, 0, 1}
-
-
-@pytest.mark.parametrize("name", EVERY)
-def test_scale_groups_name_roles_that_fit(name):
-    arch = archs.find(config(name))
-    c = arch.hyperparameters(config(name))
-    sizes = arch.sizes(c)
-    for group in arch.scale_groups:
-        fed = {arch.tensors[t].dims[1] for t in group.targets}
-        assert len(fed) == 1
-        given = sizes[arch.tensors[group.source].dims[0]]
-        assert sizes[fed.pop()] % given == 0  # attn_v feeds attn_output once per query head of its group
 
 
 def test_shipped_model_has_the_names_that_llama_cpp_wrote():
@@ -97,22 +83,6 @@ def test_shipped_model_has_the_names_that_llama_cpp_wrote():
     c = json.loads((directory / "config.json").read_text())
     theirs = json.loads((directory / "llama.cpp.json").read_text())["presets"]["Q4_0"]["plain"]
     assert {w.name for w in weights(c, tensors(c)) if len(w.shape) == 2} == set(theirs)
-
-
-def test_name_maps_do_not_disturb_each_other():
-    """gguf's own map for Arctic rewrites the class table, after which ffn_norm is lost for all others."""
-    table = gguf.TensorNameMap.block_mappings_cfg
-    before = dict(table)
-    try:
-        ours = [w.name for w in weights(config())]
-        base._names(gguf.MODEL_ARCH.ARCTIC, 2)
-        assert table == before
-        gguf.get_tensor_name_map(gguf.MODEL_ARCH.ARCTIC, 2)
-        assert table != before
-        assert [w.name for w in weights(config())] == ours
-    finally:
-        table.clear()
-        table.update(before)
 
 
 def permuted_as_llama_cpp_does(w, heads):
@@ -126,21 +96,13 @@ def test_rope_permutation_and_its_inverse(name):
     seen = 0
     for w in weights(c):
         if w.role not in ("attn_q", "attn_k"):
-            assert w.transform is archs.IDENTITY
+            assert w.plain
             continue
         value = rng.standard_normal(w.shape).astype(np.float32)
         heads = 4 if w.role == "attn_q" else 2
-        np.testing.assert_array_equal(value[w.transform.rows], permuted_as_llama_cpp_does(value, heads))
-        np.testing.assert_array_equal(value[w.transform.rows][w.transform.inverse.rows], value)
+        np.testing.assert_array_equal(value[w.pieces[0].rows], permuted_as_llama_cpp_does(value, heads))
         seen += 1
     assert seen == (8 if c["attention_bias"] else 4)
-
-
-def test_value_transforms_invert():
-    t = archs.Transform(value=lambda w: w + 1, inverse_value=lambda w: w - 1)
-    w = np.arange(4, dtype=np.float32)
-    np.testing.assert_array_equal(t.inverse.value(t.value(w)), w)
-    assert t.inverse.rows is None and t.inverse.inverse == t
 
 
 GENERATIONS = [
@@ -280,7 +242,7 @@ def having(name, shape):
         (having("model.layers.0.self_attn.k_proj.weight", (16, 16)), r"k_proj.weight: shape \[16, 16\].*\[8, 16\]"),
         (having("output.weight", (40, 16)), r"has not: output\.weight"),
         (having("layers.0.attention.wq.weight", (16, 16)), r"has not: layers\.0\.attention\.wq"),
-        (having("model.layers.0.attention.wq.weight", (16, 16)), r"q_proj.weight are both blk\.0\.attn_q\.weight"),
+        (having("model.layers.0.attention.wq.weight", (16, 16)), r"has not: model\.layers\.0\.attention\.wq"),
     ],
 )
 def test_checkpoints_that_do_not_fit_their_config(change, said):

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 
 import quantforge as qf
-from quantforge import backends
 from quantforge.demo import MODEL
 from quantforge.errors import BackendError, FormatError, OutputError, RecipeError, UnsupportedError
 
@@ -242,7 +241,7 @@ def test_what_it_says_is_logged(fake: Path, caplog: pytest.LogCaptureFixture) ->
 
 
 def test_refused_outputs(fake: Path, made: Path, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedError, match="GGUF cannot hold fp8"):
+    with pytest.raises(UnsupportedError, match="gguf files cannot hold fp8"):
         qf.convert(MODEL, tmp_path / "m.gguf", "FP8_DYNAMIC", backend="llm-compressor")
     with pytest.raises(RecipeError, match="--act-order scatters groups"):
         convert(tmp_path / "m.gguf", bits=4, group_size=32, act_order=True)
@@ -259,7 +258,7 @@ def test_refused_outputs(fake: Path, made: Path, tmp_path: Path) -> None:
 
 
 def test_no_python() -> None:
-    library = backends.get("autoawq", python="/bin/true")
+    library = qf.Library("autoawq", python="/bin/true")
     assert library.method == "awq"
     with pytest.raises(BackendError, match="is that a Python"):
         qf.convert(MODEL, "never", backend="autoawq", backend_python="/bin/true", calibration_chunks=2)

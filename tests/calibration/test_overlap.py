@@ -66,7 +66,17 @@ def test_the_shipped_texts() -> None:
     calibration, held_out = ((TEXT / f"{n}.txt").read_text() for n in ("calibration", "heldout"))
     for a, b in ((calibration, held_out), (held_out, calibration)):
         assert how(a, b) is None
-        assert how(a, b, 10**9) is None
+        assert overlap.shared(a, b) is None
+
+
+def test_whole_texts_are_compared_by_the_same_rule() -> None:
+    a, b = story(20_000, 1), story(20_000, 2)
+    assert overlap.shared(a, b) is None
+    assert overlap.shared(a, b + a[50_000:50_600]) is None, "a paragraph"
+    for passage in range(0, 100_000, 10_000):  # wherever it lies: nothing is sampled
+        said = overlap.shared(a, b + a[passage : passage + 1300].replace(" ", "\n"))
+        assert said is not None and "a passage of 1" in said
+    assert overlap.shared("short", a) is None and overlap.shared(a, "") is None
 
 
 def test_metadata_round_trip_and_damage() -> None:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import quantforge as qf
+from quantforge import backends, layouts, methods
+from quantforge.cli import group
+from quantforge.conversion.options import writable
 from quantforge.demo import MODEL
 
 # found from any directory, installed or not
@@ -31,8 +37,21 @@ def test_help_names_every_command_and_loads_nothing_heavy() -> None:
     code += "assert not {'torch', 'numpy', 'gguf', 'transformers'} & set(sys.modules), 'slow start'"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENV)
     assert done.returncode == 0, done.stderr
-    for command in ("convert", "inspect", "types", "demo"):
-        assert command in done.stdout
+    for command in group.commands:
+        assert re.search(rf"^  {command} ", done.stdout, re.M)
+
+
+def test_convert_help_lists_what_the_registries_hold() -> None:
+    text = " ".join(quantforge("convert", "--help").stdout.replace("-\n", "-").split()).replace("- ", "-")
+    for name in (*writable(), *layouts.names(), *methods.names(), *backends.names()):
+        assert name in text
+
+
+def test_options_of_convert_are_those_of_the_api() -> None:
+    known = set(inspect.signature(qf.convert).parameters) - {"measure", "progress", "scheme"}
+    types = {"kind", "output_tensor_type", "token_embedding_type", "pure", "keep_output"}
+    output = {"dry_run", "report", "as_json"}
+    assert {p.name for p in group.commands["convert"].params} == known | types | output
 
 
 def test_convert_and_inspect(tmp_path: Path) -> None:
@@ -99,6 +118,9 @@ def test_user_rules(tmp_path: Path) -> None:
         (["inspect", MODEL / "tokenizer.json"], ["tokenizer.json"]),
         (["convert", MODEL], ["OUT", "--help"]),
         (["convert", MODEL, "x.gguf", "--threads", "0"], ["--threads"]),
+        (["convert", MODEL, "out.npy"], ["*.npy", "*.gguf", "safetensors"]),
+        (["convert", MODEL, "out", "--format", "gptk"], ["gptk", "did you mean gptq"]),
+        (["convert", MODEL, "out", "--max-shard-size", "much"], ["--max-shard-size", "much", "6GB"]),
         (["convrt"], ["convrt"]),
     ],
 )

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from quantforge.errors import UnsupportedError
-from quantforge.evaluation.report import Choice, Evaluation, ModelResult, TensorError
+from quantforge.evaluation.report import Evaluation, Figure, ModelResult, Recommendation, TensorError
 
 FIELDS = {
     *("name", "bytes", "bpw", "ppl", "ppl_stderr", "kld_mean", "kld_median", "kld_p99", "kld_p999", "kld_max"),
@@ -57,6 +57,7 @@ def model(name: str, mb: float, bpw: float, kld: float | None, layers: int = 6) 
         k: {"estimate": v, "low": v * 0.95, "high": v * 1.06, "stderr": v * 0.03}
         for k, v in {"kld_mean": kld, "ln_ppl_ratio": m.ln_ppl_ratio, "same_top": m.same_top}.items()
     }
+    m.metrics = {"toy": 2 * kld}
     m.hidden_error = [float(kld**0.5 * (0.3 + 0.1 * i)) for i in range(layers)]
     m.tensors = [
         TensorError(
@@ -135,7 +136,7 @@ def evaluation(layers: int = 6) -> Evaluation:
             "memory": "peak 0.4 GB: one block of each model",
             "versions": {"quantforge": "0.1.0"},
         },
-        choice=Choice(
+        choice=Recommendation(
             4_000_000,
             256,
             196_608,
@@ -143,6 +144,7 @@ def evaluation(layers: int = 6) -> Evaluation:
             "Q4_K_M is the closest to the reference of those that fit 4.00 MB with 256 tokens of context.",
             {},
         ),
+        figures=[Figure("toy", "toy <i>", "nats", "lower")],
     )
 
 
@@ -166,7 +168,8 @@ def test_markdown_survives_hostile_names(tmp_path: Path) -> None:
     row = next(line for line in lines if line.startswith("| a"))
     assert row.startswith("| a\\|b&lt;script> | 6.27 | 8.500 |")
     table = [line for line in lines if line.startswith("|")][: 2 + 11]
-    assert {line.replace("\\|", "").count("|") for line in table} == {12}
+    assert {line.replace("\\|", "").count("|") for line in table} == {13}
+    assert table[0].endswith("| toy &lt;i> (nats) |")
     assert any("Q4_K_M against IQ4_XS" in line and "not distinguishable" in line for line in lines)
 
 
@@ -225,6 +228,7 @@ def test_html_in_a_browser(tmp_path: Path, browser: Any, width: int, layers: int
         found: list[str] = page.locator("#table tbody td:first-child").all_text_contents()
         return found
 
+    assert page.locator("#table th button", has_text="toy <i>, nats").count() == 1
     by_size = names()
     assert by_size[0] == "IQ2_XXS"
     page.locator("#table th button", has_text="mean KLD").click()

@@ -17,7 +17,7 @@ from quantforge import codecs
 from quantforge.codecs import Codec
 from quantforge.demo import MODEL
 from quantforge.methods import AWQ, Stats, output_error
-from quantforge.methods.awq import clipped
+from quantforge.methods.numerics.awq import clipped
 from tests import checkpoints
 
 

@@ -10,7 +10,7 @@ from quantforge import codecs, methods
 from quantforge.codecs import GridCodec
 from quantforge.errors import CalibrationError, NonFiniteError, RecipeError, ShapeError, UnsupportedError
 from quantforge.methods import GPTQ, Stats, gptq, output_error
-from quantforge.methods.gptq import aim, factor
+from quantforge.methods.numerics.moments import aim, factor
 
 GRIDS = [n for n in codecs.names() if isinstance(codecs.get(n), GridCodec)]
 

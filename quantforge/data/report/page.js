@@ -78,6 +78,7 @@ const columns = [
   { name: "99%", value: r => r.kld_p99, show: r => fig(r.kld_p99) },
   { name: "99.9%", value: r => r.kld_p999, show: r => fig(r.kld_p999) },
   { name: "max", value: r => r.kld_max, show: r => fig(r.kld_max) },
+  ...data.figures.map(f => ({ name: f.unit ? `${f.label}, ${f.unit}` : f.label, value: r => r.metrics[f.key] ?? null, show: r => fig(r.metrics[f.key]), small: within(f.key), title: f.better ? `${f.better} is better` : undefined })),
 ];
 table($("table"), columns.filter(c => rows.some(r => { const v = c.value(r); return v !== null && v !== undefined; })), rows, 1);
 $("table-note").textContent = Object.keys(data.models[0]?.intervals ?? {}).length ? "Small figures are 95% intervals." : "";

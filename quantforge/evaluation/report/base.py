@@ -1,4 +1,4 @@
-"""What an evaluation found: plain dataclasses whose fields are the JSON schema."""
+"""What an evaluation measured: plain dataclasses whose fields are the JSON schema."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ...errors import OutputError, UnsupportedError
 
@@ -25,6 +25,18 @@ UNITS = {
     "weighted_error": "the same with columns weighted by the mean square of their inputs on the text: the layer's output error",
     "hidden_error": "relative rms error of the hidden states after each block",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """What reports say of one kind of figure."""
+
+    key: str
+    """Its name in JSON."""
+    label: str
+    """The head of its column."""
+    unit: str
+    better: Literal["lower", "higher"] | None = None
 
 
 @dataclass(slots=True)
@@ -71,14 +83,23 @@ class ModelResult:
     dp_rms: float | None = None
     flips: dict[str, float] | None = None
     similarity: dict[str, float] | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Figures of other metrics, which have no field here; `Evaluation.figures` says what they are."""
     intervals: dict[str, dict[str, float]] = field(default_factory=dict)
     hidden_error: list[float] = field(default_factory=list)
     tensors: list[TensorError] = field(default_factory=list)
     tasks: dict[str, Any] | None = None
 
+    def put(self, key: str, value: Any) -> None:
+        """Keep a figure: in its field where there is one."""
+        if key in self.__slots__:
+            setattr(self, key, value)
+        else:
+            self.metrics[key] = value
+
 
 @dataclass(slots=True)
-class Choice:
+class Recommendation:
     """Which model to take under a memory limit, and why."""
 
     limit_bytes: int
@@ -104,13 +125,16 @@ class Evaluation:
     similarity: dict[str, Any] | None
     tasks: dict[str, Any] | None
     run: dict[str, Any]
-    choice: Choice | None = None
+    choice: Recommendation | None = None
+    figures: list[Figure] = field(default_factory=list)
+    """What `ModelResult.metrics` has, in the order of the reports' columns."""
     schema: str = SCHEMA
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types: no NaN or infinity (None instead)."""
-        found = asdict(self)
-        ordered = {"schema": found.pop("schema"), "units": UNITS, **found}
+        fields = asdict(self)
+        units = UNITS | {f"metrics.{f.key}": f.unit for f in self.figures}
+        ordered = {"schema": fields.pop("schema"), "units": units, **fields}
         plain = _plain(ordered)
         assert isinstance(plain, dict)
         return plain
@@ -165,7 +189,7 @@ def figure(x: float | None, sign: bool = False) -> str:
 
 def neighbours(e: Evaluation) -> list[str]:
     """One sentence for each pair of models that stand next to each other in rank."""
-    pairs = {(d["a"], d["b"]): d["kld_mean"] for d in e.intervals.get("differences", [])}
+    pairs = {(d["a"], d["b"]): d["kld_mean"] for d in e.intervals.get("differences", []) if "kld_mean" in d}
     pairs |= {
         (b, a): {"estimate": -d["estimate"], "low": -d["high"], "high": -d["low"]}
         for (a, b), d in pairs.items()

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from .base import Evaluation, ModelResult, figure, method, neighbours
+from collections.abc import Sequence
+
+from .base import Evaluation, Figure, ModelResult, figure, method, neighbours
 
 HEADER = (
     "| model | MB | bpw | PPL | ln PPL ratio | mean KLD (95%) | median | 99% | same top-1 % | RMS Δp % "
-    "| flips right→wrong / wrong→right |"
+    "| flips right→wrong / wrong→right"
 )
 
 
 def render(evaluation: Evaluation) -> str:
     """A table, the paired differences of neighbours in rank, and how it was measured."""
     e = evaluation
-    lines = ["## What quantization cost", "", HEADER, "|---" + "|--:" * 10 + "|"]
-    lines.append(_row(e.reference, reference=True))
+    heads = [f"{_escape(f.label)}{f' ({_escape(f.unit)})' if f.unit else ''}" for f in e.figures]
+    lines = ["## What quantization cost", "", " | ".join([HEADER, *heads]) + " |", "|---" + "|--:" * (10 + len(heads)) + "|"]
+    lines.append(_row(e.reference, e.figures, reference=True))
     if e.noise_floor:
-        lines.append(_row(e.noise_floor))
-    lines += [_row(m) for m in e.models]
+        lines.append(_row(e.noise_floor, e.figures))
+    lines += [_row(m, e.figures) for m in e.models]
     if e.choice:
         lines += ["", e.choice.why]
     verdicts = neighbours(e)
@@ -30,9 +33,14 @@ def render(evaluation: Evaluation) -> str:
     return "\n".join([*lines, "", *_method(e), ""])
 
 
-def _row(m: ModelResult, reference: bool = False) -> str:
-    i = m.intervals.get("kld_mean")
-    kld = "–" if reference else figure(m.kld_mean) + (f" ({figure(i['low'])} – {figure(i['high'])})" if i else "")
+def _within(m: ModelResult, key: str, value: float | None) -> str:
+    """A figure with its interval."""
+    i = m.intervals.get(key)
+    return figure(value) + (f" ({figure(i['low'])} – {figure(i['high'])})" if i else "")
+
+
+def _row(m: ModelResult, figures: Sequence[Figure], reference: bool = False) -> str:
+    kld = "–" if reference else _within(m, "kld_mean", m.kld_mean)
     flips = f"{m.flips['right_to_wrong']:.0f} / {m.flips['wrong_to_right']:.0f}" if m.flips else "–"
     cells = [
         f"{_escape(m.name)} (reference)" if reference else _escape(m.name),
@@ -46,6 +54,7 @@ def _row(m: ModelResult, reference: bool = False) -> str:
         "–" if m.same_top is None else f"{m.same_top:.2f}",
         "–" if m.dp_rms is None else f"{m.dp_rms:.2f}",
         flips,
+        *(_within(m, f.key, m.metrics.get(f.key)) for f in figures),
     ]
     return "| " + " | ".join(cells) + " |"
 

@@ -48,7 +48,7 @@ COMMAND_R = Arch(
     rope_types=frozenset({"default"}),
     samples={
         "": {"logit_scale": 0.5, "tie_word_embeddings": True},
-        "deep": {"num_hidden_layers": 64, "use_qk_norm": True, "hidden_size": 32, "tie_word_embeddings": True},
+        "deep": {"num_hidden_layers": 64, "use_qk_norm": True, "hidden_size": 32, "logit_scale": 1.0, "tie_word_embeddings": True},
     },
 )
 COMMAND_R7B = Arch(
@@ -71,6 +71,7 @@ COMMAND_R7B = Arch(
     samples={
         "": {"logit_scale": 0.5, "sliding_window": 32, "num_hidden_layers": 8, "tie_word_embeddings": True},
         "alternating": {
+            "logit_scale": 0.4,
             "sliding_window": 48,
             "layer_types": usual_types(5, 2),
             "num_hidden_layers": 5,

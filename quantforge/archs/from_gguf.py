@@ -49,6 +49,8 @@ def config(
         raise FormatError(path, "tensor token_embd.weight is missing")
 
     def get(pattern: str) -> Any:
+        if (shape := tensors.get(pattern)) is not None:
+            return (factors or {}).get(pattern, shape)
         return metadata.get(pattern.format(arch=arch.name))
 
     made: dict[str, Any] = {"architectures": [arch.hf[0]], "model_type": arch.model_type or arch.name}

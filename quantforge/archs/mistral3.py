@@ -13,7 +13,7 @@ from .keys import PAIRED_METADATA
 from .llama import PAIRED, ROPE_TYPES
 from .rope import rope_scaling
 
-_SCALE = "{arch}.attention.temperature_scale"
+_SCALE = gguf.Keys.Attention.TEMPERATURE_SCALE
 _YARN = {
     "rope_type": "yarn",
     "rope_theta": 1e6,

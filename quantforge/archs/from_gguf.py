@@ -81,6 +81,8 @@ def config(
             made["rope_scaling"] = longrope_scaling(get, factors[ROPE_LONG], factors[ROPE_SHORT], context)
         if arch.restored is not None:
             made |= arch.restored(get)
+            if "rope_parameters" in made:  # one spelling of rope is enough
+                made = {k: v for k, v in made.items() if k not in ("rope_theta", "rope_scaling")}
         arch.state_implied(made)
     except (TypeError, ValueError, KeyError, ZeroDivisionError):
         raise FormatError(path, f"{arch.name}.*: a value is no number where one is needed") from None

@@ -6,7 +6,7 @@ from typing import Any
 
 import gguf
 
-from .base import DECODER, Arch, Config, From, Tensor
+from .base import DECODER, Arch, Config, From, Tensor, paired
 from .granite import DEFAULTS, EXPERTS, MULTIPLIERS, shared
 from .keys import EXPERTS_OF_WHICH_SOME, PAIRED_METADATA
 from .llama import PAIRED
@@ -14,10 +14,14 @@ from .weight import MINUS_EXP
 
 _att, _llm, _ssm, _rp = gguf.Keys.Attention, gguf.Keys.LLM, gguf.Keys.SSM, gguf.Keys.Rope
 _MAMBA = "model.layers.{bid}.mamba."
+_SELF = "model.layers.{bid}.self_attn."
 MAMBA_2 = {
     "ssm_in": Tensor(("2*inner+2*groups*state+ssm_heads", "embd"), _MAMBA + "in_proj"),
     "ssm_conv1d": Tensor(
-        ("inner+2*groups*state", "kernel"), From(_MAMBA + "conv1d", ("inner+2*groups*state", "1", "kernel")), bias="mamba_conv_bias"
+        ("inner+2*groups*state", "kernel"), From(_MAMBA + "conv1d", ("inner+2*groups*state", "1", "kernel"))
+    ),
+    "ssm_conv1d.bias": Tensor(
+        ("inner+2*groups*state",), From(_MAMBA + "conv1d.bias", suffix=""), where="conv bias", suffix=""
     ),
     "ssm_dt.bias": Tensor(("ssm_heads",), From(_MAMBA + "dt_bias", suffix=""), suffix=""),
     "ssm_a": Tensor(("ssm_heads", "1"), From(_MAMBA + "A_log", ("ssm_heads",), suffix=""), suffix="", value=MINUS_EXP),
@@ -36,7 +40,8 @@ def _kinds(h: Config) -> list[str]:
 
 def _layers(h: Config) -> Sequence[Collection[str]]:
     after = "experts" if h.get("num_local_experts") else "dense"
-    return [{kind, after} for kind in _kinds(h)]
+    biased = {"conv bias"} if h["mamba_conv_bias"] else set()
+    return [{kind, after} | (biased if kind == "mamba" else set()) for kind in _kinds(h)]
 
 
 def _dims(h: Config, layer: int | None) -> dict[str, int]:
@@ -49,6 +54,7 @@ def _dims(h: Config, layer: int | None) -> dict[str, int]:
         "kernel": h["mamba_d_conv"],
         "ssm_heads": h["mamba_n_heads"],
         "shared_ff": h.get("shared_intermediate_size", 0),
+        "rotated": h["key_length"] // 2,
     }
 
 
@@ -57,6 +63,10 @@ def _computed(h: Config) -> dict[str, Any]:
         _ssm.INNER_SIZE: h["mamba_expand"] * h["hidden_size"],
         _att.HEAD_COUNT_KV: [h["num_key_value_heads"] if kind == "attention" else 0 for kind in _kinds(h)],
     }
+
+
+def _conv_bias(get: Callable[[str], Any]) -> bool:
+    return any(get(f"blk.{i}.ssm_conv1d.bias") is not None for i in range(int(get(_llm.BLOCK_COUNT))))
 
 
 def _kv_heads(get: Callable[[str], Any]) -> list[int]:
@@ -92,7 +102,7 @@ _attention = {
     for role, t in (DECODER | PAIRED).items()
     if role in ("attn_q", "attn_k", "attn_v", "attn_output")
 }
-_mamba = {role: replace(t, where="mamba") for role, t in MAMBA_2.items()}
+_mamba = {role: replace(t, where=t.where or "mamba") for role, t in MAMBA_2.items()}
 _sample = {
     "num_hidden_layers": 5,
     "mamba_n_heads": 8,
@@ -100,19 +110,19 @@ _sample = {
     "mamba_n_groups": 2,
     "mamba_d_state": 16,
     "mamba_chunk_size": 32,
+    "mamba_conv_bias": True,
 }
 
 
 def _granite_computed(h: Config) -> dict[str, Any]:
-    rotates = h.get("position_embedding_type") == "rope"
-    found = {**_computed(h), _rp.SCALING_FINETUNED: rotates}
-    return found
+    return {**_computed(h), _rp.SCALING_FINETUNED: h.get("position_embedding_type") == "rope"}
 
 
 def _granite_restored(get: Callable[[str], Any]) -> Mapping[str, Any]:
     heads = _kv_heads(get)
     return {
         "layer_types": ["attention" if n else "mamba" for n in heads],
+        "mamba_conv_bias": _conv_bias(get),
         "num_key_value_heads": max(heads),
         "num_local_experts": int(get(_llm.EXPERT_COUNT) or 0),
         "position_embedding_type": "rope" if get(_rp.SCALING_FINETUNED) in (None, True) else "nope",
@@ -169,6 +179,7 @@ GRANITE = Arch(
             "shared_intermediate_size": 96,
             "position_embedding_type": "rope",
             "tie_word_embeddings": True,
+            "mamba_conv_bias": False,
         },
     },
 )
@@ -181,6 +192,8 @@ BAMBA = Arch(
         "output_norm": Tensor(("embd",), "model.final_layernorm"),
         "ffn_norm": Tensor(("embd",), "model.layers.{bid}.pre_ff_layernorm"),
         **_attention,
+        "attn_q": replace(_attention["attn_q"], checkpoint=From(_SELF + "q_proj", rows=paired("heads", rotated="rotated"))),
+        "attn_k": replace(_attention["attn_k"], checkpoint=From(_SELF + "k_proj", rows=paired("kv_heads", rotated="rotated"))),
         **_mamba,
         **{
             role: replace(DECODER[role], checkpoint=f"model.layers.{{bid}}.feed_forward.{role[4:]}_proj", bias="mlp_bias")
@@ -193,7 +206,7 @@ BAMBA = Arch(
         "num_key_value_heads": 8,
         "rms_norm_eps": 1e-5,
     },
-    metadata_keys=_metadata,
+    metadata_keys={k: v for k, v in _metadata.items() if k != _rp.DIMENSION_COUNT},
     computed=lambda h: {
         **_computed(h),
         _rp.SCALING_FINETUNED: True,
@@ -201,6 +214,7 @@ BAMBA = Arch(
     },
     restored=lambda get: {
         "attn_layer_indices": [i for i, n in enumerate(_kv_heads(get)) if n],
+        "mamba_conv_bias": _conv_bias(get),
         "num_key_value_heads": max(_kv_heads(get)),
     },
     # transformers rotates half of each head, whatever config.json says

@@ -39,7 +39,7 @@ def _restored(get: Callable[[str], Any]) -> Mapping[str, Any]:
     rope.setdefault("original_max_position_embeddings", int(get(gguf.Keys.LLM.CONTEXT_LENGTH)))
     rope["rope_theta"] = shortest(get(gguf.Keys.Rope.FREQ_BASE) or 10000.0)
     rope["llama_4_scaling_beta"] = shortest(get(_SCALE) or 0.0)
-    return {"rope_parameters": rope, "rope_scaling": None}
+    return {"rope_parameters": rope}
 
 
 TEXT = Arch(

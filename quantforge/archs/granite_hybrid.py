@@ -6,6 +6,7 @@ from typing import Any
 
 import gguf
 
+from ..errors import UnsupportedError
 from .base import DECODER, Arch, Config, From, Tensor, paired
 from .granite import DEFAULTS, EXPERTS, MULTIPLIERS, shared
 from .keys import EXPERTS_OF_WHICH_SOME, PAIRED_METADATA
@@ -59,6 +60,10 @@ def _dims(h: Config, layer: int | None) -> dict[str, int]:
 
 
 def _computed(h: Config) -> dict[str, Any]:
+    if "mamba" not in _kinds(h):
+        raise UnsupportedError(
+            "config.json: every layer is attention: llama.cpp runs such models as granite or granitemoe, not as granitehybrid"
+        )
     return {
         _ssm.INNER_SIZE: h["mamba_expand"] * h["hidden_size"],
         _att.HEAD_COUNT_KV: [h["num_key_value_heads"] if kind == "attention" else 0 for kind in _kinds(h)],
@@ -72,6 +77,12 @@ def _conv_bias(get: Callable[[str], Any]) -> bool:
 def _kv_heads(get: Callable[[str], Any]) -> list[int]:
     given = get(_att.HEAD_COUNT_KV)
     return [int(n) for n in given] if hasattr(given, "__len__") else [int(given)] * int(get(_llm.BLOCK_COUNT))
+
+
+def _unlimited(h: Config) -> Any:
+    """The limits of Mamba's time steps as config.json spells that there are none."""
+    limits = h.get("time_step_limit")
+    return limits if limits and limits[0] == 0 and "inf" in str(limits[1]).lower() else None
 
 
 _metadata = {
@@ -93,6 +104,7 @@ _implied = {
     "hidden_act": "silu",
     "mamba_expand": 2,  # the graph knows no other
     "mamba_proj_bias": False,
+    "time_step_limit": _unlimited,
     "mamba_d_head": lambda h: (
         "auto" if h.get("mamba_d_head") == "auto" else h["mamba_expand"] * h["hidden_size"] // h["mamba_n_heads"]
     ),
@@ -115,7 +127,10 @@ _sample = {
 
 
 def _granite_computed(h: Config) -> dict[str, Any]:
-    return {**_computed(h), _rp.SCALING_FINETUNED: h.get("position_embedding_type") == "rope"}
+    rotates = {_rp.SCALING_FINETUNED: h.get("position_embedding_type") == "rope"}
+    if h.get("num_local_experts"):
+        return {**_computed(h), **rotates}
+    return {**_computed(h), **rotates, _llm.EXPERT_USED_COUNT: 0, _llm.FEED_FORWARD_LENGTH: h["shared_intermediate_size"]}
 
 
 def _granite_restored(get: Callable[[str], Any]) -> Mapping[str, Any]:
@@ -175,8 +190,7 @@ GRANITE = Arch(
             **_scaled,
             "layer_types": ["full_attention", "linear_attention", "linear_attention", "full_attention", "linear_attention"],
             "num_local_experts": 0,
-            "num_experts_per_tok": 0,
-            "shared_intermediate_size": 96,
+            "shared_intermediate_size": 80,
             "position_embedding_type": "rope",
             "tie_word_embeddings": True,
             "mamba_conv_bias": False,

@@ -48,7 +48,13 @@ COMMAND_R = Arch(
     rope_types=frozenset({"default"}),
     samples={
         "": {"logit_scale": 0.5, "tie_word_embeddings": True},
-        "deep": {"num_hidden_layers": 64, "use_qk_norm": True, "hidden_size": 32, "logit_scale": 1.0, "tie_word_embeddings": True},
+        "deep": {
+            "num_hidden_layers": 64,
+            "use_qk_norm": True,
+            "hidden_size": 32,
+            "logit_scale": 1.0,
+            "tie_word_embeddings": True,
+        },
     },
 )
 COMMAND_R7B = Arch(

@@ -35,7 +35,7 @@ def _types(h: Config) -> list[str]:
 def _computed(h: Config) -> dict[str, Any]:
     dense, scoring = _is_dense(h), h["expert_selection_fn"]
     if dense != sorted(dense, reverse=True):
-        raise UnsupportedError("config.json: mlp_layer_types: llama.cpp's cohere2moe graph has dense layers only before all others")
+        raise UnsupportedError("config.json: mlp_layer_types: llama.cpp runs cohere2moe models with dense layers first")
     if scoring not in _GATING:
         raise UnsupportedError(f"config.json: expert_selection_fn = {scoring!r} is not softmax or sigmoid")
     shared = h["num_shared_experts"]

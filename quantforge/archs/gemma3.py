@@ -44,7 +44,7 @@ TEXT = Arch(
     hf=("Gemma3ForCausalLM",),
     name="gemma3",
     model_type="gemma3_text",
-    tensors=GEMMA2.tensors
+    tensors=dict(GEMMA2.tensors)
     | {"output": DECODER["output"]}
     | {role: replace(t, value=PLUS_ONE) for role, t in QK_NORM.items()},
     defaults={

@@ -163,9 +163,7 @@ TEXT = Arch(
         "post_norm": Tensor(("embd",), _LAYER + "post_per_layer_input_norm", where="per layer"),
         "ffn_gate_inp": Tensor(("experts", "embd"), _LAYER + "router.proj", where="experts"),
         "ffn_gate_inp.scale": Tensor(("embd",), From(_LAYER + "router.scale", suffix=""), where="experts", suffix=""),
-        "ffn_gate_up_exps": Tensor(
-            ("experts", "2*expert_ff", "embd"), From(_MOE + "gate_up_proj", suffix=""), where="experts"
-        ),
+        "ffn_gate_up_exps": Tensor(("experts", "2*expert_ff", "embd"), From(_MOE + "gate_up_proj", suffix=""), where="experts"),
         "ffn_down_exps": Tensor(("experts", "embd", "expert_ff"), From(_MOE + "down_proj", suffix=""), where="experts"),
         "ffn_down_exps.scale": Tensor(
             ("experts",), From(_LAYER + "router.per_expert_scale", suffix=""), where="experts", suffix=""
@@ -206,9 +204,7 @@ TEXT = Arch(
         "hidden_activation": "gelu_pytorch_tanh",
         "attention_bias": False,
         # images' tokens see each other, which is nothing to text; "all" is an encoder
-        "use_bidirectional_attention": lambda h: (
-            "vision" if h.get("use_bidirectional_attention") == "vision" else None
-        ),
+        "use_bidirectional_attention": lambda h: "vision" if h.get("use_bidirectional_attention") == "vision" else None,
         "vocab_size_per_layer_input": lambda h: (
             h["vocab_size"] if h["hidden_size_per_layer_input"] else h.get("vocab_size_per_layer_input")
         ),

@@ -98,7 +98,7 @@ ARCH = (
         MOE,
         hf=("GraniteMoeSharedForCausalLM",),
         model_type="granitemoeshared",
-        tensors=MOE.tensors | shared("_shexp"),
+        tensors={**MOE.tensors, **shared("_shexp")},
         needed=(*MOE.needed, "shared_intermediate_size"),
         metadata_keys={**MOE.metadata_keys, _llm.EXPERT_SHARED_FEED_FORWARD_LENGTH: ("shared_intermediate_size", int)},
         dims=lambda h, layer: {"shared_ff": h["shared_intermediate_size"]},

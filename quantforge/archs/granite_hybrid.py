@@ -18,12 +18,8 @@ _MAMBA = "model.layers.{bid}.mamba."
 _SELF = "model.layers.{bid}.self_attn."
 MAMBA_2 = {
     "ssm_in": Tensor(("2*inner+2*groups*state+ssm_heads", "embd"), _MAMBA + "in_proj"),
-    "ssm_conv1d": Tensor(
-        ("inner+2*groups*state", "kernel"), From(_MAMBA + "conv1d", ("inner+2*groups*state", "1", "kernel"))
-    ),
-    "ssm_conv1d.bias": Tensor(
-        ("inner+2*groups*state",), From(_MAMBA + "conv1d.bias", suffix=""), where="conv bias", suffix=""
-    ),
+    "ssm_conv1d": Tensor(("inner+2*groups*state", "kernel"), From(_MAMBA + "conv1d", ("inner+2*groups*state", "1", "kernel"))),
+    "ssm_conv1d.bias": Tensor(("inner+2*groups*state",), From(_MAMBA + "conv1d.bias", suffix=""), suffix=""),
     "ssm_dt.bias": Tensor(("ssm_heads",), From(_MAMBA + "dt_bias", suffix=""), suffix=""),
     "ssm_a": Tensor(("ssm_heads", "1"), From(_MAMBA + "A_log", ("ssm_heads",), suffix=""), suffix="", value=MINUS_EXP),
     "ssm_d": Tensor(("ssm_heads", "1"), From(_MAMBA + "D", ("ssm_heads",), suffix=""), suffix=""),
@@ -41,8 +37,7 @@ def _kinds(h: Config) -> list[str]:
 
 def _layers(h: Config) -> Sequence[Collection[str]]:
     after = "experts" if h.get("num_local_experts") else "dense"
-    biased = {"conv bias"} if h["mamba_conv_bias"] else set()
-    return [{kind, after} | (biased if kind == "mamba" else set()) for kind in _kinds(h)]
+    return [{kind, after} for kind in _kinds(h)]
 
 
 def _dims(h: Config, layer: int | None) -> dict[str, int]:
@@ -70,10 +65,6 @@ def _computed(h: Config) -> dict[str, Any]:
     }
 
 
-def _conv_bias(get: Callable[[str], Any]) -> bool:
-    return any(get(f"blk.{i}.ssm_conv1d.bias") is not None for i in range(int(get(_llm.BLOCK_COUNT))))
-
-
 def _kv_heads(get: Callable[[str], Any]) -> list[int]:
     given = get(_att.HEAD_COUNT_KV)
     return [int(n) for n in given] if hasattr(given, "__len__") else [int(given)] * int(get(_llm.BLOCK_COUNT))
@@ -93,7 +84,6 @@ _metadata = {
     _ssm.TIME_STEP_RANK: ("mamba_n_heads", int),
 }
 _defaults = {
-    "mamba_conv_bias": True,
     "mamba_d_conv": 4,
     "mamba_d_state": 256,
     "mamba_expand": 2,
@@ -103,6 +93,7 @@ _defaults = {
 _implied = {
     "hidden_act": "silu",
     "mamba_expand": 2,  # the graph knows no other
+    "mamba_conv_bias": True,
     "mamba_proj_bias": False,
     "time_step_limit": _unlimited,
     "mamba_d_head": lambda h: (
@@ -114,7 +105,7 @@ _attention = {
     for role, t in (DECODER | PAIRED).items()
     if role in ("attn_q", "attn_k", "attn_v", "attn_output")
 }
-_mamba = {role: replace(t, where=t.where or "mamba") for role, t in MAMBA_2.items()}
+_mamba = {role: replace(t, where="mamba") for role, t in MAMBA_2.items()}
 _sample = {
     "num_hidden_layers": 5,
     "mamba_n_heads": 8,
@@ -122,7 +113,6 @@ _sample = {
     "mamba_n_groups": 2,
     "mamba_d_state": 16,
     "mamba_chunk_size": 32,
-    "mamba_conv_bias": True,
 }
 
 
@@ -137,7 +127,6 @@ def _granite_restored(get: Callable[[str], Any]) -> Mapping[str, Any]:
     heads = _kv_heads(get)
     return {
         "layer_types": ["attention" if n else "mamba" for n in heads],
-        "mamba_conv_bias": _conv_bias(get),
         "num_key_value_heads": max(heads),
         "num_local_experts": int(get(_llm.EXPERT_COUNT) or 0),
         "position_embedding_type": "rope" if get(_rp.SCALING_FINETUNED) in (None, True) else "nope",
@@ -193,7 +182,6 @@ GRANITE = Arch(
             "shared_intermediate_size": 80,
             "position_embedding_type": "rope",
             "tie_word_embeddings": True,
-            "mamba_conv_bias": False,
         },
     },
 )
@@ -228,7 +216,6 @@ BAMBA = Arch(
     },
     restored=lambda get: {
         "attn_layer_indices": [i for i, n in enumerate(_kv_heads(get)) if n],
-        "mamba_conv_bias": _conv_bias(get),
         "num_key_value_heads": max(_kv_heads(get)),
     },
     # transformers rotates half of each head, whatever config.json says

@@ -40,8 +40,10 @@ def _restored(get: Callable[[str], Any]) -> Mapping[str, Any]:
 ARCH = Arch(
     hf=("GraniteSWAForCausalLM",),
     name="granite_swa",
-    tensors=LLAMA.tensors
-    | {"attn_sinks": Tensor(("heads",), From("model.layers.{bid}.self_attn.sinks", suffix=""))},
+    tensors={
+        **LLAMA.tensors,
+        "attn_sinks": Tensor(("heads",), From("model.layers.{bid}.self_attn.sinks", suffix="")),
+    },
     scale_groups=LLAMA.scale_groups,
     defaults={
         **DEFAULTS,

@@ -1,5 +1,6 @@
 """Phi-3, 3.5 and 4: one matrix for queries, keys and values, one for gate and up, and LongRoPE's two sets of factors."""
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import gguf
@@ -8,7 +9,7 @@ from .base import DECODER, Arch, Config, ScaleGroup, Tensor, longrope_factors
 from .keys import METADATA
 from .rope import rotated
 
-_att, _rp = gguf.Keys.Attention, gguf.Keys.Rope
+_att, _llm, _rp = gguf.Keys.Attention, gguf.Keys.LLM, gguf.Keys.Rope
 
 
 def _computed(h: Config) -> dict[str, Any]:
@@ -17,6 +18,16 @@ def _computed(h: Config) -> dict[str, Any]:
         _rp.SCALING_ORIG_CTX_LEN: int(original or h["max_position_embeddings"]),
         _rp.DIMENSION_COUNT: rotated(h),
         _att.SLIDING_WINDOW: h.get("sliding_window") or 0,  # llama.cpp tells Phi-4 from its elders by this
+    }
+
+
+def _restored(get: Callable[[str], Any]) -> Mapping[str, Any]:
+    head = int(get(_llm.EMBEDDING_LENGTH)) // int(get(_att.HEAD_COUNT))
+    return {
+        "original_max_position_embeddings": int(get(_rp.SCALING_ORIG_CTX_LEN) or get(_llm.CONTEXT_LENGTH)),
+        "sliding_window": int(get(_att.SLIDING_WINDOW) or 0) or None,
+        "partial_rotary_factor": int(get(_rp.DIMENSION_COUNT) or head) / head,
+        "pad_token_id": None,  # transformers' own default is a row that only the released vocabulary has
     }
 
 
@@ -43,12 +54,7 @@ ARCH = Arch(
     defaults={"max_position_embeddings": 4096, "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
     metadata_keys={k: v for k, v in METADATA.items() if k not in (_att.KEY_LENGTH, _att.VALUE_LENGTH)},
     computed=_computed,
-    restored=lambda get: {
-        "original_max_position_embeddings": int(get(_rp.SCALING_ORIG_CTX_LEN) or get(gguf.Keys.LLM.CONTEXT_LENGTH)),
-        "sliding_window": int(get(_att.SLIDING_WINDOW) or 0) or None,
-        "partial_rotary_factor": float(get(_rp.DIMENSION_COUNT)) * int(get(_att.HEAD_COUNT)) / get(gguf.Keys.LLM.EMBEDDING_LENGTH),
-        "pad_token_id": None,  # transformers' own default is a row that only the released vocabulary has
-    },
+    restored=_restored,
     implied={
         "hidden_act": "silu",
         "attention_bias": False,

@@ -49,7 +49,9 @@ def rope_settings(h: Mapping[str, Any], *, partial: bool = False) -> dict[str, A
     if kind == "longrope":
         _check_longrope(rope, h)
     for key, value in rope.items():
-        if key not in ("long_factor", "short_factor") and key.endswith(("theta", "factor", "embeddings", "fast", "slow", "mscale", "mscale_all_dim")) and (
+        if key in ("long_factor", "short_factor"):
+            continue
+        if key.endswith(("theta", "factor", "embeddings", "fast", "slow", "mscale", "mscale_all_dim")) and (
             isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0
         ):
             raise UnsupportedError(f"config.json: rope {key} = {value!r} is not a number")

@@ -11,9 +11,7 @@ ARCH = Arch(
     tensors={role: t for role, t in DECODER.items() if role != "ffn_norm"}
     | {r: replace(DECODER[r], bias="attention_bias") for r in ("attn_q", "attn_k", "attn_v")}
     | {"post_attention_norm": DECODER["ffn_norm"]},
-    scale_groups=tuple(
-        replace(g, source="post_attention_norm") if g.source == "ffn_norm" else g for g in DECODER_SCALE_GROUPS
-    ),
+    scale_groups=tuple(replace(g, source="post_attention_norm") if g.source == "ffn_norm" else g for g in DECODER_SCALE_GROUPS),
     defaults={
         "head_dim": 128,
         "max_position_embeddings": 524288,

@@ -17,7 +17,7 @@ from ..discovery import Registry
 from ..errors import ShapeError, UnsupportedError, nearest
 from .keys import Keys, number, sampling, stated
 from .names import canonical
-from .rope import ROPE_FREQS, llama3_rope_factors, rope_metadata, rope_settings
+from .rope import ROPE_FACTORS, ROPE_FREQS, ROPE_LONG, ROPE_SHORT, llama3_rope_factors, rope_metadata, rope_settings, rotated
 from .weight import Piece, Shape, Value, Weight, inverted, rows_of
 
 logger = logging.getLogger(__name__)
@@ -154,7 +154,8 @@ class Arch:
     computed: Callable[[Config], Mapping[str, Any]] | None = None
     """More metadata, by GGUF key with {arch}: what is no config value as it is."""
     restored: Callable[[Callable[[str], Any]], Mapping[str, Any]] | None = None
-    """Config values that follow from metadata in another way than by `metadata_keys`; gets a look-up of GGUF keys with {arch}."""
+    """Config values that follow from metadata in another way than by `metadata_keys`; gets a look-up of GGUF keys with {arch}, and of
+    tensors' names: the numbers of rope factors, the shape of others; None for what is not there."""
     implied: Mapping[str, Any] = field(default_factory=dict)
     """Config values that llama.cpp's graph has built in or derives: a value, or a function of the hyperparameters.
     Another value is refused; on the way back they are stated."""
@@ -362,7 +363,7 @@ class Arch:
         """
         h = self.hyperparameters(config)
         roles = self._roles(h, len(tensors))
-        computed = {w.name for w in self.generated(h)} | {ROPE_FREQS} if self.generated else set()
+        computed = {w.name for w in self.generated(h)} | set(ROPE_FACTORS) if self.generated else set()
         names = {role.name for role in roles}
         if unknown := [n for n in tensors if n not in names and n not in computed]:
             raise ShapeError(f"a {self.hf[0]} has no place for the file's tensors {_some(unknown)}")
@@ -512,6 +513,19 @@ def rope_freqs(h: Config) -> list[Weight]:
         return []
     factors = llama3_rope_factors(h["rope"], h["key_length"])
     return [Weight(ROPE_FREQS, factors.shape, constant=factors)]
+
+
+def longrope_factors(h: Config) -> list[Weight]:
+    """The tensors in which llama.cpp takes LongRoPE's factors, if the model has them. Raises UnsupportedError."""
+    if h["rope"]["rope_type"] != "longrope":
+        return []
+    made = []
+    for name, key in ((ROPE_LONG, "long_factor"), (ROPE_SHORT, "short_factor")):
+        factors = np.array(h["rope"][key], np.float32)
+        if factors.size != rotated(h) // 2:
+            raise UnsupportedError(f"config.json: rope {key} has {factors.size} numbers, but {rotated(h) // 2} pairs are rotated")
+        made.append(Weight(name, factors.shape, constant=factors))
+    return made
 
 
 DECODER: dict[str, Tensor] = {

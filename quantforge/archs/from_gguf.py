@@ -15,7 +15,7 @@ from .. import archs
 from ..arrays import F32, shortest
 from ..errors import FormatError, UnsupportedError
 from .base import Arch
-from .rope import llama3_scaling, rope_scaling
+from .rope import ROPE_FREQS, ROPE_LONG, ROPE_SHORT, llama3_scaling, longrope_scaling, rope_scaling
 from .weight import Shape, Weight
 
 _K = gguf.Keys
@@ -36,9 +36,9 @@ def find_arch(metadata: Mapping[str, Any], path: Path) -> Arch:
 
 
 def config(
-    metadata: Mapping[str, Any], tensors: Mapping[str, Shape], path: Path, rope_freqs: F32 | None = None
+    metadata: Mapping[str, Any], tensors: Mapping[str, Shape], path: Path, factors: Mapping[str, F32] | None = None
 ) -> dict[str, Any]:
-    """config.json from GGUF metadata, the tensors' shapes and Llama 3's `rope_freqs`, f32[head size / 2].
+    """config.json from GGUF metadata, the tensors' shapes and those of rope.ROPE_FACTORS, f32[rotated / 2], that there are.
 
     Rope settings are spelled in the older way, which every version of transformers reads. Raises UnsupportedError,
     FormatError.
@@ -49,6 +49,8 @@ def config(
         raise FormatError(path, "tensor token_embd.weight is missing")
 
     def get(pattern: str) -> Any:
+        if (shape := tensors.get(pattern)) is not None:
+            return (factors or {}).get(pattern, shape)
         return metadata.get(pattern.format(arch=arch.name))
 
     made: dict[str, Any] = {"architectures": [arch.hf[0]], "model_type": arch.model_type or arch.name}
@@ -66,18 +68,21 @@ def config(
             made["rope_scaling"] = rope_scaling(get)
         made["vocab_size"] = int(tensors[embedding][0])
         made["tie_word_embeddings"] = "output.weight" not in tensors
-        for role, tensor in arch.tensors.items():
-            if isinstance(tensor.bias, str):
-                made[tensor.bias] = bool(made.get(tensor.bias)) or any(
-                    n.endswith(".bias") and Weight(n, ()).role == role for n in tensors
-                )
+        held = {Weight(n, ()).role for n in tensors if n.endswith(".bias")}
+        for key in {t.bias for t in arch.tensors.values() if isinstance(t.bias, str)}:
+            made[key] = any(role in held for role, t in arch.tensors.items() if t.bias == key)
         for key, pattern in (("bos", _K.Tokenizer.BOS_ID), ("eos", _K.Tokenizer.EOS_ID), ("pad", _K.Tokenizer.PAD_ID)):
             if (value := metadata.get(pattern)) is not None:
                 made[f"{key}_token_id"] = int(value)
-        if rope_freqs is not None:
-            made["rope_scaling"] = llama3_scaling(rope_freqs, made["rope_theta"], path)
+        if factors and ROPE_FREQS in factors and "llama3" in arch.rope_types:
+            made["rope_scaling"] = llama3_scaling(factors[ROPE_FREQS], made["rope_theta"], path)
+        if factors and ROPE_LONG in factors and ROPE_SHORT in factors:
+            context = made["max_position_embeddings"]
+            made["rope_scaling"] = longrope_scaling(get, factors[ROPE_LONG], factors[ROPE_SHORT], context)
         if arch.restored is not None:
             made |= arch.restored(get)
+            if "rope_parameters" in made:  # one spelling of rope is enough
+                made = {k: v for k, v in made.items() if k not in ("rope_theta", "rope_scaling")}
         arch.state_implied(made)
     except (TypeError, ValueError, KeyError, ZeroDivisionError):
         raise FormatError(path, f"{arch.name}.*: a value is no number where one is needed") from None

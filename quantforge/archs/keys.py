@@ -38,6 +38,19 @@ LLAMA_METADATA: Keys = {
 }
 """What all models state that llama.cpp runs as llama."""
 
+EXPERTS_OF_WHICH_SOME: Keys = {
+    _llm.EXPERT_COUNT: ("num_local_experts", int),
+    _llm.EXPERT_USED_COUNT: ("num_experts_per_tok", int),
+}
+"""Mixtures of experts as wide as the model's intermediate_size."""
+
+PAIRED_METADATA: Keys = {
+    **METADATA,
+    _llm.VOCAB_SIZE: ("vocab_size", int),
+    _rp.DIMENSION_COUNT: ("key_length", int),
+}
+"""What the other descendants of Llama state, whose head size is in the file only where config.json has it."""
+
 _g = gguf.Keys.General
 _SAMPLING: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "sequence": (_g.SAMPLING_SEQUENCE, str),

@@ -19,6 +19,10 @@ logger = logging.getLogger(__name__)
 _K = gguf.Keys.Rope
 ROPE_FREQS = gguf.TENSOR_NAMES[gguf.MODEL_TENSOR.ROPE_FREQS] + ".weight"
 """GGUF's name of the tensor that Llama 3's rope scaling is kept in."""
+ROPE_LONG = gguf.TENSOR_NAMES[gguf.MODEL_TENSOR.ROPE_FACTORS_LONG] + ".weight"
+ROPE_SHORT = gguf.TENSOR_NAMES[gguf.MODEL_TENSOR.ROPE_FACTORS_SHORT] + ".weight"
+"""LongRoPE's, for contexts beyond the original one and within it."""
+ROPE_FACTORS = (ROPE_FREQS, ROPE_LONG, ROPE_SHORT)
 
 
 def rope_settings(h: Mapping[str, Any], *, partial: bool = False) -> dict[str, Any]:
@@ -32,20 +36,71 @@ def rope_settings(h: Mapping[str, Any], *, partial: bool = False) -> dict[str, A
     rope.setdefault("rope_type", rope.get("type", "default"))
     rope["rope_type"] = str(rope["rope_type"]).lower()
     rope.setdefault("rope_theta", h.get("rope_theta", 10000.0))
+    if rope["rope_type"] == "su":  # its first name
+        rope["rope_type"] = "longrope"
     kind = rope["rope_type"]
     if kind in ("linear", "yarn", "llama3") and not isinstance(rope.get("factor"), (int, float)):
         raise UnsupportedError(f"config.json: rope scaling {kind!r} lacks a numeric factor")
-    if kind in ("yarn", "llama3"):
+    if kind in ("yarn", "llama3", "longrope"):
         key = "original_max_position_embeddings"  # some configs keep it outside of the scaling's own dict
         rope[key] = h.get(key, rope.get(key, h.get("max_position_embeddings")))
     if not partial and rope.get("partial_rotary_factor", h.get("partial_rotary_factor", 1.0)) != 1.0:
         raise UnsupportedError("config.json: partial_rotary_factor other than 1 does not fit this architecture in llama.cpp")
+    if kind == "longrope":
+        _check_longrope(rope, h)
     for key, value in rope.items():
+        if key in ("long_factor", "short_factor"):
+            continue
         if key.endswith(("theta", "factor", "embeddings", "fast", "slow", "mscale", "mscale_all_dim")) and (
             isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0
         ):
             raise UnsupportedError(f"config.json: rope {key} = {value!r} is not a number")
     return rope
+
+
+def _check_longrope(rope: dict[str, Any], h: Mapping[str, Any]) -> None:
+    """Are there two lists of factors? States the attention factor that follows where none is given."""
+    for key in ("long_factor", "short_factor"):
+        value = rope.get(key)
+        if not isinstance(value, list) or not all(type(v) in (int, float) and v > 0 for v in value):
+            raise UnsupportedError(f"config.json: rope {key} = {value!r} is not a list of numbers")
+    original = rope["original_max_position_embeddings"]
+    if type(original) is not int or original < 2:
+        raise UnsupportedError(f"config.json: original_max_position_embeddings = {original!r} is no number of tokens")
+    factor = rope.get("factor") or h["max_position_embeddings"] / original
+    rope.setdefault("attention_factor", _longrope_magnitude(factor, original))
+
+
+def _longrope_magnitude(factor: float, original: int) -> float:
+    return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+
+
+def longrope_scaling(get: Callable[[str], Any], long: F32, short: F32, context: int) -> dict[str, Any]:
+    """config.json's rope_scaling for LongRoPE's factors; get: as for `rope_scaling`."""
+    original = int(get(_K.SCALING_ORIG_CTX_LEN) or context)
+    rope: dict[str, Any] = {
+        "rope_type": "longrope",
+        "long_factor": [shortest(v) for v in long],
+        "short_factor": [shortest(v) for v in short],
+        "original_max_position_embeddings": original,
+    }
+    stated = get(_K.SCALING_ATTN_FACTOR)
+    if stated is not None and not math.isclose(stated, _longrope_magnitude(context / original, original), rel_tol=1e-6):
+        rope["attention_factor"] = shortest(stated)
+    return rope
+
+
+def rotated(h: Mapping[str, Any]) -> int:
+    """How many numbers of each head are rotated: the first ones. h: as `Arch.hyperparameters` gives it."""
+    return int(h["key_length"] * h["rope"].get("partial_rotary_factor", h.get("partial_rotary_factor", 1.0)))
+
+
+def sliding_theta(h: Mapping[str, Any], default: float) -> float:
+    """The base of layers with a window, where it is one of its own. Raises UnsupportedError: no graph scales these."""
+    rope = (h.get("rope_parameters") or {}).get("sliding_attention") or {}
+    if (kind := rope.get("rope_type", "default")) != "default":
+        raise UnsupportedError(f"config.json: rope scaling {kind!r} of sliding_attention layers does not exist in llama.cpp")
+    return float(rope.get("rope_theta", h.get("rope_local_base_freq", default)))
 
 
 def rope_metadata(rope: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,6 +128,8 @@ def rope_metadata(rope: Mapping[str, Any]) -> dict[str, Any]:
         own, wanted = _yarn_magnitude(rope["factor"]), _yarn_attention_factor(rope)
         if not math.isclose(wanted, own):
             found[_K.SCALING_ATTN_FACTOR] = wanted / own
+    if kind == "longrope":
+        found[_K.SCALING_ATTN_FACTOR] = float(rope["attention_factor"])
     if kind == "dynamic":
         logger.warning("config.json: dynamic rope scaling is not part of GGUF; it matters only beyond max_position_embeddings")
     found[_K.FREQ_BASE] = float(rope["rope_theta"])
@@ -100,6 +157,14 @@ def rope_scaling(get: Callable[[str], Any]) -> dict[str, Any] | None:
     if "attention_factor" not in rope and (times := get(_K.SCALING_ATTN_FACTOR)) is not None:
         rope["attention_factor"] = float(times) * _yarn_magnitude(factor)
     return rope
+
+
+def rope_by_kind(get: Callable[[str], Any]) -> dict[str, Any]:
+    """config.json's rope_parameters where layers with a window have a base of their own; get: as for `rope_scaling`."""
+    theta = get(_K.FREQ_BASE) or 10000.0
+    sliding = get(_K.FREQ_BASE_SWA) or theta
+    full = {**(rope_scaling(get) or {"rope_type": "default"}), "rope_theta": shortest(theta)}
+    return {"full_attention": full, "sliding_attention": {"rope_type": "default", "rope_theta": shortest(sliding)}}
 
 
 def _yarn_magnitude(factor: float, mscale: float = 1.0) -> float:

@@ -28,7 +28,7 @@ import numpy as np
 
 from .. import codecs
 from ..archs import from_gguf
-from ..archs.rope import ROPE_FREQS
+from ..archs.rope import ROPE_FACTORS
 from ..arrays import SAFETENSORS_DTYPES, Array, TensorInfo
 from ..codecs import Codec
 from ..errors import FormatError, ShapeError, UnsupportedError
@@ -295,8 +295,8 @@ class GgufSource(MappedSource):
         self.weights = {k: tensors[k][0] for k in self._places}
 
     def checkpoint_config(self) -> dict[str, Any]:
-        """config.json rebuilt from the metadata, and Llama 3's tensor of rope factors."""
-        factors = self.read(ROPE_FREQS).decode().reshape(-1) if ROPE_FREQS in self.weights else None
+        """config.json rebuilt from the metadata, and the tensors of rope factors."""
+        factors = {name: self.read(name).decode().reshape(-1) for name in ROPE_FACTORS if name in self.weights}
         return from_gguf.config(self.config, {k: s.shape for k, s in self.weights.items()}, self.path, factors)
 
     def _open_splits(self, paths: list[Path]) -> tuple[dict[str, Any], dict[str, tuple[Stored, Place]]]:

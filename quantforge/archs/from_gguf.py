@@ -66,11 +66,9 @@ def config(
             made["rope_scaling"] = rope_scaling(get)
         made["vocab_size"] = int(tensors[embedding][0])
         made["tie_word_embeddings"] = "output.weight" not in tensors
-        for role, tensor in arch.tensors.items():
-            if isinstance(tensor.bias, str):
-                made[tensor.bias] = bool(made.get(tensor.bias)) or any(
-                    n.endswith(".bias") and Weight(n, ()).role == role for n in tensors
-                )
+        held = {Weight(n, ()).role for n in tensors if n.endswith(".bias")}
+        for key in {t.bias for t in arch.tensors.values() if isinstance(t.bias, str)}:
+            made[key] = any(role in held for role, t in arch.tensors.items() if t.bias == key)
         for key, pattern in (("bos", _K.Tokenizer.BOS_ID), ("eos", _K.Tokenizer.EOS_ID), ("pad", _K.Tokenizer.PAD_ID)):
             if (value := metadata.get(pattern)) is not None:
                 made[f"{key}_token_id"] = int(value)

@@ -57,6 +57,8 @@ def config(
         for pattern, (key, kind) in arch.metadata_keys.items():
             if kind is not dict and (value := get(pattern)) is not None:
                 made[key] = _restored(value, kind)
+        if arch.nextn is not None:
+            made["num_hidden_layers"] -= int(get(_K.LLM.NEXTN_PREDICT_LAYERS) or 0)
         head = made.pop("key_length", None) or get(_K.Attention.KEY_LENGTH)
         if "num_attention_heads" in made:
             made |= {"head_dim": int(head)} if head is not None else {}

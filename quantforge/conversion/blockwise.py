@@ -190,7 +190,11 @@ def _tasks(model: Model, tensors: Sequence[tuple[str, Codec, Weight]], mates: Ma
             found[name] = Task(output, codec, None, None, mates.get(output, ()))
             continue
         own = name if forward else place.sources[0]
-        if len(place.sources) > 1 or any(p.groups or p.rows is not None for p in made.pieces if len(made.sources) > 1):
+        if (
+            len(place.sources) > 1
+            or made.columns is not None
+            or any(p.groups or p.rows is not None for p in made.pieces if len(made.sources) > 1)
+        ):
             raise UnsupportedError(f"{output}: a part of {name}; use method rtn")
         at = made.sources.index(own)
         stacked = len(weight.shape) > 2

@@ -77,7 +77,7 @@ def contents(source: Source, target: str, pre_tokenizer: str | None) -> Contents
     arch = archs.find(source.config)
     weights = arch.weights(source.config, shapes, source.optional)
     metadata = {
-        **arch.metadata(source.config, read_json(directory / "generation_config.json")),
+        **arch.metadata(source.config, read_json(directory / "generation_config.json"), shapes),
         **_general(directory, weights),
         **tokenizer.metadata(directory, source.config, pre_tokenizer=pre_tokenizer),
     }

@@ -40,7 +40,7 @@ def settings(name: str, sample: str = "", **changes: Any) -> dict[str, Any]:
     given = {own.get(k, k): v for k, v in USUAL.items()} | dict(arch.samples.get(sample, {})) | changes
     parts = getattr(config, "sub_configs", {})
     if "text_config" not in parts:
-        return given
+        return {k: v for k, v in given.items() if not k.endswith("_config")}
     outside = ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
     others = {k: given.pop(k) for k in list(given) if k.endswith("_config") or k in outside}
     return {"text_config": given, **others}

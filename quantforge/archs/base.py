@@ -69,6 +69,8 @@ class Tensor:
     """How its numbers differ from the checkpoint's."""
     optional: bool = False
     """May be left out."""
+    when: str = ""
+    """The config key that says whether the model has it."""
     suffix: str = ".weight"
     """GGUF's; empty for the few that have none (ssm_a, ssm_d)."""
     also: tuple[str | From, ...] = ()
@@ -392,7 +394,7 @@ class Arch:
             by_layer |= {i: self.sizes(h, i) for i in range(layers)}
         found = []
         for key, tensor in self.tensors.items():
-            if tensor.tied and h.get(tensor.tied):
+            if (tensor.tied and h.get(tensor.tied)) or (tensor.when and not h.get(tensor.when)):
                 continue
             stem = key.partition("@")[0]
             in_blocks = bool(tensor.where) or any("{bid}" in o.name for o in tensor.origins)

@@ -27,6 +27,17 @@ def apart(_: Config, names: Collection[str]) -> int:
     return len(found)
 
 
+NEXTN = {
+    "nextn.eh_proj": Tensor(("embd", "2*embd"), _LAYER + "eh_proj", where="nextn"),
+    "nextn.enorm": Tensor(("embd",), _LAYER + "enorm", where="nextn"),
+    "nextn.hnorm": Tensor(("embd",), _LAYER + "hnorm", where="nextn"),
+    "nextn.embed_tokens": Tensor(("vocab", "embd"), _LAYER + "embed_tokens", where="nextn", optional=True),
+    "nextn.shared_head_head": Tensor(("vocab", "embd"), _LAYER + "shared_head.head", where="nextn", optional=True),
+    "nextn.shared_head_norm": Tensor(("embd",), _LAYER + "shared_head.norm", where="nextn", optional=True),
+}
+"""What prediction layers that are numbered on after the last block have more than blocks."""
+
+
 def with_mtp(tensors: Mapping[str, Tensor], norm: Value | None = None) -> dict[str, Tensor]:
     """Roles, those of full attention layers also for a prediction layer that is stored apart, under "mtp."."""
     found: dict[str, Tensor] = {}

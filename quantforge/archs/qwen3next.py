@@ -166,7 +166,7 @@ ARCH = Arch(
     partial_rotary=True,
     samples={
         "": {
-            "num_hidden_layers": 8,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
             "initializer_range": 0.06,  # delta nets of larger random numbers are chaotic
             "head_dim": 32,
             "linear_key_head_dim": 16,

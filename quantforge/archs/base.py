@@ -303,7 +303,9 @@ class Arch:
         at = {n: i for i, n in enumerate(tensors)}
         found: list[tuple[int, Weight]] = []
         for role in roles:
-            complete = next((o for o in role.spellings if all(n in actual for n in o.names)), None)
+            there = [o for o in role.spellings if all(n in actual for n in o.names)]
+            fitting = (o for o in there if all(_fits(tensors[actual[n]], s) for n, s in o.shapes.items()))
+            complete = next(fitting, there[0] if there else None)
             if complete is None:
                 best = max(role.spellings, key=lambda o: sum(n in actual for n in o.names))
                 lacking = [n for n in best.names if n not in actual]
@@ -312,9 +314,8 @@ class Arch:
                 missing += lacking
                 continue
             for n, expected in complete.shapes.items():
-                shape = tuple(tensors[actual[n]])
-                if shape != expected and _squeezed(shape) != _squeezed(expected):
-                    raise ShapeError(f"{actual[n]}: shape {list(shape)}, but config.json makes it {list(expected)}")
+                if not _fits(tensors[actual[n]], expected):
+                    raise ShapeError(f"{actual[n]}: shape {list(tensors[actual[n]])}, but config.json makes it {list(expected)}")
             used.update(complete.names)
             pieces = tuple(replace(p, source=actual[p.source]) for p in complete.pieces)
             first = min(at[p.source] for p in pieces)
@@ -406,7 +407,7 @@ class Arch:
                 shape = tuple(size(d, s) for d in tensor.dims)
                 found.append(_Role(tensor, name + tensor.suffix, shape, s, bid, trunk, False))
                 if h.get(tensor.bias, False) if isinstance(tensor.bias, str) else tensor.bias:
-                    found.append(_Role(tensor, f"{name}.bias", shape[:-1], s, bid, trunk, True))
+                    found.append(_Role(tensor, f"{name}.bias", shape[:-1] or shape, s, bid, trunk, True))
         return found
 
     # ---- metadata
@@ -473,7 +474,8 @@ class _Role:
 
     def made_of(self, spelling: _Spelling) -> Weight:
         pieces, order, columns = spelling.pieces, spelling.order, spelling.columns
-        return Weight(self.name, self.shape, pieces, order, self.tensor.value, columns=columns, single=self.single)
+        value = None if self.is_bias else self.tensor.value
+        return Weight(self.name, self.shape, pieces, order, value, columns=columns, single=self.single)
 
     @cached_property
     def spellings(self) -> list[_Spelling]:
@@ -521,8 +523,8 @@ def _is(where: str, kinds: Collection[str]) -> bool:
     return all((term[1:] not in kinds) if term.startswith("!") else (term in kinds) for term in where.split(" & ") if term)
 
 
-def _squeezed(shape: Shape) -> Shape:
-    return tuple(n for n in shape if n != 1)
+def _fits(shape: Shape, expected: Shape) -> bool:
+    return [n for n in shape if n != 1] == [n for n in expected if n != 1]
 
 
 def _some(names: list[str]) -> str:

@@ -72,7 +72,7 @@ def config(
         for key in {t.bias for t in arch.tensors.values() if isinstance(t.bias, str)}:
             made[key] = any(role in held for role, t in arch.tensors.items() if t.bias == key)
         there = {Weight(n, ()).role for n in tensors}
-        made |= {t.when: role in there for role, t in arch.tensors.items() if t.when}
+        made |= {t.when: role in there and (made.get(t.when) or True) for role, t in arch.tensors.items() if t.when}
         for key, pattern in (("bos", _K.Tokenizer.BOS_ID), ("eos", _K.Tokenizer.EOS_ID), ("pad", _K.Tokenizer.PAD_ID)):
             if (value := metadata.get(pattern)) is not None:
                 made[f"{key}_token_id"] = int(value)

@@ -15,6 +15,10 @@ _SECTIONS = gguf.Keys.Rope.DIMENSION_SECTIONS
 
 
 def _computed(h: Config) -> Mapping[str, Any]:
+    if h["rms_norm_eps"] > 1e-6:
+        raise UnsupportedError(
+            f"config.json: rms_norm_eps = {h['rms_norm_eps']}: llama.cpp's qwen2vl graph has none; 1e-6 passes"
+        )
     sections = h["rope"].get("mrope_section")
     if not sections or len(sections) != 3 or sum(sections) != h["key_length"] // 2:
         raise UnsupportedError(f"config.json: mrope_section = {sections} does not share out a head of {h['key_length']}")
@@ -49,10 +53,12 @@ ARCH = Arch(
     others=VISION,
     samples={
         "": {
+            "rms_norm_eps": 1e-6,
             "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0, "mrope_section": [2, 3, 3]},
             "vision_config": _vision,
         },
         "tied": {
+            "rms_norm_eps": 1e-6,
             "num_attention_heads": 2,
             "num_key_value_heads": 1,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 4, 4]},

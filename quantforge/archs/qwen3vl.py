@@ -34,7 +34,8 @@ def _gate_up(which: int) -> From:
 
 
 _down = From(_EXPERTS + "down_proj", ("experts", "expert_ff", "embd"), groups="experts", suffix="")
-_transposed = {"ffn_gate_exps": _gate_up(0), "ffn_up_exps": _gate_up(1), "ffn_down_exps": _down}
+_stored = {"ffn_gate_exps": _gate_up(0), "ffn_up_exps": _gate_up(1), "ffn_down_exps": _down}
+_transposed = {r: replace(t, also=(o, *t.also)) for r, o in _stored.items() if (t := QWEN3MOE.tensors[r])}
 _vision = {
     "depth": 2,
     "hidden_size": 16,
@@ -65,7 +66,7 @@ ARCH: tuple[Arch, ...] = (
         hf=("Qwen3VLMoeForConditionalGeneration",),
         name="qwen3vlmoe",
         model_type="qwen3_vl_moe",
-        tensors=dict(QWEN3MOE.tensors) | {r: replace(QWEN3MOE.tensors[r], also=(o,)) for r, o in _transposed.items()},
+        tensors={**QWEN3MOE.tensors, **_transposed},
         defaults={
             **QWEN3MOE.defaults,
             "max_position_embeddings": 128000,

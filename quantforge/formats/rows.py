@@ -155,7 +155,8 @@ def _composed(outer: Rows, inner: Rows) -> Rows:
         if isinstance(inner, slice):
             return slice(outer.start + inner.start, outer.start + inner.stop)
         return inner + outer.start
-    return outer[inner].astype(np.int64, copy=False)
+    picked: NDArray[np.int64] = outer[inner].astype(np.int64, copy=False)
+    return picked
 
 
 def _transposed(e: Encoded, piece: Piece, wanted: NDArray[np.int64]) -> F32:

@@ -57,6 +57,9 @@ def make(directory: Path, name: str, sample: str = "", **changes: Any) -> Path:
         for key, p in made.named_parameters():
             if p.ndim == 1:
                 p.copy_(torch.randn_like(p) * 0.3 + (1.0 if "norm" in key and bool((p == 1).all()) else 0.0))
+        for key, b in made.named_buffers():
+            if key.endswith(("e_score_correction_bias", "expert_bias")):  # decides which experts are taken
+                b.copy_(torch.randn_like(b) * 0.3)
     made.save_pretrained(directory)
     checkpoints.byte_level(directory, 300)
     return directory

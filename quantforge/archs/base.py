@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import prod
 from typing import Any, TypeAlias
 
 import gguf
@@ -33,7 +34,8 @@ class From:
     """A tensor of the checkpoint that a role is made of, where that is not simply the same tensor."""
 
     name: str
-    """With {bid} for the layer. With {eid}: one tensor for each of the first of the role's dimensions, stacked.
+    """With {bid} for the layer, or {nextn} for its number among the prediction layers. With {eid}: one tensor for each of the
+    first of the role's dimensions, stacked.
     Without a suffix it is a weight (".weight", and ".bias" where the role has one)."""
     dims: Dims = ()
     """Its shape; empty: the role's, or one expert's part of it."""
@@ -43,6 +45,8 @@ class From:
     """The number of groups, where what is left are groups of rows of which each is transposed."""
     picked: Callable[[Sizes], NDArray[np.int64]] | None = None
     """Which rows, after that."""
+    columns: Callable[[Sizes], NDArray[np.int64]] | None = None
+    """The order of the last axis, where it is another one."""
     suffix: str = ".weight"
     """Empty for a parameter that is not called weight."""
 
@@ -60,11 +64,13 @@ class Tensor:
     tied: str = ""
     """The config key that says that this tensor is another one's copy and is not stored."""
     where: str = ""
-    """The kind of layer that has it, of `Arch.layers`; "!kind": all others; empty: all."""
+    """The kind of layer that has it, of `Arch.layers`; "!kind": all others; empty: all. A role with kinds is in the blocks."""
     value: Value | None = None
     """How its numbers differ from the checkpoint's."""
     optional: bool = False
     """May be left out."""
+    when: str = ""
+    """The config key that says whether the model has it."""
     suffix: str = ".weight"
     """GGUF's; empty for the few that have none (ssm_a, ssm_d)."""
     also: tuple[str | From, ...] = ()
@@ -145,7 +151,8 @@ class Arch:
     name: str
     """GGUF's name, `general.architecture`: "llama"."""
     tensors: Mapping[str, Tensor]
-    """Every role that llama.cpp loads for it, by GGUF stem without the layer: "attn_q"."""
+    """Every role that llama.cpp loads for it, by GGUF stem without the layer: "attn_q". One that other layers have from another
+    place is there again as "attn_q@kind"."""
     scale_groups: tuple[ScaleGroup, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """What transformers assumes for keys that config.json leaves out."""
@@ -154,8 +161,8 @@ class Arch:
     computed: Callable[[Config], Mapping[str, Any]] | None = None
     """More metadata, by GGUF key with {arch}: what is no config value as it is."""
     restored: Callable[[Callable[[str], Any]], Mapping[str, Any]] | None = None
-    """Config values that follow from metadata in another way than by `metadata_keys`; gets a look-up of GGUF keys with {arch}, and of
-    tensors' names: the numbers of rope factors, the shape of others; None for what is not there."""
+    """Config values that follow from metadata in another way than by `metadata_keys`; gets a look-up of GGUF keys with {arch},
+    and of tensors' names: the numbers of rope factors, the shape of others; None for what is not there."""
     implied: Mapping[str, Any] = field(default_factory=dict)
     """Config values that llama.cpp's graph has built in or derives: a value, or a function of the hyperparameters.
     Another value is refused; on the way back they are stated."""
@@ -169,6 +176,9 @@ class Arch:
     """What each layer is: kinds that `Tensor.where` names."""
     block_count: Callable[[Config], int] | None = None
     """Numbered blocks in the file, where these are more than num_hidden_layers."""
+    nextn: Callable[[Config, Collection[str]], int] | None = None
+    """How many layers that predict further tokens (MTP) follow the blocks, from the checkpoint's tensor names: config.json may
+    count some that a release leaves out. They are the hyperparameter "nextn" and blocks of the kind "nextn"."""
     rope_types: frozenset[str] = frozenset({"default", "linear", "dynamic", "yarn"})
     """What the graph can do; empty: it has no rotary embedding."""
     partial_rotary: bool = False
@@ -197,7 +207,9 @@ class Arch:
 
         Raises UnsupportedError for a missing or mistyped value and for what llama.cpp cannot run.
         """
-        given = {k: v for k, v in {**config, **(config.get("text_config") or {})}.items() if v is not None}
+        text = config.get("text_config") or {}
+        outer = {k: config[k] for k in ("tie_word_embeddings",) if text and k in config}  # of the whole model
+        given = {k: v for k, v in {**config, **text, **outer}.items() if v is not None}
         h: dict[str, Any] = {**self.defaults, **given}
         self._rename(h, given)
         for key in self.needed:
@@ -294,12 +306,12 @@ class Arch:
     ) -> list[Weight]:
         """The tensors of the GGUF file: first the computed ones, then the checkpoint's, in the order of `tensors`.
 
-        tensors: checkpoint name -> shape; optional: those that may be left out if the model has no
-        place for them; graph: as in `hyperparameters`. Buffers, tied copies and the model's other parts are left out; experts that the
-        checkpoint stores one by one are gathered. Raises ShapeError naming missing or unknown
-        tensors and shapes that contradict the config.
+        tensors: checkpoint name -> shape; optional: those that may be left out if the model has no place for them; graph: as
+        in `hyperparameters`. Buffers, tied copies and the model's other parts are left out; experts that the checkpoint
+        stores one by one are gathered. Raises ShapeError naming missing or unknown tensors and shapes that contradict the
+        config.
         """
-        h = self.hyperparameters(config, graph=graph)
+        h = self._with_nextn(self.hyperparameters(config, graph=graph), tensors)
         roles = self._roles(h, len(tensors))
         present = {n: s for n, s in tensors.items() if not self.skipped.search(n)}
         spelled = canonical(present, {o for role in roles for origins in role.spellings for o in origins.names})
@@ -309,7 +321,9 @@ class Arch:
         at = {n: i for i, n in enumerate(tensors)}
         found: list[tuple[int, Weight]] = []
         for role in roles:
-            complete = next((o for o in role.spellings if all(n in actual for n in o.names)), None)
+            there = [o for o in role.spellings if all(n in actual for n in o.names)]
+            fitting = (o for o in there if all(_fits(tensors[actual[n]], s) for n, s in o.shapes.items()))
+            complete = next(fitting, there[0] if there else None)
             if complete is None:
                 best = max(role.spellings, key=lambda o: sum(n in actual for n in o.names))
                 lacking = [n for n in best.names if n not in actual]
@@ -318,13 +332,12 @@ class Arch:
                 missing += lacking
                 continue
             for n, expected in complete.shapes.items():
-                shape = tuple(tensors[actual[n]])
-                if shape != expected and _squeezed(shape) != _squeezed(expected):
-                    raise ShapeError(f"{actual[n]}: shape {list(shape)}, but config.json makes it {list(expected)}")
+                if not _fits(tensors[actual[n]], expected):
+                    raise ShapeError(f"{actual[n]}: shape {list(tensors[actual[n]])}, but config.json makes it {list(expected)}")
             used.update(complete.names)
             pieces = tuple(replace(p, source=actual[p.source]) for p in complete.pieces)
             first = min(at[p.source] for p in pieces)
-            found.append((first, Weight(role.name, role.shape, pieces, complete.order, role.tensor.value)))
+            found.append((first, role.made_of(replace(complete, pieces=pieces))))
         self._check_unknown(h, [n for n in present if spelled.get(n) not in used and n not in optional])
         if missing:
             kinds = self._kinds_of(h, missing)
@@ -362,6 +375,9 @@ class Arch:
         Raises ShapeError naming missing or unknown tensors and shapes that contradict the config.
         """
         h = self.hyperparameters(config)
+        if self.nextn is not None:
+            last = max((int(m[1]) for n in tensors if (m := re.match(r"blk\.(\d+)\.", n))), default=0)
+            h["nextn"] = max(0, last + 1 - h["num_hidden_layers"])
         roles = self._roles(h, len(tensors))
         computed = {w.name for w in self.generated(h)} | set(ROPE_FACTORS) if self.generated else set()
         names = {role.name for role in roles}
@@ -378,12 +394,16 @@ class Arch:
                 raise ShapeError(f"{role.name}: shape {list(tensors[role.name])}, but the metadata make it {list(role.shape)}")
             written = next((o for o in role.spellings if all(n in spelled for n in o.names)), role.spellings[0])
             shapes |= written.shapes
-            made.append(Weight(role.name, role.shape, written.pieces, written.order, role.tensor.value))
+            made.append(role.made_of(written))
         return inverted(made, shapes)
+
+    def _with_nextn(self, h: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+        return h if self.nextn is None else {**h, "nextn": self.nextn(h, names)}
 
     def _roles(self, h: Config, n_tensors: int) -> list[_Role]:
         """Every tensor of the GGUF file, with its spellings in a checkpoint."""
-        layers = self.block_count(h) if self.block_count else h["num_hidden_layers"]
+        trunk = h["num_hidden_layers"]
+        layers = self.block_count(h) if self.block_count else trunk + h.get("nextn", 0)
         if layers > n_tensors:
             raise ShapeError(f"config.json: num_hidden_layers = {layers}, but the checkpoint has {n_tensors} tensors in all")
         kinds = self.layers(h) if self.layers else [()] * layers
@@ -393,30 +413,33 @@ class Arch:
         else:
             by_layer |= {i: self.sizes(h, i) for i in range(layers)}
         found = []
-        for stem, tensor in self.tensors.items():
-            if tensor.tied and h.get(tensor.tied):
+        for key, tensor in self.tensors.items():
+            if (tensor.tied and h.get(tensor.tied)) or (tensor.when and not h.get(tensor.when)):
                 continue
-            in_blocks = any("{bid}" in o.name for o in tensor.origins)
+            stem = key.partition("@")[0]
+            in_blocks = bool(tensor.where) or any("{bid}" in o.name for o in tensor.origins)
             for bid in range(layers) if in_blocks else [None]:
                 if bid is not None and not _is(tensor.where, kinds[bid]):
                     continue
                 s = by_layer[bid]
                 name = stem.format(bid=bid) if "{bid}" in stem else stem if bid is None else f"blk.{bid}.{stem}"
                 shape = tuple(size(d, s) for d in tensor.dims)
-                found.append(_Role(tensor, name + tensor.suffix, shape, s, bid, False))
+                found.append(_Role(tensor, name + tensor.suffix, shape, s, bid, trunk, False))
                 if h.get(tensor.bias, False) if isinstance(tensor.bias, str) else tensor.bias:
-                    found.append(_Role(tensor, f"{name}.bias", shape[:-1], s, bid, True))
+                    found.append(_Role(tensor, f"{name}.bias", shape[:-1] or shape, s, bid, trunk, True))
         return found
 
     # ---- metadata
 
-    def metadata(self, config: Config, generation_config: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """GGUF's key-value pairs that follow from config.json and generation_config.json.
+    def metadata(
+        self, config: Config, generation_config: Mapping[str, Any] | None = None, tensors: Collection[str] = ()
+    ) -> dict[str, Any]:
+        """GGUF's key-value pairs that follow from config.json, generation_config.json and which tensors there are.
 
         int: UINT32, float: FLOAT32, NumPy scalars: their own type. Tokenizer, file type and the
         model's name and licence are not among them.
         """
-        h = self.hyperparameters(config)
+        h = self._with_nextn(self.hyperparameters(config), tensors)
         window = h.get("sliding_window")
         if not self.window and window and h.get("use_sliding_window", True) and window < h.get("max_position_embeddings", 0):
             logger.warning("config.json: llama.cpp's %s graph has no sliding_window (%s): it attends to all", self.name, window)
@@ -427,6 +450,9 @@ class Arch:
                 found.update({k.format(arch=self.name): v for k, v in rope_metadata(h[key]).items()})
             elif key in h:
                 found[pattern.format(arch=self.name)] = stated(h, key, kind)
+        if h.get("nextn"):
+            found[gguf.Keys.LLM.BLOCK_COUNT.format(arch=self.name)] = h["num_hidden_layers"] + h["nextn"]
+            found[gguf.Keys.LLM.NEXTN_PREDICT_LAYERS.format(arch=self.name)] = h["nextn"]
         if self.computed is not None:
             found.update({k.format(arch=self.name): v for k, v in self.computed(h).items()})
         if h.get("is_causal") is False:
@@ -441,6 +467,7 @@ class _Spelling:
     pieces: tuple[Piece, ...]
     shapes: Mapping[str, Shape]
     order: NDArray[np.int64] | None
+    columns: NDArray[np.int64] | None
 
     @property
     def names(self) -> Collection[str]:
@@ -456,7 +483,18 @@ class _Role:
     shape: Shape
     sizes: Sizes
     bid: int | None
+    trunk: int
+    """Number of layers before the prediction layers."""
     is_bias: bool
+
+    @property
+    def single(self) -> bool:
+        return self.is_bias and len(self.shape) > 1
+
+    def made_of(self, spelling: _Spelling) -> Weight:
+        pieces, order, columns = spelling.pieces, spelling.order, spelling.columns
+        value = None if self.is_bias else self.tensor.value
+        return Weight(self.name, self.shape, pieces, order, value, columns=columns, single=self.single)
 
     @cached_property
     def spellings(self) -> list[_Spelling]:
@@ -467,12 +505,13 @@ class _Role:
         pieces: list[Piece] = []
         shapes: dict[str, Shape] = {}
         order: NDArray[np.int64] | None = None
+        columns: NDArray[np.int64] | None = None
         for origin in origins:
             rows = None if origin.rows is None else origin.rows(self.sizes)
             groups = size(origin.groups, self.sizes) if origin.groups and not self.is_bias else 0
             for name, shape in self._named(origin):
                 shapes[name] = shape
-                count = rows_of(shape) if rows is None else len(rows)
+                count = len(rows) if rows is not None else prod(shape) if self.single else rows_of(shape)
                 if groups:
                     count = groups * shape[-1]
                 pieces.append(Piece(name, count, rows, groups))
@@ -480,17 +519,22 @@ class _Role:
                 if len(origins) > 1:
                     raise AssertionError(self.name)
                 order = origin.picked(self.sizes)
-        return _Spelling(tuple(pieces), shapes, order)
+            if origin.columns is not None and not self.is_bias:
+                columns = origin.columns(self.sizes)
+        return _Spelling(tuple(pieces), shapes, order, columns)
 
     def _named(self, origin: From) -> Iterator[tuple[str, Shape]]:
         dims = tuple(size(d, self.sizes) for d in origin.dims)
         stacked = "{eid}" in origin.name
-        shape = dims[:-1] if self.is_bias and dims else dims or (self.shape[1:] if stacked else self.shape)
+        if self.is_bias and dims:  # of the axes, inputs go; where they are transposed, these come last but one
+            dims = dims[:-2] + dims[-1:] if origin.groups else dims[:-1]
+        shape = dims or (self.shape[1:] if stacked else self.shape)
         if stacked and self.shape[0] > _MOST_EXPERTS:
             raise ShapeError(f"{self.name}: {self.shape[0]} experts; the limit is {_MOST_EXPERTS}")
         suffix = ".bias" if self.is_bias and origin.suffix == ".weight" else "_bias" if self.is_bias else origin.suffix
         for eid in range(self.shape[0]) if stacked else [None]:
-            yield origin.name.format(bid=self.bid, eid=eid) + suffix, shape
+            nextn = None if self.bid is None else self.bid - self.trunk
+            yield origin.name.format(bid=self.bid, eid=eid, nextn=nextn) + suffix, shape
 
 
 def _is(where: str, kinds: Collection[str]) -> bool:
@@ -498,8 +542,8 @@ def _is(where: str, kinds: Collection[str]) -> bool:
     return all((term[1:] not in kinds) if term.startswith("!") else (term in kinds) for term in where.split(" & ") if term)
 
 
-def _squeezed(shape: Shape) -> Shape:
-    return tuple(n for n in shape if n != 1)
+def _fits(shape: Shape, expected: Shape) -> bool:
+    return [n for n in shape if n != 1] == [n for n in expected if n != 1]
 
 
 def _some(names: list[str]) -> str:

@@ -59,6 +59,8 @@ def config(
         for pattern, (key, kind) in arch.metadata_keys.items():
             if kind is not dict and (value := get(pattern)) is not None:
                 made[key] = _restored(value, kind)
+        if arch.nextn is not None:
+            made["num_hidden_layers"] -= int(get(_K.LLM.NEXTN_PREDICT_LAYERS) or 0)
         head = made.pop("key_length", None) or get(_K.Attention.KEY_LENGTH)
         if "num_attention_heads" in made:
             made |= {"head_dim": int(head)} if head is not None else {}
@@ -71,6 +73,8 @@ def config(
         held = {Weight(n, ()).role for n in tensors if n.endswith(".bias")}
         for key in {t.bias for t in arch.tensors.values() if isinstance(t.bias, str)}:
             made[key] = any(role in held for role, t in arch.tensors.items() if t.bias == key)
+        there = {Weight(n, ()).role for n in tensors}
+        made |= {t.when: role in there and (made.get(t.when) or True) for role, t in arch.tensors.items() if t.when}
         for key, pattern in (("bos", _K.Tokenizer.BOS_ID), ("eos", _K.Tokenizer.EOS_ID), ("pad", _K.Tokenizer.PAD_ID)):
             if (value := metadata.get(pattern)) is not None:
                 made[f"{key}_token_id"] = int(value)

@@ -62,6 +62,7 @@ class Weight:
     """One tensor as rows of others: row i is row order[i] of the pieces one after another, `value` applied.
 
     groups: if not 0, what comes of that is so many groups of rows of equal size, and each is transposed.
+    columns: if given, the order in which the numbers of each row are taken.
     """
 
     name: str
@@ -73,6 +74,9 @@ class Weight:
     order: Rows | None = None
     value: Value | None = None
     groups: int = 0
+    columns: NDArray[np.int64] | None = None
+    single: bool = False
+    """Is each number a row, though it is no vector? So are the experts' biases, [experts, out], of which fused ones alternate."""
     constant: F32 | None = None
     """The tensor itself where it is computed from the config (rope_freqs) instead of read."""
 
@@ -87,15 +91,26 @@ class Weight:
         return tuple(dict.fromkeys(p.source for p in self.pieces))
 
     @property
+    def row_width(self) -> int:
+        """Numbers in a row."""
+        return 1 if self.single else width(self.shape)
+
+    @property
+    def row_count(self) -> int:
+        """Number of rows."""
+        return prod(self.shape) // self.row_width if self.row_width else 0
+
+    @property
     def by_row(self) -> bool:
         """Are its rows the sources' rows, numbers unchanged?"""
-        return self.value is None and not self.groups and not any(p.groups for p in self.pieces)
+        whole = self.value is None and self.columns is None and not self.groups
+        return whole and not any(p.groups for p in self.pieces)
 
     @property
     def plain(self) -> bool:
         """Is it one stored tensor as it is, but for the shape?"""
         whole = len(self.pieces) == 1 and self.pieces[0].rows is None and not self.pieces[0].groups
-        return whole and self.order is None and self.value is None and not self.groups
+        return whole and self.order is None and self.value is None and self.columns is None and not self.groups
 
     def span(self, source: str) -> slice | None:
         """The rows that are those of a source, in its order, before any transposing; None where they are no single run."""
@@ -167,10 +182,14 @@ def _inverse(name: str, shape: Shape, parts: list[tuple[Weight, Piece, Rows, Row
         raise ShapeError(f"{name}: its rows change in different ways on the way to GGUF")
     value = next(iter(values.values()))
     back = value.inverse if value else None
+    columns = parts[0][0].columns
+    if any(w.columns is not columns for w, *_ in parts):
+        raise ShapeError(f"{name}: its rows have columns in different orders in GGUF")
+    columns = None if columns is None else np.argsort(columns)
     label = parts[0][0].name
     crosswise = [piece.groups for w, piece, _, _ in parts if piece.groups and w.order is not None]
     if crosswise:  # columns of it are rows there
-        pieces = tuple(_piece(w.name, rows_of(w.shape), there) for w, _, there, _ in parts)
+        pieces = tuple(_piece(w.name, w.row_count, there) for w, _, there, _ in parts)
         order = _order([here for *_, here in parts], name, parts[0][1].count)
         return Weight(label, shape, pieces, order, back, crosswise[0])
     given_by: list[Piece] = []
@@ -180,12 +199,15 @@ def _inverse(name: str, shape: Shape, parts: list[tuple[Weight, Piece, Rows, Row
             if not isinstance(there, slice):
                 raise AssertionError(name)
             given = piece.groups * width(w.shape)  # its columns there are rows here
-            given_by.append(replace(_piece(w.name, rows_of(w.shape), there), count=given, groups=piece.groups))
+            given_by.append(replace(_piece(w.name, w.row_count, there), count=given, groups=piece.groups))
             targets.append(slice(0, given) if piece.rows is None else piece.rows)
         else:
-            given_by.append(_piece(w.name, rows_of(w.shape), there))
+            given_by.append(_piece(w.name, w.row_count, there))
             targets.append(here if piece.rows is None else numbers(piece.rows)[here])
-    return Weight(label, shape, tuple(given_by), _order(targets, name, rows_of(shape)), back)
+    single = parts[0][0].single
+    count = prod(shape) if single else rows_of(shape)
+    single = single and len(shape) > 1
+    return Weight(label, shape, tuple(given_by), _order(targets, name, count), back, columns=columns, single=single)
 
 
 def _piece(source: str, all_rows: int, rows: Rows) -> Piece:

@@ -76,7 +76,7 @@ def contents(source: Source, target: Format, pre_tokenizer: str | None) -> Conte
     arch = archs.find(config)
     weights = arch.weights(config, shapes, source.optional)
     metadata = {
-        **arch.metadata(config, read_json(directory / "generation_config.json")),
+        **arch.metadata(config, read_json(directory / "generation_config.json"), shapes),
         **_general(directory, weights),
         **tokenizer.metadata(directory, config, pre_tokenizer=pre_tokenizer),
     }

@@ -23,10 +23,15 @@ def read_rows(source: Source, weight: Weight, a: int = 0, b: int | None = None) 
     if len(weight.shape) == 1:
         a, b = 0, rows_of(weight.shape)
     b = rows_of(weight.shape) if b is None else b
+    if weight.single:
+        n = weight.shape[-1]
+        w = decoded(_in_order(source, weight, a * n, b * n)).reshape(-1, n)
+        return w if weight.value is None else weight.value.forward(w)
     gathered = _across(source, weight, a, b) if weight.groups else _in_order(source, weight, a, b)
-    if isinstance(gathered, Encoded) and weight.value is None:
+    if isinstance(gathered, Encoded) and weight.value is None and weight.columns is None:
         return gathered
     w = decoded(gathered)
+    w = w if weight.columns is None else w[:, weight.columns]
     w = w if weight.value is None else weight.value.forward(w)
     return w.reshape(-1) if len(weight.shape) == 1 else w
 
@@ -63,8 +68,11 @@ def origin(weight: Weight, row: int, column: int) -> tuple[str, tuple[int, ...]]
         return weight.name, (row, column)
     if len(weight.shape) == 1:
         row, column = column, 0
+    if weight.single:
+        row, column = row * weight.shape[-1] + column, 0
     if weight.groups:
         return weight.sources[0], (row, column)
+    column = column if weight.columns is None else int(weight.columns[column])
     at = row if weight.order is None else int(numbers(weight.order)[row])
     for piece in weight.pieces:
         if at < piece.count:
@@ -74,7 +82,7 @@ def origin(weight: Weight, row: int, column: int) -> tuple[str, tuple[int, ...]]
             else:
                 row = at
             row = row if piece.rows is None else int(numbers(piece.rows)[row])
-            return piece.source, (row,) if len(weight.shape) == 1 else (row, column)
+            return piece.source, (row,) if weight.row_width == 1 else (row, column)
         at -= piece.count
     raise AssertionError(weight.name)
 
@@ -96,7 +104,7 @@ def _across(source: Source, weight: Weight, a: int, b: int) -> F32:
 
 def _in_order(source: Source, weight: Weight, a: int, b: int) -> Encoded | F32:
     wanted: Rows = slice(a, b) if weight.order is None else numbers(weight.order)[a:b]
-    wide = width(weight.shape)
+    wide = weight.row_width
     if len(weight.pieces) == 1:
         return _of_piece(source, weight.pieces[0], wanted, wide)
     found: list[Encoded | F32] = []

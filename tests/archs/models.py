@@ -40,7 +40,7 @@ def settings(name: str, sample: str = "", **changes: Any) -> dict[str, Any]:
     given = {own.get(k, k): v for k, v in USUAL.items()} | dict(arch.samples.get(sample, {})) | changes
     parts = getattr(config, "sub_configs", {})
     if "text_config" not in parts:
-        return given
+        return {k: v for k, v in given.items() if not k.endswith("_config")}
     outside = ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
     others = {k: given.pop(k) for k in list(given) if k.endswith("_config") or k in outside}
     return {"text_config": given, **others}
@@ -57,6 +57,9 @@ def make(directory: Path, name: str, sample: str = "", **changes: Any) -> Path:
         for key, p in made.named_parameters():
             if p.ndim == 1:
                 p.copy_(torch.randn_like(p) * 0.3 + (1.0 if "norm" in key and bool((p == 1).all()) else 0.0))
+        for key, b in made.named_buffers():
+            if key.endswith(("e_score_correction_bias", "expert_bias")):  # decides which experts are taken
+                b.copy_(torch.randn_like(b) * 0.3)
     made.save_pretrained(directory)
     checkpoints.byte_level(directory, 300)
     return directory

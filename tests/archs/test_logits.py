@@ -58,7 +58,8 @@ def test_logits_equal_transformers(name: str, sample: str, tmp_path: Path, recor
     qf.convert(tmp_path / "f32.gguf", tmp_path / "back", "F32")
     again = error(reference(tmp_path / "back"), expected)
     record_property("back", again)
-    assert again <= 1e-6
+    exact = all(t.value is None for t in archs.supported()[name].tensors.values())
+    assert again <= (1e-6 if exact else 1e-4)  # one rounding of a norm, or of a decay rate, is something further on
     both = qf.evaluate(
         [tmp_path / "f32.gguf"], reference=directory, chunks=2, ctx=64, metrics=["kld"], noise_floor=False,
     )  # fmt: skip

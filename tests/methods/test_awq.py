@@ -157,7 +157,13 @@ def test_better_than_rounding(clip: bool | None, tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["gptq", "awq+gptq"])
 def test_experts(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each expert by its own tokens, in its place of the stacked tensor."""
-    sizes: dict[str, Any] = {"head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+    sizes: dict[str, Any] = {
+        "head_dim": 32,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+    }
     model = checkpoints.model(tmp_path / "moe", "Qwen3Moe", max_position_embeddings=64, **sizes)
     report = qf.convert(model, tmp_path / "m.gguf", "Q4_0", method=method, calibration_chunks=16, measure=True)
     stacked = [t for t in report.tensors if "_exps" in t.name]

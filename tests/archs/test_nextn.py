@@ -1,0 +1,53 @@
+"""Layers that predict further tokens, which transformers leaves out: kept on the way there and back, beside the same logits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import quantforge as qf
+from quantforge import archs
+from quantforge.formats import open_source
+from tests.archs import models
+from tests.archs.test_logits import TOKENS, TOLERANCE, error, reference
+from tests.llama_cpp import Llama
+
+
+def with_prediction_layer(directory: Path, arch: archs.Arch) -> dict[str, np.ndarray]:
+    """Add random tensors for one prediction layer to a checkpoint: what was added."""
+    h = {**arch.hyperparameters(json.loads((directory / "config.json").read_text())), "nextn": 1}
+    block = f"blk.{h['num_hidden_layers']}."
+    shapes: dict[str, tuple[int, ...]] = {}
+    for role in arch._roles(h, 1000):
+        if role.name.startswith(block) and not role.tensor.optional:
+            shapes |= role.spellings[0].shapes
+    rng = np.random.default_rng(4)
+    added = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    file = directory / "model.safetensors"
+    save_file(load_file(file) | added, file, {"format": "pt"})
+    return added
+
+
+@pytest.mark.parametrize("name", sorted({n for n, _ in models.names() if archs.supported()[n].nextn is not None}))
+def test_prediction_layers_are_kept(name: str, tmp_path: Path) -> None:
+    arch = archs.supported()[name]
+    directory = models.make(tmp_path / "model", name)
+    expected = reference(directory)
+    added = with_prediction_layer(directory, arch)
+    assert added
+    qf.convert(directory, tmp_path / "f32.gguf", "F32")
+    with open_source(tmp_path / "f32.gguf") as source:
+        blocks = source.config[f"{arch.name}.block_count"]
+        assert source.config[f"{arch.name}.nextn_predict_layers"] == 1
+    with Llama(tmp_path / "f32.gguf") as llama:
+        assert error(llama.logits(TOKENS), expected) <= TOLERANCE
+
+    qf.convert(tmp_path / "f32.gguf", tmp_path / "back", "F32")
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["num_hidden_layers"] == blocks - 1
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    for key, w in added.items():
+        assert np.allclose(back[key], w, atol=1e-6), key

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import prod
 from typing import Any, TypeAlias
 
 import gguf
@@ -18,7 +19,7 @@ from ..errors import ShapeError, UnsupportedError, nearest
 from .keys import Keys, number, sampling, stated
 from .names import canonical
 from .rope import ROPE_FREQS, llama3_rope_factors, rope_metadata, rope_settings
-from .weight import Piece, Shape, Value, Weight, inverted, rows_of
+from .weight import Piece, Shape, Value, Weight, inverted, rows_of, width
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +112,11 @@ def part(which: int, *widths: str, per: str = "1") -> Callable[[Sizes], NDArray[
     return rows
 
 
+def one_of(key: str, *values: Any) -> Callable[[Config], Any]:
+    """For `Arch.implied`: any of these values of a config key is what the graph has; the first is stated on the way back."""
+    return lambda h: h[key] if h.get(key) in values else values[0]
+
+
 def interleaved(which: int, of: int, rows: str) -> Callable[[Sizes], NDArray[np.int64]]:
     """Rows of one of `of` matrices whose rows alternate; rows: of all of them together."""
     return lambda s: np.arange(which, size(rows, s), of, dtype=np.int64)
@@ -154,7 +160,8 @@ class Arch:
     computed: Callable[[Config], Mapping[str, Any]] | None = None
     """More metadata, by GGUF key with {arch}: what is no config value as it is."""
     restored: Callable[[Callable[[str], Any]], Mapping[str, Any]] | None = None
-    """Config values that follow from metadata in another way than by `metadata_keys`; gets a look-up of GGUF keys with {arch}."""
+    """Config values that follow from metadata in another way than by `metadata_keys`, or from which tensors there are; gets a
+    look-up of GGUF keys with {arch}, and of tensors' shapes."""
     implied: Mapping[str, Any] = field(default_factory=dict)
     """Config values that llama.cpp's graph has built in or derives: a value, or a function of the hyperparameters.
     Another value is refused; on the way back they are stated."""
@@ -386,7 +393,7 @@ class Arch:
                 shape = tuple(size(d, s) for d in tensor.dims)
                 found.append(_Role(tensor, name + tensor.suffix, shape, s, bid, False))
                 if h.get(tensor.bias, False) if isinstance(tensor.bias, str) else tensor.bias:
-                    found.append(_Role(tensor, f"{name}.bias", shape[:-1], s, bid, True))
+                    found.append(_Role(tensor, f"{name}.bias", shape[:-1] or shape, s, bid, True))
         return found
 
     # ---- metadata
@@ -453,7 +460,7 @@ class _Role:
             groups = size(origin.groups, self.sizes) if origin.groups and not self.is_bias else 0
             for name, shape in self._named(origin):
                 shapes[name] = shape
-                count = rows_of(shape) if rows is None else len(rows)
+                count = prod(shape) // width(self.shape) if rows is None else len(rows)
                 if groups:
                     count = groups * shape[-1]
                 pieces.append(Piece(name, count, rows, groups))
@@ -466,7 +473,9 @@ class _Role:
     def _named(self, origin: From) -> Iterator[tuple[str, Shape]]:
         dims = tuple(size(d, self.sizes) for d in origin.dims)
         stacked = "{eid}" in origin.name
-        shape = dims[:-1] if self.is_bias and dims else dims or (self.shape[1:] if stacked else self.shape)
+        if self.is_bias and dims:  # of a transposed matrix: as many as it has columns
+            dims = (*dims[:-2], dims[-1]) if origin.groups else dims[:-1]
+        shape = dims or (self.shape[1:] if stacked else self.shape)
         if stacked and self.shape[0] > _MOST_EXPERTS:
             raise ShapeError(f"{self.name}: {self.shape[0]} experts; the limit is {_MOST_EXPERTS}")
         suffix = ".bias" if self.is_bias and origin.suffix == ".weight" else "_bias" if self.is_bias else origin.suffix

@@ -49,7 +49,7 @@ def config(
         raise FormatError(path, "tensor token_embd.weight is missing")
 
     def get(pattern: str) -> Any:
-        return metadata.get(pattern.format(arch=arch.name))
+        return tensors.get(pattern) or metadata.get(pattern.format(arch=arch.name))
 
     made: dict[str, Any] = {"architectures": [arch.hf[0]], "model_type": arch.model_type or arch.name}
     made |= {k: v for k, v in arch.defaults.items() if k not in ("head_dim", "num_key_value_heads")}

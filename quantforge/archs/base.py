@@ -19,7 +19,7 @@ from ..errors import ShapeError, UnsupportedError, nearest
 from .keys import Keys, number, sampling, stated
 from .names import canonical
 from .rope import ROPE_FREQS, llama3_rope_factors, rope_metadata, rope_settings
-from .weight import Piece, Shape, Value, Weight, inverted, rows_of, width
+from .weight import Piece, Shape, Value, Weight, inverted, width
 
 logger = logging.getLogger(__name__)
 
@@ -474,7 +474,7 @@ class _Role:
         dims = tuple(size(d, self.sizes) for d in origin.dims)
         stacked = "{eid}" in origin.name
         if self.is_bias and dims:  # of a transposed matrix: as many as it has columns
-            dims = (*dims[:-2], dims[-1]) if origin.groups else dims[:-1]
+            dims = (*dims[:-2], dims[-1]) if origin.groups else tuple(n for n in dims[:-1] if n != 1)  # 1: of a convolution
         shape = dims or (self.shape[1:] if stacked else self.shape)
         if stacked and self.shape[0] > _MOST_EXPERTS:
             raise ShapeError(f"{self.name}: {self.shape[0]} experts; the limit is {_MOST_EXPERTS}")

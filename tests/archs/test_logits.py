@@ -58,7 +58,7 @@ def test_logits_equal_transformers(name: str, sample: str, tmp_path: Path, recor
     qf.convert(tmp_path / "f32.gguf", tmp_path / "back", "F32")
     again = error(reference(tmp_path / "back"), expected)
     record_property("back", again)
-    assert again <= 1e-6
+    assert again <= 2e-6  # decay rates (log of exp) round once
     both = qf.evaluate(
         [tmp_path / "f32.gguf"], reference=directory, chunks=2, ctx=64, metrics=["kld"], noise_floor=False,
     )  # fmt: skip

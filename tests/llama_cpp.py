@@ -67,6 +67,9 @@ def library() -> ctypes.CDLL:
         ("llama_batch_free", None, [_Batch]),
         ("llama_decode", int32, [pointer, _Batch]),
         ("llama_get_logits", ctypes.POINTER(ctypes.c_float), [pointer]),
+        ("llama_get_embeddings", ctypes.POINTER(ctypes.c_float), [pointer]),
+        ("llama_set_embeddings", None, [pointer, ctypes.c_bool]),
+        ("llama_model_n_embd", int32, [pointer]),
         ("llama_free", None, [pointer]),
         ("llama_model_free", None, [pointer]),
     ):
@@ -85,6 +88,7 @@ def _context_params(n_tokens: int) -> _Struct:
     words[threads] = words[threads + 1] = 1
     flash_attention = max(i for i in range(16) if words[i] == -1)  # the last of the enums that default to -1, "auto"
     words[flash_attention] = 0
+    words[flash_attention - 2] = 0  # pooling_type: none
     cache_types = next(i for i in range(flash_attention + 8, 40) if words[i] == words[i + 1] == 1)  # F16, F16
     words[cache_types] = words[cache_types + 1] = 0
     return params
@@ -134,6 +138,13 @@ class Llama:
 
     def logits(self, tokens: list[int]) -> np.ndarray:
         """f32[len(tokens), vocab]: next-token logits after each token, from one fresh context."""
+        return self._run(tokens, False)
+
+    def embeddings(self, tokens: list[int]) -> np.ndarray:
+        """f32[len(tokens), hidden]: an encoder's last hidden states, from one fresh context."""
+        return self._run(tokens, True)
+
+    def _run(self, tokens: list[int], embeddings: bool) -> np.ndarray:
         lib = library()
         context = lib.llama_init_from_model(self._model, _context_params(max(256, len(tokens))))
         assert context, f"no context: {_errors}"
@@ -151,7 +162,10 @@ class Llama:
             for i in range(n):
                 sequences[i][0] = 0
             batch.n = n
+            lib.llama_set_embeddings(context, embeddings)
             assert lib.llama_decode(context, batch) == 0, f"llama_decode failed: {_errors}"
+            if embeddings:
+                return np.ctypeslib.as_array(lib.llama_get_embeddings(context), (n, lib.llama_model_n_embd(self._model))).copy()
             return np.ctypeslib.as_array(lib.llama_get_logits(context), (n, self.n_vocab)).copy()
         finally:
             lib.llama_batch_free(batch)

@@ -27,7 +27,7 @@ def mixer(stem: str) -> dict[str, Tensor]:
 def any_step(h: Config) -> object:
     """time_step_limit, where it limits nothing."""
     given = h.get("time_step_limit")
-    free = given is None or (list(given)[0] == 0.0 and list(given)[1] in (float("inf"), {"__float__": "Infinity"}))
+    free = given is None or (next(iter(given)) == 0.0 and list(given)[1] in (float("inf"), {"__float__": "Infinity"}))
     return given if free else [0.0, float("inf")]
 
 

@@ -90,7 +90,7 @@ def _from_gguf(source: Source, weights: Sequence[Weight], pre_tokenizer: str | N
     factors = source.read(ROPE_FREQS).decode().reshape(-1) if ROPE_FREQS in shapes else None
     config = from_gguf.config(source.config, shapes, source.path, factors)
     outputs: dict[str, list[tuple[str, Weight]]] = {}
-    for name, made in from_gguf.find_arch(source.config, source.path).checkpoint(config, shapes).items():
+    for name, made in from_gguf.find_arch(source.config, source.path, shapes).checkpoint(config, shapes).items():
         outputs.setdefault(made.name, []).append((name, made))
     metadata = {**source.config, **({gguf.Keys.Tokenizer.PRE: pre_tokenizer} if pre_tokenizer else {})}
     files = tokenizer.files(metadata, config, source.path)

@@ -66,6 +66,9 @@ def library() -> ctypes.CDLL:
         ("llama_batch_init", _Batch, [int32, int32, int32]),
         ("llama_batch_free", None, [_Batch]),
         ("llama_decode", int32, [pointer, _Batch]),
+        ("llama_encode", int32, [pointer, _Batch]),
+        ("llama_model_has_encoder", ctypes.c_bool, [pointer]),
+        ("llama_model_has_decoder", ctypes.c_bool, [pointer]),
         ("llama_get_logits", ctypes.POINTER(ctypes.c_float), [pointer]),
         ("llama_get_embeddings", ctypes.POINTER(ctypes.c_float), [pointer]),
         ("llama_set_embeddings", None, [pointer, ctypes.c_bool]),
@@ -137,7 +140,10 @@ class Llama:
         return buffer.raw[:n]
 
     def logits(self, tokens: list[int]) -> np.ndarray:
-        """f32[len(tokens), vocab]: next-token logits after each token, from one fresh context."""
+        """f32[len(tokens), vocab]: next-token logits after each token, from one fresh context.
+
+        A model of encoder and decoder gets the tokens in both.
+        """
         return self._run(tokens, False)
 
     def embeddings(self, tokens: list[int]) -> np.ndarray:
@@ -163,6 +169,8 @@ class Llama:
                 sequences[i][0] = 0
             batch.n = n
             lib.llama_set_embeddings(context, embeddings)
+            if lib.llama_model_has_encoder(self._model) and lib.llama_model_has_decoder(self._model):
+                assert lib.llama_encode(context, batch) == 0, f"llama_encode failed: {_errors}"
             assert lib.llama_decode(context, batch) == 0, f"llama_decode failed: {_errors}"
             if embeddings:
                 return np.ctypeslib.as_array(lib.llama_get_embeddings(context), (n, lib.llama_model_n_embd(self._model))).copy()

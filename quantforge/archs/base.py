@@ -151,7 +151,8 @@ class Arch:
     name: str
     """GGUF's name, `general.architecture`: "llama"."""
     tensors: Mapping[str, Tensor]
-    """Every role that llama.cpp loads for it, by GGUF stem without the layer: "attn_q"."""
+    """Every role that llama.cpp loads for it, by GGUF stem without the layer: "attn_q". With {bid}: the whole name; "{or}" at
+    its end tells two apart that are one name in different kinds of layers."""
     scale_groups: tuple[ScaleGroup, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """What transformers assumes for keys that config.json leaves out."""
@@ -389,7 +390,7 @@ class Arch:
                 if bid is not None and not _is(tensor.where, kinds[bid]):
                     continue
                 s = by_layer[bid]
-                name = stem.format(bid=bid) if "{bid}" in stem else stem if bid is None else f"blk.{bid}.{stem}"
+                name = stem.format(bid=bid, **{"or": ""}) if "{bid}" in stem else stem if bid is None else f"blk.{bid}.{stem}"
                 shape = tuple(size(d, s) for d in tensor.dims)
                 found.append(_Role(tensor, name + tensor.suffix, shape, s, bid, False))
                 if h.get(tensor.bias, False) if isinstance(tensor.bias, str) else tensor.bias:

@@ -67,7 +67,13 @@ def library() -> ctypes.CDLL:
         ("llama_batch_init", _Batch, [int32, int32, int32]),
         ("llama_batch_free", None, [_Batch]),
         ("llama_decode", int32, [pointer, _Batch]),
+        ("llama_encode", int32, [pointer, _Batch]),
+        ("llama_model_has_encoder", ctypes.c_bool, [pointer]),
+        ("llama_model_has_decoder", ctypes.c_bool, [pointer]),
         ("llama_get_logits", ctypes.POINTER(ctypes.c_float), [pointer]),
+        ("llama_get_embeddings", ctypes.POINTER(ctypes.c_float), [pointer]),
+        ("llama_set_embeddings", None, [pointer, ctypes.c_bool]),
+        ("llama_model_n_embd", int32, [pointer]),
         ("llama_free", None, [pointer]),
         ("llama_model_free", None, [pointer]),
     ):
@@ -86,6 +92,7 @@ def _context_params(n_tokens: int) -> _Struct:
     words[threads] = words[threads + 1] = 1
     flash_attention = max(i for i in range(16) if words[i] == -1)  # the last of the enums that default to -1, "auto"
     words[flash_attention] = 0
+    words[flash_attention - 2] = 0  # pooling_type: none
     cache_types = next(i for i in range(flash_attention + 8, 40) if words[i] == words[i + 1] == 1)  # F16, F16
     words[cache_types] = words[cache_types + 1] = 0
     return params
@@ -138,7 +145,17 @@ class Llama:
         return buffer.raw[:n]
 
     def logits(self, tokens: list[int]) -> np.ndarray:
-        """f32[len(tokens), vocab]: next-token logits after each token, from one fresh context."""
+        """f32[len(tokens), vocab]: next-token logits after each token, from one fresh context.
+
+        A model of encoder and decoder gets the tokens in both.
+        """
+        return self._run(tokens, False)
+
+    def embeddings(self, tokens: list[int]) -> np.ndarray:
+        """f32[len(tokens), hidden]: an encoder's last hidden states, from one fresh context."""
+        return self._run(tokens, True)
+
+    def _run(self, tokens: list[int], embeddings: bool) -> np.ndarray:
         lib = library()
         context = lib.llama_init_from_model(self._model, _context_params(max(256, len(tokens))))
         assert context, f"no context: {_errors}"
@@ -156,7 +173,13 @@ class Llama:
             for i in range(n):
                 sequences[i][0] = 0
             batch.n = n
-            assert lib.llama_decode(context, batch) == 0, f"llama_decode failed: {_errors}"
+            lib.llama_set_embeddings(context, embeddings)
+            if lib.llama_model_has_encoder(self._model) and lib.llama_model_has_decoder(self._model):
+                assert lib.llama_encode(context, batch) == 0, f"llama_encode failed: {_errors}"
+            run = lib.llama_encode if embeddings else lib.llama_decode
+            assert run(context, batch) == 0, f"llama_decode failed: {_errors}"
+            if embeddings:
+                return np.ctypeslib.as_array(lib.llama_get_embeddings(context), (n, lib.llama_model_n_embd(self._model))).copy()
             return np.ctypeslib.as_array(lib.llama_get_logits(context), (n, self.n_vocab)).copy()
         finally:
             lib.llama_batch_free(batch)

@@ -19,7 +19,7 @@ from ..errors import ShapeError, UnsupportedError, nearest
 from .keys import Keys, number, sampling, stated
 from .names import canonical
 from .rope import ROPE_FACTORS, ROPE_FREQS, ROPE_LONG, ROPE_SHORT, llama3_rope_factors, rope_metadata, rope_settings, rotated
-from .weight import Piece, Shape, Value, Weight, inverted, rows_of
+from .weight import Piece, Shape, Value, Weight, inverted, width
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +117,11 @@ def part(which: int, *widths: str, per: str = "1") -> Callable[[Sizes], NDArray[
     return rows
 
 
+def one_of(key: str, *values: Any) -> Callable[[Config], Any]:
+    """For `Arch.implied`: any of these values of a config key is what the graph has; the first is stated on the way back."""
+    return lambda h: h[key] if h.get(key) in values else values[0]
+
+
 def interleaved(which: int, of: int, rows: str) -> Callable[[Sizes], NDArray[np.int64]]:
     """Rows of one of `of` matrices whose rows alternate; rows: of all of them together."""
     return lambda s: np.arange(which, size(rows, s), of, dtype=np.int64)
@@ -151,8 +156,8 @@ class Arch:
     name: str
     """GGUF's name, `general.architecture`: "llama"."""
     tensors: Mapping[str, Tensor]
-    """Every role that llama.cpp loads for it, by GGUF stem without the layer: "attn_q". One that other layers have from another
-    place is there again as "attn_q@kind"."""
+    """Every role that llama.cpp loads for it, by GGUF stem without the layer: "attn_q". With {bid}: the whole name. One that
+    other layers have from another place is there again as "attn_q@kind"."""
     scale_groups: tuple[ScaleGroup, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """What transformers assumes for keys that config.json leaves out."""
@@ -511,7 +516,7 @@ class _Role:
             groups = size(origin.groups, self.sizes) if origin.groups and not self.is_bias else 0
             for name, shape in self._named(origin):
                 shapes[name] = shape
-                count = len(rows) if rows is not None else prod(shape) if self.single else rows_of(shape)
+                count = len(rows) if rows is not None else prod(shape) // (1 if self.single else width(self.shape))
                 if groups:
                     count = groups * shape[-1]
                 pieces.append(Piece(name, count, rows, groups))
@@ -526,8 +531,8 @@ class _Role:
     def _named(self, origin: From) -> Iterator[tuple[str, Shape]]:
         dims = tuple(size(d, self.sizes) for d in origin.dims)
         stacked = "{eid}" in origin.name
-        if self.is_bias and dims:  # of the axes, inputs go; where they are transposed, these come last but one
-            dims = dims[:-2] + dims[-1:] if origin.groups else dims[:-1]
+        if self.is_bias and dims:  # of a transposed matrix: as many as it has columns
+            dims = (*dims[:-2], dims[-1]) if origin.groups else tuple(n for n in dims[:-1] if n != 1)  # 1: of a convolution
         shape = dims or (self.shape[1:] if stacked else self.shape)
         if stacked and self.shape[0] > _MOST_EXPERTS:
             raise ShapeError(f"{self.name}: {self.shape[0]} experts; the limit is {_MOST_EXPERTS}")

@@ -21,15 +21,19 @@ from .weight import Shape, Weight
 _K = gguf.Keys
 
 
-def find_arch(metadata: Mapping[str, Any], path: Path) -> Arch:
-    """The architecture of a GGUF file. Raises UnsupportedError listing the known ones."""
+def find_arch(metadata: Mapping[str, Any], path: Path, tensors: Mapping[str, Shape] | None = None) -> Arch:
+    """The architecture of a GGUF file; tensors: its names and shapes, where few models differ by nothing else.
+
+    Raises UnsupportedError listing the known ones.
+    """
     name = metadata.get(_K.General.ARCHITECTURE)
     known = list(dict.fromkeys(archs.supported().values()))
     same = [a for a in known if a.name == name]
     if not same:
         names = ", ".join(sorted({a.name for a in known}))
         raise UnsupportedError(f"{path}: architecture {name!r} is not known as a checkpoint; known: {names}")
-    told = [a for a in same if a.told_by is not None and a.told_by(lambda p: metadata.get(p.format(arch=name)))]
+    shapes = tensors or {}
+    told = [a for a in same if a.told_by is not None and a.told_by(lambda p: shapes.get(p) or metadata.get(p.format(arch=name)))]
     untold = [a for a in same if a.told_by is None]
     # several models may share a graph: the one that gave it its name goes first
     return sorted(told or untold or same, key=lambda a: a.model_type or a.name != name)[0]
@@ -43,7 +47,7 @@ def config(
     Rope settings are spelled in the older way, which every version of transformers reads. Raises UnsupportedError,
     FormatError.
     """
-    arch = find_arch(metadata, path)
+    arch = find_arch(metadata, path, tensors)
     embedding = next((n for n in ("token_embd.weight",) if n in tensors), None)
     if embedding is None:
         raise FormatError(path, "tensor token_embd.weight is missing")

@@ -229,3 +229,9 @@ def llama3_scaling(factors: F32, theta: float, path: Path) -> dict[str, Any]:
     raise UnsupportedError(
         f"{path}: {ROPE_FREQS} are not the factors of Llama 3's rope scaling, which is the only way config.json has to say them"
     )
+
+
+def rotated_part(get: Callable[[str], Any], head: int) -> float:
+    """partial_rotary_factor of a GGUF file; head: its head size."""
+    turned = int(get(_K.DIMENSION_COUNT) or head)
+    return next(f for f in (turned / head, (turned + 0.5) / head) if int(head * f) == turned)

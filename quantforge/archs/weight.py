@@ -172,6 +172,8 @@ def inverted(weights: Iterable[Weight], sources: Mapping[str, Shape]) -> dict[st
                 order = numbers(w.order)
                 inside = np.flatnonzero((order >= span.start) & (order < span.stop))
                 there, here = inside, order[inside] - span.start
+            if len(sources[piece.source]) == 1 and width(w.shape) > 1:  # vectors stacked: number by number
+                there, here = (_widened(rows, width(w.shape)) for rows in (there, here))
             held.setdefault(piece.source, []).append((w, piece, there, here))
     return {name: _inverse(name, sources[name], parts) for name, parts in held.items()}
 
@@ -202,12 +204,18 @@ def _inverse(name: str, shape: Shape, parts: list[tuple[Weight, Piece, Rows, Row
             given_by.append(replace(_piece(w.name, w.row_count, there), count=given, groups=piece.groups))
             targets.append(slice(0, given) if piece.rows is None else piece.rows)
         else:
-            given_by.append(_piece(w.name, w.row_count, there))
+            given_by.append(_piece(w.name, w.row_count if w.single else prod(w.shape) // width(shape), there))
             targets.append(here if piece.rows is None else numbers(piece.rows)[here])
     single = parts[0][0].single
     count = prod(shape) if single else rows_of(shape)
     single = single and len(shape) > 1
     return Weight(label, shape, tuple(given_by), _order(targets, name, count), back, columns=columns, single=single)
+
+
+def _widened(rows: Rows, wide: int) -> Rows:
+    if not isinstance(rows, slice):
+        return (rows[:, None] * wide + np.arange(wide)).reshape(-1)
+    return slice(rows.start * wide, rows.stop * wide)
 
 
 def _piece(source: str, all_rows: int, rows: Rows) -> Piece:

@@ -316,7 +316,7 @@ def _entries(model: Model, squares: _Squares) -> tuple[dict[str, tuple[F32, F32]
 
 def stored_names(model: Model) -> dict[str, list[str]]:
     """GGUF name -> checkpoint names of the matrices of a model's blocks, stacked experts in order. Needs a known architecture."""
-    if model.source.format == "gguf":
+    if model.source.gguf_names:
         found: dict[str, list[str]] = {}
         for name, made in model.places.items():
             if not made.groups and not any(p.groups for p in made.pieces):  # transposed, it has another input

@@ -88,7 +88,7 @@ def _from_gguf(source: Source, weights: Sequence[Weight], pre_tokenizer: str | N
     shapes = {w.name: w.shape for w in weights}
     config = source.checkpoint_config()
     outputs: dict[str, list[tuple[str, Weight]]] = {}
-    for name, made in from_gguf.find_arch(source.config, source.path).checkpoint(config, shapes).items():
+    for name, made in from_gguf.find_arch(source.config, source.path, shapes).checkpoint(config, shapes).items():
         outputs.setdefault(made.name, []).append((name, made))
     metadata = {**source.config, **({gguf.Keys.Tokenizer.PRE: pre_tokenizer} if pre_tokenizer else {})}
     files = tokenizer.files(metadata, config, source.path)

@@ -9,7 +9,7 @@ No code of a model repository runs: classes come from transformers, by config.js
 from .head import SLICE_BYTES, Head, rows_at_once
 from .model import Model
 from .passes import TOKENS_AT_ONCE, Observer, advance, embed, finish, generate
-from .stored import expert_of, gguf_config
+from .stored import expert_of
 
 __all__ = [
     "SLICE_BYTES",
@@ -22,6 +22,5 @@ __all__ = [
     "expert_of",
     "finish",
     "generate",
-    "gguf_config",
     "rows_at_once",
 ]

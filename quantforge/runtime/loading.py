@@ -95,7 +95,7 @@ def answer(
     if model.tokenizer is None:
         raise RecipeError(f"{path}: no tokenizer, so that a text cannot be read; see `quantforge -v generate`")
     with open_path(Path(path)) as source:
-        tokenizer = Tokenizer(path, source.config, gguf_metadata=source.format == "gguf")
+        tokenizer = source.tokenizer()
     ids, _ = tokenizer.encode(prompt)
     ids = [tokenizer.bos, *ids] if tokenizer.adds_bos and tokenizer.bos is not None else ids
     if not ids:
@@ -149,7 +149,7 @@ def _pieces(tokenizer: Tokenizer, tokens: Iterator[int]) -> Iterator[str]:
 
 def _tokenizer(path: Path, source: Source) -> Any:
     try:
-        return Tokenizer(path, source.config, gguf_metadata=source.format == "gguf").transformers()
+        return source.tokenizer().transformers()
     except (FormatError, UnsupportedError) as e:
         logger.info("no tokenizer: %s", e)
         return None

@@ -38,14 +38,14 @@ class StoredModel:
         """dtype: of the module's parameters; what is decoded here is f32."""
         self.source, self.name, self.dtype = source, name, dtype
         self.arch = _arch(source)
-        self.config = gguf_config(source) if source.format == "gguf" else dict(source.config)
+        self.config = _config(source)
         self.module = meta_module(self.config, source, dtype)
         self.layers = find_layers(self.module, name)
         self.prefix = next(k for k, m in self.module.named_modules() if m is self.layers)
         shapes = {k: s.shape for k, s in source.weights.items()}
         self.places: dict[str, Weight] = {k: Weight.of(k, s) for k, s in shapes.items()}
         """Checkpoint name -> what it is made of in the file, for every tensor that the file has."""
-        if source.format == "gguf":
+        if source.gguf_names:
             assert self.arch is not None
             self.places = self.arch.checkpoint(self.config, shapes, saved_shapes(self.module))
         self.origins: dict[str, Origin] = origins(self.module, {k: w.shape for k, w in self.places.items()})
@@ -58,7 +58,7 @@ class StoredModel:
         """A parameter as made of what the file stores; None where it is computed from decoded tensors."""
         if isinstance(origin, Conversion):
             return None
-        return origin if self.source.format != "gguf" else composed(origin, self.places, shapes)
+        return origin if not self.source.gguf_names else composed(origin, self.places, shapes)
 
     def weight(self, name: str) -> Weight | None:
         """What a parameter of the module, or a tensor of the checkpoint, is made of in the file.
@@ -149,7 +149,7 @@ class StoredModel:
     def roles(self) -> dict[str, str]:
         """Parameter -> role (GGUF stem), where the architecture is known and all of it is of one role."""
         by_tensor = {n: {w.role} for n, w in self.places.items()}
-        if self.source.format != "gguf":
+        if not self.source.gguf_names:
             try:
                 weights = (
                     self.arch.weights(self.config, {n: w.shape for n, w in self.places.items()}, graph=False) if self.arch else []
@@ -285,11 +285,14 @@ class Held:
 def _arch(source: Source) -> archs.Arch | None:
     """The architecture of a model file; None for a checkpoint of one that only transformers knows."""
     known = archs.supported()
-    if source.format != "gguf":
+    if not source.gguf_names:
         return next((known[a] for a in source.config.get("architectures") or () if a in known), None)
     return from_gguf.find_arch(source.config, source.path)
 
 
-def gguf_config(source: Source) -> dict[str, Any]:
-    """config.json rebuilt from GGUF metadata; Llama 3's rope factors are in a tensor of their own."""
-    return from_gguf.config(source.config, {k: s.shape for k, s in source.weights.items()}, source.path)
+def _config(source: Source) -> dict[str, Any]:
+    """The model's config.json; Llama 3's rope factors are applied as the file has them."""
+    config = source.checkpoint_config()
+    if source.gguf_names and (config.get("rope_scaling") or {}).get("rope_type") == "llama3":
+        config["rope_scaling"] = None
+    return config

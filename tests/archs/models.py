@@ -46,6 +46,12 @@ def settings(name: str, sample: str = "", **changes: Any) -> dict[str, Any]:
     return {"text_config": given, **others}
 
 
+def decoder(directory: Path) -> bool:
+    """Does a model have a head and nothing to read from but its own tokens?"""
+    config = transformers.AutoConfig.from_pretrained(directory)
+    return not config.is_encoder_decoder and not config.architectures[0].endswith("Model")
+
+
 def make(directory: Path, name: str, sample: str = "", **changes: Any) -> Path:
     """A random model in a directory, with a byte-level tokenizer; every norm, bias and vector matters."""
     import torch

@@ -19,15 +19,24 @@ TOKENS = [int(i) for i in np.random.default_rng(5).integers(2, 300, 120)]
 
 
 def reference(directory: Path) -> np.ndarray:
-    """f32[tokens, vocab]: transformers' logits, computed the plain way."""
+    """f32[tokens, vocab]: transformers' logits, computed the plain way; of a model without a head the last hidden states."""
     import torch
     import transformers
 
     name = transformers.AutoConfig.from_pretrained(directory).architectures[0]
     model = getattr(transformers, name).from_pretrained(directory, attn_implementation="eager", dtype=torch.float32)
+    tokens = torch.tensor([TOKENS])
+    both = {"decoder_input_ids": tokens} if model.config.is_encoder_decoder and hasattr(model, "decoder") else {}
     with torch.no_grad():
-        logits: np.ndarray = model(input_ids=torch.tensor([TOKENS])).logits[0].float().numpy()
-    return logits
+        given = model(input_ids=tokens, **both)
+    found: np.ndarray = (given.logits if "logits" in given else given.last_hidden_state)[0].float().numpy()
+    return found
+
+
+def computed(gguf: Path, expected: np.ndarray) -> np.ndarray:
+    """The same by llama.cpp."""
+    with Llama(gguf) as llama:
+        return llama.logits(TOKENS) if expected.shape[-1] == llama.n_vocab else llama.embeddings(TOKENS)
 
 
 def error(got: np.ndarray, expected: np.ndarray) -> float:
@@ -49,8 +58,7 @@ def test_logits_equal_transformers(name: str, sample: str, tmp_path: Path, recor
     directory = models.make(tmp_path / "model", name, sample)
     expected = reference(directory)
     qf.convert(directory, tmp_path / "f32.gguf", "F32")
-    with Llama(tmp_path / "f32.gguf") as llama:
-        worst = error(llama.logits(TOKENS), expected)
+    worst = error(computed(tmp_path / "f32.gguf", expected), expected)
     record_property("logits", worst)
     print(f"{name} {sample}: max |Δ| / range = {worst:.1e}")
     assert worst <= TOLERANCE
@@ -59,7 +67,9 @@ def test_logits_equal_transformers(name: str, sample: str, tmp_path: Path, recor
     again = error(reference(tmp_path / "back"), expected)
     record_property("back", again)
     exact = all(t.value is None for t in archs.supported()[name].tensors.values())
-    assert again <= (1e-6 if exact else 1e-4)  # one rounding of a norm, or of a decay rate, is something further on
+    assert again <= (2e-6 if exact else 1e-4)  # one rounding of a norm, or of a decay rate, is something further on
+    if not models.decoder(directory):
+        return  # no next token to compare by
     both = qf.evaluate(
         [tmp_path / "f32.gguf"], reference=directory, chunks=2, ctx=64, metrics=["kld"], noise_floor=False,
     )  # fmt: skip
@@ -74,8 +84,7 @@ def test_quantized(name: str, tmp_path: Path) -> None:
     expected = reference(directory)
     for preset, most in (("Q8_0", 0.05), ("Q4_K_M", 0.5)):
         qf.convert(directory, tmp_path / "m.gguf", preset, force=True)
-        with Llama(tmp_path / "m.gguf") as llama:
-            got = llama.logits(TOKENS)
+        got = computed(tmp_path / "m.gguf", expected)
         # in the median: a token whose router is of two minds goes to another expert
         assert np.median(np.abs(got - expected).max(-1)) < most * (expected.max() - expected.min())
 

@@ -9,7 +9,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 KERNELS := $(wildcard kernels/*.h kernels/cpu/*)
 
-.PHONY: setup build cuda gpu gpu-test demo test test-clients test-backends test-legacy lint bench clean
+.PHONY: setup build cuda gpu gpu-test demo test test-all architectures test-clients test-backends test-legacy lint bench clean
 .NOTPARALLEL:
 
 setup: $(VENV)/.installed build
@@ -90,6 +90,13 @@ test-backends: setup $(CLIENTS)/.installed $(OTHERS)/.installed $(LEGACY)/.insta
 
 test-legacy: setup $(LEGACY)/.installed
 	QUANTFORGE_PYTHON_AUTO_GPTQ=$(LEGACY)/bin/python $(PY) -m pytest -rs -s tests/clients/test_legacy.py
+
+# every architecture's samples against llama.cpp and transformers; writes docs/architectures.md
+architectures: setup
+	mkdir -p out && rm -f out/proofs.jsonl
+	QUANTFORGE_PROOFS=out/proofs.jsonl $(PY) -m pytest -n auto tests/archs/test_logits.py
+	$(PY) benchmarks/architectures.py out/proofs.jsonl > out/architectures.md
+	mv out/architectures.md docs/architectures.md
 
 bench: setup
 	$(PY) benchmarks/encode.py

@@ -1,0 +1,65 @@
+"""docs/architectures.md from what the tests of the architectures found (`make architectures`)."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+from quantforge import archs
+
+PAGE = """# Architectures
+
+Every architecture is proven on small random models that transformers {transformers} makes from its own classes, one for each of the samples that the architecture states. Written by `make architectures` on {date}.
+
+- **logits**: the F32 GGUF in real llama.cpp (xllamacpp {xllamacpp}) against transformers on the same 120 tokens, the largest difference in parts of the logits' range (of encoders: of the last hidden states'). ggml looks GELU up in a table of 16 bits, which alone makes 2e-4 to 4e-4.
+- **back**: the GGUF as a checkpoint again, in transformers, against the first one.
+- **KLD**: `evaluate` of the GGUF against its source, nats per token.
+- **Q8_0**, **Q4_K_M**: the median over tokens of the largest difference, same units; random weights are the hardest there are.
+
+{count} classes on {graphs} of llama.cpp's graphs.
+
+| class | llama.cpp | varied, beside sizes | logits | back | KLD | Q8_0 | Q4_K_M |
+|---|---|---|--:|--:|--:|--:|--:|
+"""  # noqa: E501
+SIZES = ("hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size")
+
+
+def varied(arch: archs.Arch) -> str:
+    """Config keys that the samples set."""
+    keys = dict.fromkeys(k for sample in arch.samples.values() for k in sample if k not in SIZES)
+    return ", ".join(keys)
+
+
+def main() -> None:
+    """Read lines of figures, print the page."""
+    import datetime
+    from importlib.metadata import version
+
+    worst: dict[str, dict[str, float]] = defaultdict(dict)
+    for line in Path(sys.argv[1]).read_text().splitlines():
+        row = json.loads(line)
+        name = row.pop("name")
+        row.pop("sample", None)
+        for key, value in row.items():
+            worst[name][key] = max(worst[name].get(key, 0.0), value)
+    known = archs.supported()
+    made = {k: v for k, v in worst.items() if "logits" in v and k in known}
+    print(
+        PAGE.format(
+            transformers=version("transformers"),
+            xllamacpp=version("xllamacpp"),
+            date=datetime.date.today(),
+            count=len(made),
+            graphs=len({known[n].name for n in made}),
+        ),
+        end="",
+    )
+    for name in sorted(made, key=lambda n: (known[n].name, n)):
+        shown = [f"{made[name][k]:.1e}" if k in made[name] else "–" for k in ("logits", "back", "kld", "Q8_0", "Q4_K_M")]
+        print(f"| {name} | {known[name].name} | {varied(known[name])} | {' | '.join(shown)} |")
+
+
+if __name__ == "__main__":
+    main()

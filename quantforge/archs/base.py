@@ -154,8 +154,8 @@ class Arch:
     computed: Callable[[Config], Mapping[str, Any]] | None = None
     """More metadata, by GGUF key with {arch}: what is no config value as it is."""
     restored: Callable[[Callable[[str], Any]], Mapping[str, Any]] | None = None
-    """Config values that follow from metadata in another way than by `metadata_keys`; gets a look-up of GGUF keys with {arch}, and of
-    tensors' names: the numbers of rope factors, the shape of others; None for what is not there."""
+    """Config values that follow from metadata in another way than by `metadata_keys`; gets a look-up of GGUF keys with {arch},
+    and of tensors' names: the numbers of rope factors, the shape of others; None for what is not there."""
     implied: Mapping[str, Any] = field(default_factory=dict)
     """Config values that llama.cpp's graph has built in or derives: a value, or a function of the hyperparameters.
     Another value is refused; on the way back they are stated."""

@@ -37,7 +37,7 @@ STACKED = {
     "codecs": ["grid", "base"],
     "backends": ["worker", "base"],
     "formats": ["files", "base", "rows"],
-    "archs": ["rope", "keys", "names", "weight", "base", "llama", "from_gguf"],
+    "archs": ["rope", "keys", "names", "weight", "windows", "base", "llama", "gemma2", "granite", "from_gguf"],
     "nn": ["tiles", "integers", "fp8", "lookups", "planes", "ops", "products", "stored", "cuda", "linear"],
     "runtime": ["skeleton", "stored", "head", "model", "passes", "loading"],
     "tokenizer": ["files", "pretokenizers", "special", "sentencepiece", "to_gguf", "from_gguf", "to_files", "engine"],

@@ -36,8 +36,13 @@ FREE = {"errors"}
 STACKED = {
     "codecs": ["grid", "base"],
     "backends": ["worker", "base"],
+<<<<<<< HEAD
     "formats": ["diagnosis", "files", "base", "rows"],
     "archs": ["rope", "keys", "names", "weight", "base", "llama", "from_gguf"],
+=======
+    "formats": ["files", "base", "rows"],
+    "archs": ["rope", "keys", "names", "weight", "windows", "base", "llama", "gemma2", "granite", "from_gguf"],
+>>>>>>> arch-a
     "nn": ["tiles", "integers", "fp8", "lookups", "planes", "ops", "products", "stored", "cuda", "linear"],
     "runtime": ["skeleton", "stored", "head", "model", "passes", "loading"],
     "tokenizer": [

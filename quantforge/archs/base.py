@@ -593,6 +593,9 @@ DECODER: dict[str, Tensor] = {
 }
 """A pre-norm decoder with gated MLP, without biases; architectures override roles and add to them."""
 
+ATTENTION_ONLY: dict[str, Tensor] = {r: t for r, t in DECODER.items() if r not in ("ffn_gate", "ffn_up", "ffn_down")}
+"""DECODER without its MLP, where experts are in its place."""
+
 QK_NORM: dict[str, Tensor] = {
     "attn_q_norm": Tensor(("head",), "model.layers.{bid}.self_attn.q_norm"),
     "attn_k_norm": Tensor(("head",), "model.layers.{bid}.self_attn.k_norm"),
@@ -605,6 +608,7 @@ DECODER_SCALE_GROUPS = (
     ScaleGroup("ffn_norm", ("ffn_gate", "ffn_up")),
     ScaleGroup("ffn_up", ("ffn_down",)),
 )
+ATTENTION_SCALE_GROUPS = DECODER_SCALE_GROUPS[:2]
 
 
 def experts(

@@ -102,6 +102,7 @@ ARCH = (
     replace(
         TEXT,
         hf=("Gemma3ForConditionalGeneration",),
+        model_type="gemma3",
         told_by=lambda get: False,  # its text part goes back as a Gemma3ForCausalLM
         others=re.compile(r"(vision_tower|multi_modal_projector)\."),
         samples={"": _sample | {"layer_types": _full_at_2, "tie_word_embeddings": True, "vision_config": _VISION}},

@@ -242,6 +242,7 @@ ARCH = (
     replace(
         TEXT,
         hf=("Gemma4ForConditionalGeneration",),
+        model_type="gemma4",
         told_by=lambda get: False,  # its text part goes back as a Gemma4ForCausalLM
         others=re.compile(r"(vision_tower|audio_tower|embed_vision|embed_audio)\."),
         samples={"": TEXT.samples["experts"]},
@@ -249,6 +250,7 @@ ARCH = (
     replace(
         TEXT,
         hf=("Gemma4UnifiedForConditionalGeneration",),
+        model_type="gemma4_unified",
         told_by=lambda get: False,
         others=re.compile(r"(vision_embedder|audio_embedder|vision_tower|audio_tower|embed_vision|embed_audio)\."),
         defaults={

@@ -4,11 +4,10 @@ from dataclasses import replace
 
 import gguf
 
-from .base import Arch, From, Tensor, part, rope_freqs
+from .base import ATTENTION_SCALE_GROUPS, Arch, From, Tensor, part, rope_freqs
 from .keys import EXPERTS_OF_WHICH_SOME, PAIRED_METADATA
 from .llama import ARCH as LLAMA
 from .llama import ROPE_TYPES
-from .mixtral import ATTENTION_SCALE_GROUPS
 
 _llm = gguf.Keys.LLM
 MULTIPLIERS = {

@@ -28,6 +28,7 @@ ARCH = (
     replace(
         LLAMA,
         hf=("LlavaForConditionalGeneration",),
+        model_type="llava",
         told_by=lambda get: False,
         others=re.compile(r"(vision_tower|multi_modal_projector|image_newline)\b"),
         samples={"": {"head_dim": 32, "vision_config": _vision}},
@@ -35,6 +36,7 @@ ARCH = (
     replace(
         LLAMA,
         hf=("VoxtralForConditionalGeneration",),
+        model_type="voxtral",
         told_by=lambda get: False,
         others=re.compile(r"(audio_tower|multi_modal_projector)\."),
         samples={"": {"head_dim": 32, "audio_config": _audio}},

@@ -6,14 +6,12 @@ from typing import Any
 import gguf
 
 from ..errors import UnsupportedError
-from .base import QK_NORM, Arch, Config, experts
-from .keys import METADATA
-from .mixtral import ATTENTION_ONLY, ATTENTION_SCALE_GROUPS
-from .qwen3moe import EXPERT_KEYS
+from .base import ATTENTION_ONLY, ATTENTION_SCALE_GROUPS, QK_NORM, Arch, Config, experts
+from .keys import EXPERTS_OF_WHICH_SOME, METADATA
 from .rope import rope_by_kind, sliding_theta
 from .windows import layer_types, restored_types, window_pattern
 
-_att = gguf.Keys.Attention
+_att, _llm = gguf.Keys.Attention, gguf.Keys.LLM
 _YARN = {
     "rope_type": "yarn",
     "factor": 4.0,
@@ -63,7 +61,13 @@ ARCH = Arch(
         },
     },
     aliases={"num_experts": "num_local_experts"},
-    metadata_keys={**METADATA, **EXPERT_KEYS, _att.SLIDING_WINDOW: ("sliding_window", int)},
+    metadata_keys={
+        **METADATA,
+        **EXPERTS_OF_WHICH_SOME,
+        _llm.EXPERT_COUNT: ("num_experts", int),
+        _llm.EXPERT_FEED_FORWARD_LENGTH: ("moe_intermediate_size", int),
+        _att.SLIDING_WINDOW: ("sliding_window", int),
+    },
     computed=_computed,
     restored=_restored,
     implied={

@@ -79,6 +79,7 @@ ARCH = (
     replace(
         TEXT,
         hf=("Mistral3ForConditionalGeneration",),
+        model_type="mistral3",
         told_by=lambda get: False,  # its text part goes back as a Ministral3ForCausalLM
         defaults={
             "head_dim": 128,

@@ -1,12 +1,8 @@
 """Mixtral: Mistral's mixtures of experts; GGUF has them as llama."""
 
-from .base import DECODER, Arch, ScaleGroup, experts, rope_freqs
+from .base import ATTENTION_ONLY, ATTENTION_SCALE_GROUPS, Arch, experts, rope_freqs
 from .keys import EXPERTS_OF_WHICH_SOME, LLAMA_METADATA
 from .llama import PAIRED, ROPE_TYPES
-
-ATTENTION_ONLY = {role: t for role, t in DECODER.items() if role not in ("ffn_gate", "ffn_up", "ffn_down")}
-"""A pre-norm decoder without its MLP."""
-ATTENTION_SCALE_GROUPS = (ScaleGroup("attn_norm", ("attn_q", "attn_k", "attn_v")), ScaleGroup("attn_v", ("attn_output",)))
 
 ARCH = Arch(
     hf=("MixtralForCausalLM",),

@@ -6,10 +6,9 @@ from typing import Any
 
 import gguf
 
-from .base import DECODER, Arch, Config, Tensor, experts
+from .base import ATTENTION_ONLY, ATTENTION_SCALE_GROUPS, DECODER, Arch, Config, Tensor, experts
 from .keys import EXPERTS_OF_WHICH_SOME, METADATA
 from .llama import PAIRED
-from .mixtral import ATTENTION_ONLY, ATTENTION_SCALE_GROUPS
 from .rope import rope_by_kind, sliding_theta
 from .windows import restored_types, window_pattern
 

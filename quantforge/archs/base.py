@@ -155,7 +155,7 @@ class Arch:
     place is there again as "attn_q@kind"."""
     scale_groups: tuple[ScaleGroup, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """What transformers assumes for keys that config.json leaves out."""
+    """What transformers assumes for keys that config.json leaves out: a value, or a function of what is given."""
     metadata_keys: Keys = field(default_factory=dict)
     """GGUF key (of gguf.Keys, with {arch}) -> config key and type, in the order in which they are written."""
     computed: Callable[[Config], Mapping[str, Any]] | None = None
@@ -207,7 +207,7 @@ class Arch:
         text = config.get("text_config") or {}
         outer = {k: config[k] for k in ("tie_word_embeddings",) if text and k in config}  # of the whole model
         given = {k: v for k, v in {**config, **text, **outer}.items() if v is not None}
-        h: dict[str, Any] = {**self.defaults, **given}
+        h: dict[str, Any] = {**{k: v(given) if callable(v) else v for k, v in self.defaults.items()}, **given}
         self._rename(h, given)
         for key in self.needed:
             number(h, key, int)
@@ -470,7 +470,8 @@ class _Role:
 
     @property
     def single(self) -> bool:
-        return self.is_bias and len(self.shape) > 1
+        one = any(len(o.dims) == 1 for o in self.tensor.origins) and self.shape[-1] > 1  # a vector that is a matrix in GGUF
+        return len(self.shape) == 2 and (self.is_bias or one)
 
     def made_of(self, spelling: _Spelling) -> Weight:
         pieces, order, columns = spelling.pieces, spelling.order, spelling.columns

@@ -506,10 +506,11 @@ class _Role:
         return _Spelling(tuple(pieces), shapes, order, columns)
 
     def _named(self, origin: From) -> Iterator[tuple[str, Shape]]:
-        dims = tuple(size(d, self.sizes) for d in origin.dims)
+        words = origin.dims
+        if self.is_bias and words:  # of the axes, inputs go; where they are transposed, these come last but one
+            words = words[:-2] + words[-1:] if origin.groups else tuple(w for w in words[:-1] if w != "1")
+        dims = tuple(size(w, self.sizes) for w in words)
         stacked = "{eid}" in origin.name
-        if self.is_bias and dims:  # of the axes, inputs go; where they are transposed, these come last but one
-            dims = dims[:-2] + dims[-1:] if origin.groups else dims[:-1]
         shape = dims or (self.shape[1:] if stacked else self.shape)
         if stacked and self.shape[0] > _MOST_EXPERTS:
             raise ShapeError(f"{self.name}: {self.shape[0]} experts; the limit is {_MOST_EXPERTS}")

@@ -154,9 +154,9 @@ def _composed(outer: Rows, inner: Rows) -> Rows:
     if isinstance(outer, slice):
         if isinstance(inner, slice):
             return slice(outer.start + inner.start, outer.start + inner.stop)
-        return inner + outer.start
-    picked: NDArray[np.int64] = outer[inner].astype(np.int64, copy=False)
-    return picked
+        shifted: NDArray[np.int64] = inner + outer.start
+        return shifted
+    return outer[inner].astype(np.int64, copy=False)
 
 
 def _transposed(e: Encoded, piece: Piece, wanted: NDArray[np.int64]) -> F32:

@@ -160,7 +160,7 @@ class Arch:
     other layers have from another place is there again as "attn_q@kind"."""
     scale_groups: tuple[ScaleGroup, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """What transformers assumes for keys that config.json leaves out."""
+    """What transformers assumes for keys that config.json leaves out: a value, or a function of what is given."""
     metadata_keys: Keys = field(default_factory=dict)
     """GGUF key (of gguf.Keys, with {arch}) -> config key and type, in the order in which they are written."""
     computed: Callable[[Config], Mapping[str, Any]] | None = None
@@ -215,7 +215,7 @@ class Arch:
         text = config.get("text_config") or {}
         outer = {k: config[k] for k in ("tie_word_embeddings",) if text and k in config}  # of the whole model
         given = {k: v for k, v in {**config, **text, **outer}.items() if v is not None}
-        h: dict[str, Any] = {**self.defaults, **given}
+        h: dict[str, Any] = {**{k: v(given) if callable(v) else v for k, v in self.defaults.items()}, **given}
         self._rename(h, given)
         for key in self.needed:
             number(h, key, int)
@@ -494,7 +494,8 @@ class _Role:
 
     @property
     def single(self) -> bool:
-        return self.is_bias and len(self.shape) > 1
+        one = any(len(o.dims) == 1 for o in self.tensor.origins) and self.shape[-1] > 1  # a vector that is a matrix in GGUF
+        return len(self.shape) == 2 and (self.is_bias or one)
 
     def made_of(self, spelling: _Spelling) -> Weight:
         pieces, order, columns = spelling.pieces, spelling.order, spelling.columns
@@ -529,10 +530,11 @@ class _Role:
         return _Spelling(tuple(pieces), shapes, order, columns)
 
     def _named(self, origin: From) -> Iterator[tuple[str, Shape]]:
-        dims = tuple(size(d, self.sizes) for d in origin.dims)
+        words = origin.dims
+        if self.is_bias and words:  # of the axes, inputs go; where they are transposed, these come last but one
+            words = words[:-2] + words[-1:] if origin.groups else tuple(w for w in words[:-1] if w != "1")
+        dims = tuple(size(w, self.sizes) for w in words)
         stacked = "{eid}" in origin.name
-        if self.is_bias and dims:  # of a transposed matrix: as many as it has columns
-            dims = (*dims[:-2], dims[-1]) if origin.groups else tuple(n for n in dims[:-1] if n != 1)  # 1: of a convolution
         shape = dims or (self.shape[1:] if stacked else self.shape)
         if stacked and self.shape[0] > _MOST_EXPERTS:
             raise ShapeError(f"{self.name}: {self.shape[0]} experts; the limit is {_MOST_EXPERTS}")

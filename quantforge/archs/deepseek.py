@@ -1,4 +1,4 @@
-"""DeepSeek-V2 and V3, GLM-4.7-Flash: low-rank attention, shared and routed experts behind dense first layers."""
+"""DeepSeek-V2 and V3, GLM-4.7-Flash, and Youtu, which is dense: low-rank attention, shared and routed experts."""
 
 from __future__ import annotations
 
@@ -308,4 +308,40 @@ _glm_lite = replace(
     },
 )
 
-ARCH = (_v2, _v3, _glm_lite)
+_EXPERT_KEYS = (_llm.EXPERT_COUNT, _llm.EXPERT_USED_COUNT, _llm.EXPERT_WEIGHTS_SCALE)
+_youtu = replace(
+    _v2,
+    hf=("YoutuForCausalLM",),
+    model_type="youtu",
+    tensors=OUTSIDE | LOW_RANK | {"ffn_norm": DECODER["ffn_norm"]} | DENSE,
+    defaults={
+        "head_dim": 64,
+        "num_key_value_heads": 16,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-6,
+        "kv_lora_rank": 512,
+        "q_lora_rank": 1536,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "tie_word_embeddings": True,
+        "norm_topk_prob": False,
+        "n_shared_experts": 0,
+        "first_k_dense_replace": lambda given: given.get("num_hidden_layers"),
+        "moe_intermediate_size": lambda given: given.get("intermediate_size"),
+    },
+    metadata_keys={k: v for k, v in _v2.metadata_keys.items() if k not in _EXPERT_KEYS},
+    implied={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rope_interleave": True},
+    nextn=None,
+    told_by=lambda get: not get(_llm.EXPERT_COUNT),
+    samples={
+        "": {k: v for k, v in _small.items() if k.endswith(("dim", "rank", "heads"))},
+        "tied": {
+            **{k: v for k, v in _small.items() if k.endswith(("dim", "rank", "heads"))},
+            "tie_word_embeddings": True,
+            "rope_parameters": _yarn,
+        },
+    },
+)
+
+ARCH = (_v2, _v3, _glm_lite, _youtu)

@@ -58,7 +58,7 @@ def config(
         return metadata.get(pattern.format(arch=arch.name))
 
     made: dict[str, Any] = {"architectures": [arch.hf[0]], "model_type": arch.model_type or arch.name}
-    made |= {k: v for k, v in arch.defaults.items() if k not in ("head_dim", "num_key_value_heads")}
+    made |= {k: v for k, v in arch.defaults.items() if k not in ("head_dim", "num_key_value_heads") and not callable(v)}
     try:
         for pattern, (key, kind) in arch.metadata_keys.items():
             if kind is not dict and (value := get(pattern)) is not None:
@@ -89,8 +89,8 @@ def config(
             made["rope_scaling"] = longrope_scaling(get, factors[ROPE_LONG], factors[ROPE_SHORT], context)
         if arch.restored is not None:
             made |= arch.restored(get)
-            if "rope_parameters" in made:  # one spelling of rope is enough
-                made = {k: v for k, v in made.items() if k not in ("rope_theta", "rope_scaling")}
+        if "rope_parameters" in made:  # the newer spelling, of layers that differ
+            made = {k: v for k, v in made.items() if k not in ("rope_theta", "rope_scaling")}
         arch.state_implied(made)
     except (TypeError, ValueError, KeyError, ZeroDivisionError):
         raise FormatError(path, f"{arch.name}.*: a value is no number where one is needed") from None

@@ -1,5 +1,6 @@
 """gpt-oss: attention sinks, a window in every other layer, experts with biases whose gates and ups alternate."""
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -9,7 +10,9 @@ import gguf
 from ..errors import UnsupportedError
 from .base import DECODER, Arch, Config, From, ScaleGroup, Tensor, interleaved
 from .keys import METADATA
-from .rope import rope_scaling
+from .rope import rope_metadata, rope_scaling
+
+logger = logging.getLogger(__name__)
 
 _LAYER = "model.layers.{bid}."
 _EXPERTS = _LAYER + "mlp.experts."
@@ -32,7 +35,12 @@ def _computed(h: Config) -> Mapping[str, Any]:
     betas = h["rope"].get("beta_fast", 32), h["rope"].get("beta_slow", 1)
     if h["rope"]["rope_type"] == "yarn" and betas != (32, 1):
         raise UnsupportedError(f"config.json: yarn rope scaling with beta_fast, beta_slow = {betas}: in llama.cpp they are 32, 1")
-    return {}
+    if h["rope"].get("truncate", True) is not True:
+        logger.warning(
+            "config.json: yarn rope scaling with truncate = false: llama.cpp rounds the first and last of the frequencies "
+            "that are blended to whole numbers"
+        )
+    return rope_metadata({k: v for k, v in h["rope"].items() if k != "truncate"})
 
 
 ARCH = Arch(
@@ -73,7 +81,7 @@ ARCH = Arch(
         },
     },
     metadata_keys={
-        **METADATA,
+        **{k: v for k, v in METADATA.items() if v[1] is not dict},  # rope: `_computed`
         gguf.Keys.LLM.EXPERT_COUNT: ("num_local_experts", int),
         gguf.Keys.LLM.EXPERT_USED_COUNT: ("num_experts_per_tok", int),
         gguf.Keys.Attention.SLIDING_WINDOW: ("sliding_window", int),

@@ -115,10 +115,7 @@ def rope_metadata(rope: Mapping[str, Any]) -> dict[str, Any]:
         found[_K.SCALING_FACTOR] = float(rope["factor"])
     if kind == "yarn":
         if rope.get("truncate", True) is not True:
-            logger.warning(
-                "config.json: yarn rope scaling with truncate = false: llama.cpp rounds the first and last of the frequencies "
-                "that are blended to whole numbers"
-            )
+            raise UnsupportedError("config.json: yarn rope scaling with truncate = false does not exist in llama.cpp")
         found[_K.SCALING_ORIG_CTX_LEN] = int(rope["original_max_position_embeddings"])
         names = {
             "extrapolation_factor": _K.SCALING_YARN_EXT_FACTOR,

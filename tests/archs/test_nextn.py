@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 import quantforge as qf
 from quantforge import archs
-from quantforge.formats import open_source
+from quantforge.formats import open_path
 from tests.archs import models
 from tests.archs.test_logits import TOKENS, TOLERANCE, error, reference
 from tests.llama_cpp import Llama
@@ -40,7 +40,7 @@ def test_prediction_layers_are_kept(name: str, tmp_path: Path) -> None:
     added = with_prediction_layer(directory, arch)
     assert added
     qf.convert(directory, tmp_path / "f32.gguf", "F32")
-    with open_source(tmp_path / "f32.gguf") as source:
+    with open_path(tmp_path / "f32.gguf") as source:
         blocks = source.config[f"{arch.name}.block_count"]
         assert source.config[f"{arch.name}.nextn_predict_layers"] == 1
     with Llama(tmp_path / "f32.gguf") as llama:

@@ -34,7 +34,8 @@ class From:
     """A tensor of the checkpoint that a role is made of, where that is not simply the same tensor."""
 
     name: str
-    """With {bid} for the layer. With {eid}: one tensor for each of the first of the role's dimensions, stacked.
+    """With {bid} for the layer, or a size of its own where layers are numbered otherwise. With {eid}: one tensor for each of
+    the first of the role's dimensions, stacked.
     Without a suffix it is a weight (".weight", and ".bias" where the role has one)."""
     dims: Dims = ()
     """Its shape; empty: the role's, or one expert's part of it."""
@@ -385,7 +386,7 @@ class Arch:
         for stem, tensor in self.tensors.items():
             if tensor.tied and h.get(tensor.tied):
                 continue
-            in_blocks = any("{bid}" in o.name for o in tensor.origins)
+            in_blocks = bool(tensor.where) or any("{bid}" in o.name for o in tensor.origins)
             for bid in range(layers) if in_blocks else [None]:
                 if bid is not None and not _is(tensor.where, kinds[bid]):
                     continue
@@ -481,7 +482,7 @@ class _Role:
             raise ShapeError(f"{self.name}: {self.shape[0]} experts; the limit is {_MOST_EXPERTS}")
         suffix = ".bias" if self.is_bias and origin.suffix == ".weight" else "_bias" if self.is_bias else origin.suffix
         for eid in range(self.shape[0]) if stacked else [None]:
-            yield origin.name.format(bid=self.bid, eid=eid) + suffix, shape
+            yield origin.name.format(**{**self.sizes, "bid": self.bid, "eid": eid}) + suffix, shape
 
 
 def _is(where: str, kinds: Collection[str]) -> bool:

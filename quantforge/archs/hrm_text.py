@@ -5,7 +5,7 @@ from typing import Any
 
 import gguf
 
-from .base import Arch, Config, From, Tensor, part
+from .base import NEEDED, Arch, Config, From, Tensor, part
 from .keys import METADATA
 
 _llm, _att, _rope = gguf.Keys.LLM, gguf.Keys.Attention, gguf.Keys.Rope
@@ -64,6 +64,7 @@ ARCH = Arch(
         **_blocks("L", "bid"),
         **{f"blk.{{bid}}.{role}": t for role, t in _blocks("H", "above").items()},
     },
+    needed=(*NEEDED, "H_cycles", "L_cycles"),
     defaults={
         "max_position_embeddings": 2048,
         "rms_norm_eps": 1e-6,

@@ -34,8 +34,8 @@ class From:
     """A tensor of the checkpoint that a role is made of, where that is not simply the same tensor."""
 
     name: str
-    """With {bid} for the layer, or {nextn} for its number among the prediction layers. With {eid}: one tensor for each of the
-    first of the role's dimensions, stacked.
+    """With {bid} for the layer, {nextn} for its number among the prediction layers, or a size of its own where layers are
+    numbered otherwise. With {eid}: one tensor for each of the first of the role's dimensions, stacked.
     Without a suffix it is a weight (".weight", and ".bias" where the role has one)."""
     dims: Dims = ()
     """Its shape; empty: the role's, or one expert's part of it."""
@@ -541,7 +541,7 @@ class _Role:
         suffix = ".bias" if self.is_bias and origin.suffix == ".weight" else "_bias" if self.is_bias else origin.suffix
         for eid in range(self.shape[0]) if stacked else [None]:
             nextn = None if self.bid is None else self.bid - self.trunk
-            yield origin.name.format(bid=self.bid, eid=eid, nextn=nextn) + suffix, shape
+            yield origin.name.format(**{**self.sizes, "bid": self.bid, "eid": eid, "nextn": nextn}) + suffix, shape
 
 
 def _is(where: str, kinds: Collection[str]) -> bool:

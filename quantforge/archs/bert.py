@@ -33,7 +33,7 @@ def _computed(h: Config) -> dict[str, Any]:
 
 def _first(h: Config) -> int:
     """The row of position_embeddings that is the first token's."""
-    return h["pad_token_id"] + 1 if h["positions_from_pad"] else 0
+    return int(h["pad_token_id"]) + 1
 
 
 _bert = Arch(
@@ -79,7 +79,7 @@ def _from_pad(*names: str, sample: dict[str, Any]) -> Arch:
         _bert,
         hf=names,
         tensors={**_bert.tensors, "position_embd": Tensor(("context", "embd"), rows)},
-        defaults={**_bert.defaults, "pad_token_id": 1, "positions_from_pad": True},
+        defaults={**_bert.defaults, "pad_token_id": 1},
         computed=_computed,
         dims=lambda h, layer: {
             "types": h["type_vocab_size"],

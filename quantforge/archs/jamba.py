@@ -5,7 +5,7 @@ from typing import Any
 
 import gguf
 
-from .base import DECODER, Arch, Config, Tensor, experts
+from .base import DECODER, NEEDED, Arch, Config, Tensor, experts
 from .keys import METADATA
 from .mamba import mixer, rank
 
@@ -61,6 +61,7 @@ ARCH = Arch(
     }
     | mixer(_LAYER + "mamba.", "mamba")
     | experts(_LAYER + "feed_forward", "experts", router="router"),
+    needed=(*NEEDED, "num_experts", "attn_layer_period", "expert_layer_period", "mamba_d_state", "mamba_d_conv"),
     defaults={
         "max_position_embeddings": 262144,
         "num_key_value_heads": 8,

@@ -55,7 +55,7 @@ _mamba = Arch(
         "attn_norm": Tensor(("embd",), "backbone.layers.{bid}.norm"),
     }
     | mixer("backbone.layers.{bid}.mixer."),
-    needed=NEEDED,
+    needed=(*NEEDED, "state_size", "conv_kernel"),
     defaults={"state_size": 16, "conv_kernel": 4, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True},
     metadata_keys={
         _llm.BLOCK_COUNT: ("num_hidden_layers", int),

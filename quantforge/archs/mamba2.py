@@ -27,7 +27,7 @@ def mixer(stem: str) -> dict[str, Tensor]:
 def any_step(h: Config) -> object:
     """time_step_limit, where it limits nothing."""
     given = h.get("time_step_limit")
-    free = given is None or (next(iter(given)) == 0.0 and list(given)[1] in (float("inf"), {"__float__": "Infinity"}))
+    free = given is None or list(given) in ([0.0, float("inf")], [0.0, {"__float__": "Infinity"}])
     return given if free else [0.0, float("inf")]
 
 
@@ -42,7 +42,7 @@ ARCH = Arch(
         "ssm_norm": Tensor(("groups", "inner/groups"), From(_LAYER + "mixer.norm", ("inner",))),
     }
     | mixer(_LAYER + "mixer."),
-    needed=(*NEEDED, "num_heads"),
+    needed=(*NEEDED, "num_heads", "n_groups", "state_size", "conv_kernel"),
     defaults={
         "state_size": 128,
         "conv_kernel": 4,

@@ -26,7 +26,7 @@ ARCH = Arch(
         "attn_kv_b": Tensor(("heads*plain+values", "kv_rank"), _SELF + "kv_b_proj"),
         "attn_output": Tensor(("embd", "values"), _SELF + "o_proj"),
     },
-    needed=(*NEEDED, "q_lora_rank"),
+    needed=(*NEEDED, "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim"),
     defaults={
         "max_position_embeddings": 32768,
         "rms_norm_eps": 1e-5,

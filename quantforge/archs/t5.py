@@ -6,7 +6,7 @@ from typing import Any
 
 import gguf
 
-from .base import Arch, Config, Tensor
+from .base import NEEDED, Arch, Config, Tensor
 
 _llm, _att = gguf.Keys.LLM, gguf.Keys.Attention
 
@@ -82,6 +82,7 @@ _encoder = Arch(
         "num_hidden_layers": "num_layers",
         "head_dim": "d_kv",
     },
+    needed=(*NEEDED, "d_kv", "relative_attention_num_buckets"),
     defaults={
         "d_kv": 64,
         "layer_norm_epsilon": 1e-6,

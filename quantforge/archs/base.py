@@ -299,7 +299,7 @@ class Arch:
 
     def _some_names(self) -> set[str]:
         """Names of the first block, which tell a checkpoint's prefix."""
-        return {f"{o.name}{o.suffix}".format(bid=0, eid=0) for t in self.tensors.values() for o in t.origins}
+        return {re.sub(r"\{\w+\}", "0", f"{o.name}{o.suffix}") for t in self.tensors.values() for o in t.origins}
 
     def weights(
         self,
@@ -517,7 +517,7 @@ class _Role:
             groups = size(origin.groups, self.sizes) if origin.groups and not self.is_bias else 0
             for name, shape in self._named(origin):
                 shapes[name] = shape
-                count = len(rows) if rows is not None else prod(shape) // (1 if self.single else width(self.shape))
+                count = len(rows) if rows is not None else prod(shape) // max(1, 1 if self.single else width(self.shape))
                 if groups:
                     count = groups * shape[-1]
                 pieces.append(Piece(name, count, rows, groups))

@@ -172,7 +172,7 @@ def inverted(weights: Iterable[Weight], sources: Mapping[str, Shape]) -> dict[st
                 order = numbers(w.order)
                 inside = np.flatnonzero((order >= span.start) & (order < span.stop))
                 there, here = inside, order[inside] - span.start
-            if len(sources[piece.source]) == 1 and width(w.shape) > 1:  # vectors stacked: number by number
+            if not w.single and len(sources[piece.source]) == 1 and width(w.shape) > 1:  # vectors stacked: number by number
                 there, here = (_widened(rows, width(w.shape)) for rows in (there, here))
             held.setdefault(piece.source, []).append((w, piece, there, here))
     return {name: _inverse(name, sources[name], parts) for name, parts in held.items()}

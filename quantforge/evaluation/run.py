@@ -204,7 +204,7 @@ class _Party:
                 )
 
     def _check_vocabulary(self, candidate: Model) -> None:
-        mine, ref = int(candidate.config["vocab_size"]), int(self.reference.config["vocab_size"])
+        mine, ref = candidate.shape()["vocabulary"], self.reference.shape()["vocabulary"]
         if mine != ref:
             raise ShapeError(
                 f"{candidate.name} has a vocabulary of {mine}, the reference {self.reference.name} one of {ref}: not comparable"

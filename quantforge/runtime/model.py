@@ -302,14 +302,17 @@ class Model(StoredModel):
             try:
                 with self._instead(note):
                     base(input_ids=ids, use_cache=False)
-            except (TypeError, ValueError, IndexError, RuntimeError, AttributeError):
+            except (TypeError, ValueError, IndexError, RuntimeError, AttributeError) as e:
                 if form is _FORMS[-1] or self._form is not None:
-                    raise
+                    raise self._not_by_blocks() from e
                 continue
             if len(seen) == len(self.layers) and all(h is chain[0] for h in chain):
                 self._form = form
                 return chain[0], seen
-        raise UnsupportedError(
+        raise self._not_by_blocks()
+
+    def _not_by_blocks(self) -> UnsupportedError:
+        return UnsupportedError(
             f"{self.name}: {type(self.module).__name__} computes between its blocks; it cannot be run block by block"
         )
 

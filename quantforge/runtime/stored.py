@@ -122,11 +122,16 @@ class StoredModel:
         """A parameter by transformers' own operations, or by rows of decoded checkpoint tensors."""
         origin = self.origins[name]
         if isinstance(origin, Conversion):
-            return origin.apply(self.decode)
+            return origin.apply(self._stored_numbers)
         plain = codecs.get("F32")
-        tensors = {s: self.decode(s) for s in origin.sources}
+        tensors = {s: self._stored_numbers(s) for s in origin.sources}
         held = Held({s: Encoded(plain, w.shape, plain.encode(w)) for s, w in tensors.items()})
         return decoded(read_rows(cast("Source", held), origin)).reshape(origin.shape)
+
+    def _stored_numbers(self, tensor: str) -> F32:
+        """A tensor of the checkpoint, whose name may be a parameter's that is made of it: f32."""
+        place = self.places[tensor]
+        return decoded(read_rows(self.source, place), os.cpu_count() or 1).reshape(place.shape)
 
     def release(self, name: str) -> None:
         """Tell the system that this tensor's pages are not needed any more."""
@@ -257,6 +262,8 @@ def _keeps_keys(module: torch.nn.Module) -> bool:
 
 def _kv_width(c: Any, layer: int) -> int:
     """Numbers that a token adds to the keys and values of a layer."""
+    own = getattr(c, "per_layer_config", None)  # of layers that differ
+    c = c if own is None else own[layer]
     heads = c.num_attention_heads
     kv = getattr(c, "num_key_value_heads", None) or heads
     heads, kv = (x[layer] if isinstance(x, list | tuple) else x for x in (heads, kv))

@@ -12,6 +12,7 @@ import pytest
 
 import quantforge as qf
 from quantforge import archs
+from quantforge.errors import UnsupportedError
 from tests.archs import models
 from tests.llama_cpp import Llama
 
@@ -78,9 +79,14 @@ def test_logits_equal_transformers(name: str, sample: str, tmp_path: Path) -> No
     proven(name=name, sample=sample, logits=worst, back=again)
     if not models.decoder(directory):
         return  # no next token to compare by
-    both = qf.evaluate(
-        [tmp_path / "f32.gguf"], reference=directory, chunks=2, ctx=64, metrics=["kld"], noise_floor=False,
-    )  # fmt: skip
+    try:
+        both = qf.evaluate(
+            [tmp_path / "f32.gguf"], reference=directory, chunks=2, ctx=64, metrics=["kld"], noise_floor=False,
+        )  # fmt: skip
+    except UnsupportedError as e:  # blocks that share keys, or stacks that run several times: said, and left out of the table
+        if "it cannot be run block by block" not in str(e):
+            raise
+        return
     kld = both.models[0].kld_mean
     assert kld is not None and abs(kld) < 1e-6
     proven(name=name, sample=sample, kld=abs(kld))

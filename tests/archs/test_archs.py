@@ -303,6 +303,7 @@ def test_configs_that_cannot_be(change):
         ("Qwen3ForCausalLM", {"attention_bias": True}),
         ("Qwen2ForCausalLM", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}),
         ("MistralForCausalLM", {"hidden_act": "gelu"}),
+        ("Gemma2ForCausalLM", {"query_pre_attn_scalar": 224, "head_dim": 256}),
     ],
 )
 def test_what_llama_cpp_cannot_run_is_refused(name, change):

@@ -1,5 +1,6 @@
 # make demo   set up .venv, convert the shipped model, let llama.cpp speak with it
 # make test   set up .venv, lint, type-check, run the tests
+# make architectures   prove every architecture and write docs/architectures.md
 # make cuda   build the CUDA kernels (without make: QUANTFORGE_CUDA=1 pip install .)
 # make test-clients    load our GPTQ and AWQ checkpoints in GPTQModel and transformers, in .venv-clients
 # make test-backends   quantize with GPTQModel, auto-round, llm-compressor and AutoAWQ (convert --backend)
@@ -9,7 +10,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 KERNELS := $(wildcard kernels/*.h kernels/cpu/*)
 
-.PHONY: setup build cuda gpu gpu-test demo test test-all architectures test-clients test-backends test-legacy lint bench clean
+.PHONY: setup build cuda gpu gpu-test demo test architectures test-clients test-backends test-legacy lint bench clean
 .NOTPARALLEL:
 
 setup: $(VENV)/.installed build

@@ -71,6 +71,8 @@ def meta_module(config: Mapping[str, Any], source: Source, dtype: torch.dtype) -
     finally:
         torch.set_default_dtype(before)
         hook.remove()
+    if module.get_output_embeddings() is None:
+        raise UnsupportedError(f"{source.path}: {cls.__name__} is not a causal language model")
     return module.eval()
 
 

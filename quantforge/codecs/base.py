@@ -392,10 +392,12 @@ class GgmlCodec(Codec):
         for scale in self.scales({"data": data}, w.shape):
             if scale.dtype != np.float16:
                 continue
+            largest = np.abs(w).reshape(*scale.shape, -1).max(-1, initial=0)
             # weights that no f16 scale reaches: the squares of some overflow, and what is fitted to them is any number
-            far = np.abs(w).reshape(*scale.shape, -1).max(-1, initial=0) > _NO_SCALE_REACHES
-            bad = ~(np.abs(scale.astype(np.float32)) < _F16_MAX) | far
-            raise_out_of_range(w, bad, self, f"{self.name} stores its blocks' scales in f16, up to {_F16_MAX}")
+            bad = ~(np.abs(scale.astype(np.float32)) < _F16_MAX) | (largest > _NO_SCALE_REACHES)
+            reason = f"{self.name} stores its blocks' scales in f16, up to {_F16_MAX}"
+            raise_out_of_range(w, bad & (largest >= _F16_MAX), self, reason)
+            raise_out_of_range(w, bad, self, f"fitted with this importance, {self.name}'s scales leave f16 (up to {_F16_MAX})")
 
     def _encode_inputs(self, importance: F32 | None, shape: tuple[int, ...]) -> Iterator[tuple[slice, list[Array], list[Array]]]:
         """Rows, and what the kernel gets with them: arrays with a row for each, and arrays that all of them share."""

@@ -13,6 +13,7 @@ from ..codecs.integers import IntegerCodec
 from ..codecs.plain import prevailing
 from ..errors import RecipeError, UnsupportedError
 from ..formats import Source
+from ..layouts.base import whole_groups
 from ..recipes.linears import Scheme
 from .options import CHECKPOINT, Options
 from .plan import Plan, all_floats, decide
@@ -20,7 +21,6 @@ from .plan import Plan, all_floats, decide
 
 def decide_with(library: Library, source: Source, options: Options) -> Plan:
     """As `plan.decide`; the plan's `finish` says what becomes of what the library leaves. Raises BackendError, too."""
-    library.check(options.device)
     if not (source.path / "config.json").is_file() or formats.get(source.format).gguf_names:
         raise UnsupportedError(
             f"{source.path}: --backend needs a checkpoint directory as transformers loads it; "
@@ -62,6 +62,10 @@ def decide_with(library: Library, source: Source, options: Options) -> Plan:
     changed = any((options.max_shard_size, options.tensor_types, options.pre_tokenizer, options.layout_options))
     adopt = as_is and not elsewhere and format != CHECKPOINT and not changed
     first = decide(source, replace(how, method=library))
+    for planned in first.tensors:
+        if isinstance(planned.target, IntegerCodec):
+            whole_groups(planned.target, planned.shape)
+    library.check(options.device)  # the last: what is wrong with the order should not be told after an installation
     then = how
     if as_is and (adopt or elsewhere or format == CHECKPOINT):
         then = replace(base, recipe=recipes.AS_STORED, format=options.format if elsewhere else None)

@@ -85,6 +85,7 @@ def encode(unit: str, name: str, w: np.ndarray, q: np.ndarray | None = None) -> 
 
 
 @pytest.mark.parametrize(("unit", "name"), TYPES)
+@pytest.mark.usefixtures("unchecked")
 def test_bytes_are_those_of_the_cpu(unit: str, name: str) -> None:
     codec = codecs.get(name)
     assert isinstance(codec, GgmlCodec)

@@ -58,6 +58,7 @@ def importances(rng: np.random.Generator) -> dict[str, F32 | None]:
 @pytest.mark.parametrize(("low", "high"), [(0, 0), (-3, 3), (-44, 38)])
 @pytest.mark.parametrize("size", [16, 32, 256])
 @pytest.mark.parametrize("name", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])
+@pytest.mark.usefixtures("unchecked")
 def test_unlike_groups(name: str, size: int, low: float, high: float, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng([size, int(high)])
     w = rows_of_unlike_groups(rng, size, low, high)

@@ -169,7 +169,7 @@ def first_marlin() -> Any:
     source = Path(os.environ["MARLIN"])
     kernel = source / "marlin" / "marlin_cuda_kernel.cu"
     library = Path(os.environ.get("MARLIN_BUILD", source)) / "libmarlin.so"
-    if not library.exists() or library.stat().st_mtime < kernel.stat().st_mtime:
+    if not library.exists() or (kernel.exists() and library.stat().st_mtime < kernel.stat().st_mtime):
         arch = "{}{}".format(*torch.cuda.get_device_capability()) if torch.cuda.is_available() else "90"
         flags = [
             "-O3",

@@ -22,6 +22,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ class Session:
     def __init__(self, out: Path, seconds: float) -> None:
         self.out, self.until = out, time.monotonic() + seconds
         self.process: subprocess.Popen[bytes] | None = None
+        self.failed: list[str] = []
         out.mkdir(parents=True, exist_ok=True)
 
     @property
@@ -90,6 +92,7 @@ class Session:
         result = f"killed after {took:.0f} s:" if why else f"{'ok' if code == 0 else f'exit status {code}'} after {took:.0f} s"
         self.say({"step": step.name, "result": result, "why": why})
         if code != 0:
+            self.failed.append(step.name)
             with path.open("rb") as log:
                 log.seek(start)
                 print(b"\n".join(log.read().splitlines()[-12:]).decode(errors="replace"), flush=True)
@@ -113,21 +116,15 @@ class Session:
 
     def stop(self) -> None:
         """End the process that runs, and all that it started."""
-        process, self.process = self.process, self.process
+        process = self.process
         if process is None or process.poll() is not None:
             return
         for number, patience in ((signal.SIGTERM, GRACE), (signal.SIGKILL, GRACE)):
-            try:
+            with suppress(ProcessLookupError, subprocess.TimeoutExpired):
                 os.killpg(process.pid, number)
                 process.wait(patience)
-            except ProcessLookupError:
-                break
-            except subprocess.TimeoutExpired:
-                continue
-        try:  # what outlived it
+        with suppress(ProcessLookupError):  # what outlived it
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
 
 
 def unpacked() -> dict[str, str]:
@@ -196,7 +193,7 @@ def first(a: argparse.Namespace, session: Session) -> None:
     lines = ["--json", str(a.out / "session.jsonl")]
     if not session.run(Step("smoke", smoke(a, *lines), 60)):
         session.say({"step": "end", "result": "nothing else is worth trying"})
-        sys.exit(1)
+        return
     session.run(tests("first", a.out, 0.35 * session.left))
     session.run(bench(a, "bench", min(200, session.left - 60), "--quick", "--parts", "products"))
     tables(a, session, "bench")
@@ -256,6 +253,8 @@ def main() -> None:
     finally:
         session.stop()
         print(f"{a.seconds or seconds:.0f} s, {session.left:.0f} s of them left", flush=True)
+    if session.failed:
+        sys.exit(f"not well: {', '.join(session.failed)}")
 
 
 if __name__ == "__main__":

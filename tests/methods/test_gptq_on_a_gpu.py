@@ -107,14 +107,8 @@ def test_what_does_not_fit_is_refused() -> None:
     kernel = emulated("feedback")["", "feedback"]
 
     def call(columns: int, rows: int, **other: np.ndarray) -> int:
-        w = np.zeros((columns, rows), np.float32)
-        given = {
-            "w": w,
-            "u": np.eye(columns, dtype=np.float32),
-            "step": w + 1,
-            "offset": w[:0].reshape(-1),
-            "levels": np.array([8, 0, 15], np.int32),
-        }
+        w, u = np.zeros((columns, rows), np.float32), np.eye(columns, dtype=np.float32)
+        given = {"w": w, "u": u, "step": w + 1, "offset": np.empty(0, np.float32), "levels": np.array([8, 0, 15], np.int32)}
         given |= other
         made = [np.zeros((columns, rows), np.uint8), np.zeros((columns, rows), np.float32)]
         return int(kernel(native._describe(list(given.values())), 5, native._describe(made), 2, None))

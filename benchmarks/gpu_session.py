@@ -29,6 +29,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PACK = ROOT / "out" / "gpu-pack"
+SMOKE = 120
+"""Seconds: half a minute is usual, but a fresh machine may read its libraries slowly."""
 QUIET = 100
 """Seconds without a word after which a step hangs."""
 GRACE = 6
@@ -50,8 +52,9 @@ class Step:
 class Session:
     """Runs steps until the time is over."""
 
-    def __init__(self, out: Path, seconds: float) -> None:
-        self.out, self.until = out, time.monotonic() + seconds
+    def __init__(self, out: Path, seconds: float, slow: float) -> None:
+        """slow: what a step's own time is multiplied with."""
+        self.out, self.until, self.slow = out, time.monotonic() + seconds, slow
         self.process: subprocess.Popen[bytes] | None = None
         self.failed: list[str] = []
         out.mkdir(parents=True, exist_ok=True)
@@ -68,7 +71,7 @@ class Session:
 
     def run(self, step: Step) -> bool:
         """True if it ended well."""
-        seconds = min(step.seconds, self.left - GRACE)
+        seconds = min(self.slow * step.seconds, self.left - GRACE)
         if seconds < step.least:
             self.say({"step": step.name, "result": "left out:", "why": f"{max(0, self.left):.0f} s left"})
             return False
@@ -110,9 +113,9 @@ class Session:
                 now = time.monotonic()
             if (written := log.stat().st_size) != size:
                 size, heard = written, now
-            if now > until or now > heard + QUIET:
+            if now > until or now > heard + self.slow * QUIET:
                 self.stop()
-                return f"it hangs, nothing for {QUIET} s" if now > heard + QUIET else "its time is over"
+                return f"it hangs, nothing for {now - heard:.0f} s" if now < until else "its time is over"
 
     def stop(self) -> None:
         """End the process that runs, and all that it started."""
@@ -191,7 +194,7 @@ def sanitizer(a: argparse.Namespace) -> Step | None:
 def first(a: argparse.Namespace, session: Session) -> None:
     """Whether it works; whether every kernel is right; how fast products are."""
     lines = ["--json", str(a.out / "session.jsonl")]
-    if not session.run(Step("smoke", smoke(a, *lines), 60)):
+    if not session.run(Step("smoke", smoke(a, *lines), SMOKE)):
         session.say({"step": "end", "result": "nothing else is worth trying"})
         return
     session.run(tests("first", a.out, 0.35 * session.left))
@@ -245,7 +248,9 @@ def main() -> None:
     p.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     a = p.parse_args()
     steps, seconds = CALLS[a.call]
-    session = Session(a.out, a.seconds or seconds)
+    if a.device == "cpu":  # however slow the machine is
+        seconds *= 10
+    session = Session(a.out, a.seconds or seconds, 10 if a.device == "cpu" else 1)
     os.environ |= unpacked()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     try:

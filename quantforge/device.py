@@ -18,7 +18,7 @@ import numpy as np
 
 from . import codecs, native
 from .arrays import BF16, F32, Array, Parts, to_numpy
-from .codecs import Codec, Encoded
+from .codecs import Codec, Encoded, GridCodec
 from .codecs.base import GgmlCodec, check_block, check_importance
 from .codecs.iquants import KSIGNS, IQCodec
 from .codecs.plain import PlainCodec
@@ -143,6 +143,18 @@ def decode(codec: GgmlCodec, data: torch.Tensor, shape: tuple[int, ...]) -> torc
     tables = [torch.from_numpy(np.array(t)) for t in (codec.entries, KSIGNS)] if isinstance(codec, IQCodec) else []
     launch(codec.name, "decode", [data.reshape(len(rows), -1), *tables], [rows], data.device)
     return w
+
+
+def decode_on(e: Encoded, device: torch.device) -> torch.Tensor:
+    """`e.decode()` on a device: f32[shape]. On CUDA by a kernel or the codec's grid, where there is one; the same bits."""
+    import torch
+
+    if device.type == "cuda" and isinstance(e.codec, GgmlCodec) and has_kernel(e.codec, "decode"):
+        return decode(e.codec, torch.from_numpy(e.parts["data"]).to(device), e.shape)
+    if device.type == "cuda" and isinstance(e.codec, GridCodec) and len(e.shape) == 2:
+        codes, params = e.codec.unpack(e.parts, (e.shape[0], e.shape[1]))
+        return e.codec.expand(codes.to(device), {k: p.to(device) for k, p in params.items()})
+    return torch.from_numpy(e.decode()).to(device)
 
 
 def launch(codec: str, op: str, inputs: list[torch.Tensor], outputs: list[torch.Tensor], device: torch.device) -> None:

@@ -86,6 +86,7 @@ class GPTQ(Method):
     damping: float = 0.01
     act_order: bool = False
     static_groups: bool = False
+    sequential: bool = True
 
     name = "gptq"
     needs = frozenset({"hessian"})
@@ -100,8 +101,13 @@ class GPTQ(Method):
             "desc_act": self.act_order,
             "static_groups": self.static_groups,
             "damp_percent": self.damping,
-            "true_sequential": True,
+            "true_sequential": self.sequential,
         }
+
+    @property
+    def one_pass(self) -> bool:
+        """See `Method.one_pass`."""
+        return not self.sequential
 
     def takes(self, codec: Codec) -> bool:
         """Every grid."""

@@ -2,6 +2,7 @@
 # make test   set up .venv, lint, type-check, run the tests
 # make architectures   prove every architecture and write docs/architectures.md
 # make cuda   build the CUDA kernels (without make: QUANTFORGE_CUDA=1 pip install .)
+# make gpu-pack, gpu-rehearse, gpu   what fifteen minutes of a GPU are for (docs/gpu.md)
 # make test-clients    load our GPTQ and AWQ checkpoints in GPTQModel and transformers, in .venv-clients
 # make test-backends   quantize with GPTQModel, auto-round, llm-compressor and AutoAWQ (convert --backend)
 # make test-legacy     load our GPTQ checkpoints in AutoGPTQ 0.7.1, in .venv-legacy
@@ -10,7 +11,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 KERNELS := $(wildcard kernels/*.h kernels/cpu/*)
 
-.PHONY: setup build cuda gpu gpu-test demo test architectures test-clients test-backends test-legacy lint bench clean
+.PHONY: setup build cuda gpu gpu-pack gpu-rehearse gpu-test demo test architectures test-clients test-backends test-legacy lint bench clean
 .NOTPARALLEL:
 
 setup: $(VENV)/.installed build
@@ -31,10 +32,24 @@ cuda: quantforge/_cuda.so
 quantforge/_cuda.so: setup.py $(KERNELS) $(wildcard kernels/cuda/*) | $(VENV)/.installed
 	QUANTFORGE_CUDA=only $(PY) setup.py -q build_ext --inplace
 
-# half an hour on a machine with a GPU, with its own torch: build, tests, benchmark, compute-sanitizer; logs in out/gpu
-gpu:
-	PY=$(GPU_PY) benchmarks/gpu_session.sh out/gpu
+# before there is a GPU: gather what its machine lacks. PEERS=DIR: with sources of marlin and ggml in it (docs/gpu.md)
+PACK := out/gpu-pack
+gpu-pack: setup
+	$(PY) benchmarks/gpu_pack.py $(PACK) $(if $(PEERS),--peers $(PEERS))
+
+# both calls on the CPU, in a tree of its own, by a Python as that machine's
+REHEARSAL := out/rehearsal
+gpu-rehearse: gpu-pack .venv-gpu/.installed
+	rm -rf $(REHEARSAL) && mkdir -p $(REHEARSAL)/tree/out
+	git ls-files -z | xargs -0 cp --parents -t $(REHEARSAL)/tree
+	cp -r $(PACK) $(REHEARSAL)/tree/out/
+	for call in first second; do \
+		$(abspath .venv-gpu/bin/python) $(REHEARSAL)/tree/benchmarks/gpu_session.py $$call $(REHEARSAL) --device cpu || exit 1; done
+
+# both calls on a machine with a GPU, with its own torch
 GPU_PY ?= python3
+gpu:
+	for call in first second; do $(GPU_PY) benchmarks/gpu_session.py $$call out/gpu; done
 
 # on a machine with a GPU, with its own torch: make gpu-test PY=python3
 gpu-test: quantforge/_cuda.so
@@ -80,6 +95,13 @@ $(LEGACY)/.installed: constraints-legacy.txt
 	$(INSTALL) $< transformers datasets peft accelerate numpy gekko rouge sentencepiece zstandard
 	BUILD_CUDA_EXT=0 $(INSTALL) $< --no-deps --no-build-isolation --no-binary auto-gptq,autoawq auto-gptq autoawq
 	touch $@
+
+# a machine with a GPU, as far as one goes without: its torch is a build for CUDA, of which 5 GB come along
+.venv-gpu/.installed: constraints-gpu.txt
+	$(PYTHON312) -m venv $(@D)
+	$(INSTALL) $< torch triton transformers numpy safetensors ml_dtypes pytest pytest-xdist pytest-timeout hypothesis setuptools
+	touch $@
+PYTHON312 ?= python3.12
 
 test-clients: build $(CLIENTS)/.installed
 	GPTQMODEL_CPU_WORKERS=2 $(CLIENTS)/bin/python -m pytest -rs tests/clients/test_checkpoints.py

@@ -1,6 +1,6 @@
-"""Products of quantized weights on a GPU against bf16 and other libraries; generation, evaluation and encoding.
+"""Products of quantized weights on a GPU against bf16 and other libraries; encoding, GPTQ, generation, evaluation.
 
-    python benchmarks/gpu.py [--quick] [--json FILE] [--parts products,encode,model] [--codecs ...] [--ways]
+    python benchmarks/gpu.py [--quick] [--json FILE] [--parts products,encode,gptq,model] [--codecs ...] [--ways]
     python benchmarks/gpu.py --readme FILE...     the README's tables of a run, or of several on one machine
     python benchmarks/gpu.py --device cpu --smoke a dry run of the same code, tiny and without graphs
 
@@ -30,7 +30,7 @@ Job = tuple[str, Callable[..., Iterator[Any]], tuple[Any, ...]]
 BEST = (8192, 8192)
 SHAPES = [BEST, (4096, 4096), (4096, 14336), (14336, 4096), (28672, 8192)]  # rows, columns
 MS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096]
-FEW_MS = [1, 16, 64]
+FEW_MS = [1, 8, 16, 64, 256]
 QUICK = ["Q8_0", "Q6_K", "Q4_K", "Q4_0", "IQ4_XS", "nf4", "int4-g128-sym", "IQ2_XXS"]
 CODECS = [*QUICK, "int4-g128-asym", "Q5_K", "Q4_1", "IQ4_NL", "MXFP4", "IQ3_XXS"]
 
@@ -39,10 +39,10 @@ def options() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     p.add_argument("--smoke", action="store_true", help="tiny shapes")
-    p.add_argument("--quick", action="store_true", help="eight codecs, all M on 8192×8192 and three on the others")
+    p.add_argument("--quick", action="store_true", help="eight codecs, two shapes, five numbers of activations")
     p.add_argument("--ways", action="store_true", help="every way of each product, for products.UP_TO")
     p.add_argument("--tune", action="store_true", help="every configuration of the Triton kernels, and sizes of slabs")
-    p.add_argument("--parts", default="products,encode,model")
+    p.add_argument("--parts", default="products,encode,gptq,model,compiled", help="in this order")
     p.add_argument("--codecs", help="instead of the list, with commas")
     p.add_argument("--shapes", help="such as 8192x8192,4096x14336: rows x columns")
     p.add_argument("--m", help="numbers of activations, with commas")
@@ -58,10 +58,10 @@ def product_jobs(a: argparse.Namespace) -> Iterator[Job]:
     from benchmarks.on_gpu import peers, products
 
     names = a.codecs.split(",") if a.codecs else QUICK if a.quick or a.smoke else CODECS
-    shapes = [tuple(map(int, s.split("x"))) for s in a.shapes.split(",")] if a.shapes else [(256, 512)] if a.smoke else SHAPES
-    given = [int(m) for m in a.m.split(",")] if a.m else [1, 9] if a.smoke else None
-    plan = {(n, k): given or (FEW_MS if a.quick and (n, k) != BEST else MS) for n, k in shapes}
-    for (n, k), ms in plan.items():
+    usual = [(256, 512)] if a.smoke else SHAPES[:2] if a.quick else SHAPES
+    shapes = [tuple(map(int, s.split("x"))) for s in a.shapes.split(",")] if a.shapes else usual
+    ms = [int(m) for m in a.m.split(",")] if a.m else [1, 9] if a.smoke else FEW_MS if a.quick else MS
+    for n, k in shapes:
         if a.device == "cuda":
             yield f"Triton {n}×{k}", products.compile_all, (names, [(n, k)], ms, a.device, a.ways, a.tune)
         for peer in peers.NAMES[:1] if a.no_peers else peers.NAMES:
@@ -70,14 +70,17 @@ def product_jobs(a: argparse.Namespace) -> Iterator[Job]:
             yield f"{name} {n}×{k}", products.rows, (name, n, k, ms, a.device, a.ways, a.tune)
 
 
-def model_jobs(a: argparse.Namespace, work: str) -> Iterator[Job]:
-    """The random model, what it does as bf16 and quantized, the evaluator."""
-    from benchmarks.on_gpu import model
+def model_jobs(a: argparse.Namespace, work: str, parts: list[str]) -> Iterator[Job]:
+    """The random model, what it does as bf16 and quantized, the evaluator, GPTQ of all of it."""
+    from benchmarks.on_gpu import calibrated, model
 
     yield "model", model.prepare, (work, a.device, a.smoke)
-    for name in ("bf16", *model.RECIPES):
-        yield f"generate {name}", model.generate_rows, (work, name, a.device, a.smoke)
-    yield "evaluate", model.evaluate_rows, (work, a.device, a.smoke)
+    for part, ways in (("model", ("graph", "generate")), ("compiled", ("compiled",))):
+        for name in ("bf16", *model.RECIPES) if part in parts else ():
+            yield f"generate {name}, {' and '.join(ways)}", model.generate_rows, (work, name, a.device, a.smoke, ways)
+        if part == "model" and part in parts:
+            yield "evaluate", model.evaluate_rows, (work, a.device, a.smoke)
+            yield "GPTQ of the model", calibrated.whole, (work, a.device, a.smoke)
 
 
 class Session:
@@ -129,7 +132,7 @@ def main() -> None:
     if a.readme:
         print("\n".join(report.readme(merged([load(path) for path in a.readme]))))
         return
-    from benchmarks.on_gpu import harness, model
+    from benchmarks.on_gpu import calibrated, harness, model
 
     run = Run()
     session = Session(run, a.json, a.minutes)
@@ -147,10 +150,12 @@ def main() -> None:
             session.do(list(product_jobs(a)), run.rows, 300 if a.tune else 180)
         if "encode" in parts:
             session.do([("encode", model.encode_rows, (a.device, a.smoke))], run.encode)
-        if "model" in parts:
+        if "gptq" in parts:
+            session.do([("GPTQ of a block", calibrated.blocks, (a.device, a.smoke))], run.model)
+        if {"model", "compiled"} & set(parts):
             session.worker.stop()  # and its memory
             with tempfile.TemporaryDirectory() as work:
-                session.do(list(model_jobs(a, work)), run.model, model.patience(a.smoke))
+                session.do(list(model_jobs(a, work, parts)), run.model, model.patience(a.smoke))
         run.finished = True
     finally:
         session.worker.stop()

@@ -10,8 +10,8 @@
  *   matmul_int8         the same, x as round_activations gives it       the same
  *   round_activations   x f32[m, in]; the codec is ""                   u8[m, bytes]: 8-bit integers and their scales
  *
- * The CUDA library has encode and decode, and for planes (nn/planes.py), by the name of their kernel family, linear and
- * dequantize.
+ * The CUDA library has encode and decode; for planes (nn/planes.py), by the name of their kernel family, linear and
+ * dequantize; and feedback (cuda/feedback.cu).
  */
 #ifndef QUANTFORGE_H
 #define QUANTFORGE_H

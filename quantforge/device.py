@@ -18,7 +18,7 @@ import numpy as np
 
 from . import codecs, native
 from .arrays import BF16, F32, Array, Parts, to_numpy
-from .codecs import Codec, Encoded
+from .codecs import Codec, Encoded, GridCodec
 from .codecs.base import GgmlCodec, check_block, check_importance
 from .codecs.iquants import KSIGNS, IQCodec
 from .codecs.plain import PlainCodec
@@ -119,7 +119,7 @@ def encode(codec: GgmlCodec, w: torch.Tensor, importance: F32 | None = None) -> 
     for i, q in enumerate(parts):
         span = slice(i * step, (i + 1) * step)
         inputs = [rows[span], *([] if q is None else [torch.from_numpy(q).to(w.device)]), *tables]
-        _call(codec, "encode", inputs, [out[span], bad], w.device)
+        launch(codec.name, "encode", inputs, [out[span], bad], w.device)
     return data, bad
 
 
@@ -141,17 +141,30 @@ def decode(codec: GgmlCodec, data: torch.Tensor, shape: tuple[int, ...]) -> torc
     w = torch.empty(shape, dtype=torch.float32, device=data.device)
     rows = w.reshape(-1, shape[-1])
     tables = [torch.from_numpy(np.array(t)) for t in (codec.entries, KSIGNS)] if isinstance(codec, IQCodec) else []
-    _call(codec, "decode", [data.reshape(len(rows), -1), *tables], [rows], data.device)
+    launch(codec.name, "decode", [data.reshape(len(rows), -1), *tables], [rows], data.device)
     return w
 
 
-def _call(codec: GgmlCodec, op: str, inputs: list[torch.Tensor], outputs: list[torch.Tensor], device: torch.device) -> None:
+def decode_on(e: Encoded, device: torch.device) -> torch.Tensor:
+    """`e.decode()` on a device: f32[shape]. On CUDA by a kernel or the codec's grid, where there is one; the same bits."""
+    import torch
+
+    if device.type == "cuda" and isinstance(e.codec, GgmlCodec) and has_kernel(e.codec, "decode"):
+        return decode(e.codec, torch.from_numpy(e.parts["data"]).to(device), e.shape)
+    if device.type == "cuda" and isinstance(e.codec, GridCodec) and len(e.shape) == 2:
+        codes, params = e.codec.unpack(e.parts, (e.shape[0], e.shape[1]))
+        return e.codec.expand(codes.to(device), {k: p.to(device) for k, p in params.items()})
+    return torch.from_numpy(e.decode()).to(device)
+
+
+def launch(codec: str, op: str, inputs: list[torch.Tensor], outputs: list[torch.Tensor], device: torch.device) -> None:
+    """Run a kernel of the CUDA library on a device's current stream; see `native.cuda_call`."""
     import torch
 
     if device.type != "cuda":  # kernels that are emulated, in the tests
-        return native.cuda_call(codec.name, op, inputs, outputs, 0)
+        return native.cuda_call(codec, op, inputs, outputs, 0)
     with torch.cuda.device(device):
-        native.cuda_call(codec.name, op, inputs, outputs, torch.cuda.current_stream().cuda_stream)
+        native.cuda_call(codec, op, inputs, outputs, torch.cuda.current_stream().cuda_stream)
 
 
 class Encoder:

@@ -91,6 +91,23 @@ def test_importance_in_every_form(name: str, emulation: list[tuple[str, str]]) -
         np.testing.assert_array_equal(data.numpy(), codec.encode(w, q)["data"])
 
 
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("name", ["Q4_0", "Q6_K", "IQ2_XXS", "int4-g128-asym", "int3-channel-sym-bf16", "nf4"])
+def test_decoding_and_rounding_there(name: str) -> None:
+    """What GPTQ's blocks are compared with does not leave the GPU; the numbers are the CPU's."""
+    codec, rng = codecs.get(name), np.random.default_rng(0)
+    w, q = rng.normal(size=(40, 512)).astype(np.float32), rng.random(512).astype(np.float32) + 0.1
+    e = codecs.quantize(w, name, importance=q)
+    there = device.decode_on(e, torch.device("cuda"))
+    assert there.is_cuda
+    np.testing.assert_array_equal(there.cpu().numpy(), e.decode())
+    stats = qf.methods.Stats(None, 1, importance=torch.from_numpy(q).cuda())
+    parts = qf.methods.get("rtn").quantize(torch.from_numpy(w).cuda(), codec, stats)
+    ours, theirs = (np.linalg.norm((x - w) * np.sqrt(q)) for x in (codec.decode(parts, w.shape), e.decode()))
+    assert ours <= 1.001 * theirs
+
+
 def test_where_there_is_no_gpu_the_cpu_does_the_work(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")

@@ -22,6 +22,7 @@ SIZES = {False: (24, 2048, 5632), True: (1, 256, 512)}
 """Smoke -> layers, hidden size, feed-forward size."""
 
 RECIPES = ("Q4_K_M", "IQ2_XXS")
+WAYS = ("graph", "generate", "compiled")
 PROMPT = 16
 
 Found = dict[str, Any]
@@ -85,11 +86,12 @@ def load(work: str, name: str, device: torch.device) -> Any:
     return qf.load(Path(work) / f"{name}.gguf", device=device.type, dtype="bfloat16")
 
 
-def generate_rows(work: str, name: str, device: str, smoke: bool) -> Iterator[Found]:
+def generate_rows(work: str, name: str, device: str, smoke: bool, ways: tuple[str, ...] = WAYS) -> Iterator[Found]:
     """Greedy decoding of one sequence, tokens/s: the step as a CUDA graph, `generate`, `generate` with torch.compile.
 
     The last is transformers' own way to CUDA graphs: a static cache, and a step compiled with mode "reduce-overhead".
     """
+    run_of = {"graph": _graph, "generate": _plain, "compiled": _compiled}
     here, tokens = harness.of(device), 8 if smoke else 128
     before = torch.cuda.memory_allocated() if here.type == "cuda" else 0
     model = load(work, name, here)
@@ -97,10 +99,10 @@ def generate_rows(work: str, name: str, device: str, smoke: bool) -> Iterator[Fo
     prompt = torch.arange(1, 1 + PROMPT, device=here)[None]
     with torch.inference_mode():
         plain = _generate(model, prompt, tokens)
-        for how, run in (("generate", _plain), ("graph", _graph), ("compiled", _compiled)):
+        for how in ways:
             row = {"what": "generate", "how": how, "model": name, "memory": memory}
             try:
-                yield row | run(model, prompt, tokens, plain)
+                yield row | run_of[how](model, prompt, tokens, plain)
             except Exception as e:  # the next way may work
                 yield row | {"error": f"{type(e).__name__}: {str(e)[:300]}"}
 

@@ -161,6 +161,16 @@ def marlin_gptqmodel(n: int, k: int, device: torch.device) -> Made:
     )  # fmt: skip
 
 
+def compile_marlin(kernel: Path, library: Path) -> None:
+    """Its kernel without torch's headers, by nvcc, for the GPU that is here or, without one, sm_90. Raises RuntimeError."""
+    arch = "{}{}".format(*torch.cuda.get_device_capability()) if torch.cuda.is_available() else "90"
+    flags = ["-O3", "-shared", "-cudart=static", "-Xcompiler=-fPIC", "--expt-relaxed-constexpr", "-diag-suppress=177,179,39"]
+    command = ["nvcc", *flags, f"-arch=sm_{arch}", "-o", str(library), str(kernel)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"nvcc: {done.stderr.strip().splitlines()[-1]}")
+
+
 @cache
 def first_marlin() -> Any:
     """The `marlin` module of a checkout of IST-DASLab/marlin; its kernel is compiled by nvcc, without torch's headers."""
@@ -169,19 +179,8 @@ def first_marlin() -> Any:
     source = Path(os.environ["MARLIN"])
     kernel = source / "marlin" / "marlin_cuda_kernel.cu"
     library = Path(os.environ.get("MARLIN_BUILD", source)) / "libmarlin.so"
-    if not library.exists() or library.stat().st_mtime < kernel.stat().st_mtime:
-        arch = "{}{}".format(*torch.cuda.get_device_capability()) if torch.cuda.is_available() else "90"
-        flags = [
-            "-O3",
-            "-shared",
-            "-Xcompiler=-fPIC",
-            "--expt-relaxed-constexpr",
-            f"-arch=sm_{arch}",
-            "-diag-suppress=177,179,39",
-        ]
-        done = subprocess.run(["nvcc", *flags, "-o", str(library), str(kernel)], capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"nvcc: {done.stderr.strip().splitlines()[-1]}")
+    if not library.exists() or (kernel.exists() and library.stat().st_mtime < kernel.stat().st_mtime):
+        compile_marlin(kernel, library)
     loaded = ctypes.CDLL(str(library))
     name = re.search(rb"_Z11marlin_cuda\w+", library.read_bytes())  # a C++ function
     assert name is not None

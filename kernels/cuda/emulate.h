@@ -82,6 +82,15 @@ inline int __shfl_xor_sync(unsigned, int mine, int mask) {
     return all[emulated::thread.x ^ (unsigned)mask];
 }
 
+// What thread `lane` of this one's `width` neighbours has as `mine`.
+inline float __shfl_sync(unsigned, float mine, int lane, int width) {
+    static float all[1024];
+    emulated::sync();
+    all[emulated::thread.x] = mine;
+    emulated::sync();
+    return all[emulated::thread.x / (unsigned)width * (unsigned)width + (unsigned)lane];
+}
+
 #define threadIdx emulated::thread
 #define blockIdx emulated::block
 #define blockDim emulated::threads

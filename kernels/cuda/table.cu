@@ -7,7 +7,7 @@ namespace {
 
 const qf_kernel *const units[] = {
     legacy_kernels, kquants_kernels, int4_kernels, int8_kernels, fp8_kernels, lookup_kernels, codebook_kernels, encode_k_kernels, encode_legacy_kernels,
-    encode_iq_kernels,
+    encode_iq_kernels, feedback_kernels,
 };
 constexpr int ROOM = 256;
 

@@ -104,6 +104,11 @@ def _print_plan(plan: Plan) -> None:
     "--static-groups/--no-static-groups", default=None, help="GPTQ: fit all scales beforehand; then --act-order needs no g_idx."
 )
 @click.option(
+    "--sequential/--no-sequential",
+    default=None,
+    help="GPTQ: calibrate each matrix behind those of its block that are done; without, a block's inputs come from one pass.",
+)
+@click.option(
     "--clip/--no-clip", default=None, help="AWQ: search how much of each group's largest weight to cut off; default with awq."
 )
 @click.option("--damping", metavar="X", type=float, help="GPTQ: part of the Hessian's mean diagonal added to it; default 0.01.")

@@ -7,7 +7,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 import gguf
 import numpy as np
@@ -155,6 +155,19 @@ class Codec(ABC):
         return f"<codec {self.name}>"
 
 
+class Lattice(NamedTuple):
+    """Evenly spaced numbers that the codes of some columns stand for: step · (code − zero) − offset."""
+
+    step: torch.Tensor
+    """f32[out, columns], or [out, 1] where all columns have one."""
+    offset: torch.Tensor | None
+    """Of step's shape or [out, 1]; None: 0."""
+    zero: int
+    lowest: int
+    highest: int
+    """Codes are lowest .. highest."""
+
+
 class GridCodec(Codec):
     """A codec whose codes can be chosen a few columns at a time, on torch tensors (CPU or CUDA).
 
@@ -168,6 +181,9 @@ class GridCodec(Codec):
     vector: int = 1
     """Columns that are rounded together: 1, or 4/8 for codebook types."""
 
+    even: bool = False
+    """Codes stand for evenly spaced numbers, and `lattice` says for which."""
+
     @abstractmethod
     def fit(self, w: torch.Tensor, importance: torch.Tensor | None = None) -> Params:
         """Choose the parameters (scales, mins) of every block of w: f32[out, in].
@@ -175,6 +191,18 @@ class GridCodec(Codec):
         importance: f32[in] or f32[out, in].  Parameters are the *stored* ones: already rounded
         to what the file can hold. Raises ShapeError, NonFiniteError.
         """
+
+    def search(self, w: torch.Tensor, importance: torch.Tensor | None = None) -> Params:
+        """`fit` without its checks, for loops on a device: what is evenly spaced does not wait for it. See `verify`."""
+        return self.fit(w, importance)
+
+    def verify(self, w: torch.Tensor, params: Params) -> None:
+        """Raise RangeError if weights w: f32[out, in] are too large for what `search` has found for them."""
+        return
+
+    def lattice(self, params: Params, at: int, n: int) -> Lattice:
+        """The numbers of columns at:at+n, where the codec is `even`."""
+        raise NotImplementedError(self.name)
 
     @abstractmethod
     def round(self, w: torch.Tensor, params: Params, at: int = 0) -> Codes:
@@ -440,15 +468,30 @@ class AffineCodec(GgmlCodec, GridCodec):
             real = "m" in grid.floats
             self.integers = IntegerGrid(grid.q.hi, None if real else grid.q.zero, self.block_size, real)
 
+    even = True
+
     def fit(self, w: torch.Tensor, importance: torch.Tensor | None = None) -> Params:
         """Choose the stored scales and mins, minimising Σ importance (w − ŵ)²; see `GridCodec.fit`."""
         check_matrix(w, importance, self)
-        params = self.grid.fit(w, importance)
+        params = self.search(w, importance)
+        self.verify(w, params)
+        return params
+
+    def search(self, w: torch.Tensor, importance: torch.Tensor | None = None) -> Params:
+        """See `GridCodec.search`."""
+        return self.grid.fit(w, importance)
+
+    def verify(self, w: torch.Tensor, params: Params) -> None:
+        """See `GridCodec.verify`: f16 has to hold the scales."""
         for k in self.grid.floats:
             if bool((bad := params[k].abs() >= _F16_MAX).any()):
                 reason = f"{self.name} stores its blocks' scales in f16, up to {_F16_MAX}"
                 raise_out_of_range(np.asarray(to_numpy(w.float()), np.float32), to_numpy(bad), self, reason)
-        return params
+
+    def lattice(self, params: Params, at: int, n: int) -> Lattice:
+        """See `GridCodec.lattice`."""
+        q = self.grid.q
+        return Lattice(*self.grid.lattice(params, at, n), q.zero, q.lo, q.hi)
 
     def round(self, w: torch.Tensor, params: Params, at: int = 0) -> Codes:
         """Nearest codes: u8[out, n] of columns at:at+n."""

@@ -72,7 +72,7 @@ class Field:
 
 
 _UNIT = Field(1, 1, 1, 0, ())  # the sub-scale of types that have none
-_CHUNK = {"cpu": 1 << 18, "cuda": 1 << 24}  # weights fitted at a time: stay in cache, fill the device
+FITTED_AT_ONCE = {"cpu": 1 << 18, "cuda": 1 << 24}  # weights: stay in cache, fill the device
 _LEVELS = tuple(i / 4 for i in range(-4, 7))  # added to the number of levels that a range is cut into
 _PHASES = (0.0, 0.5, 1.0)  # parts of the range cut off that lie at its lower end
 _RANGES = tuple(1.03 - i * 0.03 for i in range(8))  # parts of the integers' range that the largest value maps to
@@ -119,7 +119,7 @@ class AffineGrid:
             f.write((params[k] if k else codes).reshape(out, blocks, f.n), data)
         return data.reshape(out, -1)
 
-    def _lattice(self, params: Mapping[str, torch.Tensor], at: int, n: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def lattice(self, params: Mapping[str, torch.Tensor], at: int, n: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Step and offset (value = step·(q − zero) − offset) of columns at:at+n: f32[out, n] or [out, 1]."""
         per, width = self.sub_blocks, self.q.n // self.sub_blocks
         first, last = at // width, (at + n - 1) // width
@@ -147,12 +147,12 @@ class AffineGrid:
         """Nearest codes u8[out, n] of columns at:at+n."""
         import torch
 
-        step, offset = self._lattice(params, at, w.shape[1])
+        step, offset = self.lattice(params, at, w.shape[1])
         return (self._nearest(w.float(), step, offset) + self.q.zero).to(torch.uint8)
 
     def expand(self, codes: torch.Tensor, params: Mapping[str, torch.Tensor], at: int) -> torch.Tensor:
         """f32[out, n], with the operations of the decode kernels in their order."""
-        step, offset = self._lattice(params, at, codes.shape[1])
+        step, offset = self.lattice(params, at, codes.shape[1])
         value = step * (codes.float() - self.q.zero)
         return value if offset is None else value - offset
 
@@ -171,7 +171,7 @@ class AffineGrid:
             importance = importance.detach().to(w.device, torch.float32)
             # the largest is 1, so that no product overflows; where all are 0, all are equal
             importance = (importance / importance.amax().clamp_min(1e-30) + 1e-12).expand(w.shape)
-        step = max(1, _CHUNK.get(w.device.type, 1 << 18) // max(1, w.shape[1]))
+        step = max(1, FITTED_AT_ONCE.get(w.device.type, 1 << 18) // max(1, w.shape[1]))
         found = []
         for i in range(0, w.shape[0], step):
             x = self._columns(w[i : i + step].float().clamp(-_MAX, _MAX))

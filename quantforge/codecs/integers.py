@@ -23,6 +23,7 @@ from .base import (
     GridCodec,
     IntegerGrid,
     Integers,
+    Lattice,
     Params,
     check_block,
     check_importance,
@@ -35,6 +36,7 @@ from .base import (
     register,
     register_family,
 )
+from .grid import FITTED_AT_ONCE
 
 if TYPE_CHECKING:
     import torch
@@ -99,6 +101,7 @@ class IntegerCodec(GridCodec):
     """
 
     short_blocks = True
+    even = True
 
     def __init__(self, bits: int, per: str, *, symmetric: bool = True, scale: str = "f16") -> None:
         self.bits, self.per, self.symmetric, self.scale_dtype = bits, per, symmetric, _DTYPES[scale]
@@ -210,39 +213,47 @@ class IntegerCodec(GridCodec):
     # ---- the grid, on torch tensors
 
     def fit(self, w: torch.Tensor, importance: torch.Tensor | None = None) -> Params:
-        """scale f16[out, groups] and, where asymmetric, zero u8[out, groups], minimising Σ importance (w − ŵ)².
+        """scale f16[out, groups] and, where asymmetric, zero u8[out, groups], minimising Σ importance (w − ŵ)²."""
+        padded = self._whole_groups(w, importance)
+        check_matrix(*padded, self)
+        params = self.search(*padded)
+        self.verify(w, params)
+        return params
 
-        Every shrinking of the plain range is tried; the best is improved by least squares.
-        """
+    def _whole_groups(self, w: torch.Tensor, importance: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Both with zeros for what a row's last group lacks, which cost a fit nothing."""
         import torch
 
-        given = w
-        if self.group and (short := -w.shape[-1] % self.group):  # zeros cost a fit nothing
-            w = torch.nn.functional.pad(w, (0, short))
-            importance = None if importance is None else torch.nn.functional.pad(importance, (0, short))
-        check_matrix(w, importance, self)
+        short = -w.shape[-1] % self.group if self.group else 0
+        if not short:
+            return w, importance
+        pad = torch.nn.functional.pad
+        return pad(w, (0, short)), None if importance is None else pad(importance, (0, short))
+
+    def search(self, w: torch.Tensor, importance: torch.Tensor | None = None) -> Params:
+        """See `GridCodec.search`. Every shrinking of the plain range is tried; the best is improved by least squares."""
+        import torch
+
+        w, importance = self._whole_groups(w, importance)
         rows = w.shape[0]
         x = w.detach().float()
         c = torch.ones_like(x) if importance is None else importance.detach().to(x.device, torch.float32).expand(x.shape)
         c = c / c.amax().clamp_min(1e-30) + 1e-12
         if not self.row_local:
             found = self._fit(x.reshape(1, 1, -1), c.reshape(1, 1, -1))
-            self._check_fit(given, found["scale"])
             return {k: p.expand(rows, 1) for k, p in found.items()}
-        step = max(1, (1 << 18) // max(1, x.shape[1]))
+        step = max(1, FITTED_AT_ONCE.get(x.device.type, 1 << 18) // max(1, x.shape[1]))
         width = self.group or x.shape[1]
         groups = x.shape[1] // width
         chunks = [
             self._fit(x[i : i + step].reshape(-1, groups, width), c[i : i + step].reshape(-1, groups, width))
             for i in range(0, rows, step)
         ]
-        found = {k: torch.cat([p[k] for p in chunks]) for k in chunks[0]}
-        self._check_fit(given, found["scale"])
-        return found
+        return {k: torch.cat([p[k] for p in chunks]) for k in chunks[0]}
 
-    def _check_fit(self, w: torch.Tensor, scale: torch.Tensor) -> None:
-        """Raise RangeError where the search was cut off."""
-        bad = scale.float().abs() >= self._largest
+    def verify(self, w: torch.Tensor, params: Params) -> None:
+        """See `GridCodec.verify`: where the search was cut off."""
+        bad = params["scale"].float().abs() >= self._largest
         bad = bad if bool(bad.any()) else w.abs() > _SEARCHED
         if bool(bad.any()):
             raise_out_of_range(np.asarray(to_numpy(w.float()), np.float32), to_numpy(bad), self, self._reason)
@@ -283,6 +294,13 @@ class IntegerCodec(GridCodec):
             consider(((cq * x).sum(-1) / power.where(power > 0, torch.ones_like(power))).where(power > 0, scale), zero)
         found = {"scale": scale.to(kind)}
         return found if self.symmetric else found | {"zero": zero.to(torch.uint8)}
+
+    def lattice(self, params: Params, at: int, n: int) -> Lattice:
+        """See `GridCodec.lattice`."""
+        step, zero = self._columns(params, at, n)
+        if self.symmetric:
+            return Lattice(step, None, self.middle, 0, self.top)
+        return Lattice(step, step * zero, 0, 0, self.top)
 
     def _nearest(self, w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | float) -> torch.Tensor:
         return ((w / scale.masked_fill(scale == 0, float("inf"))).round_() + zero).clamp_(0, self.top)

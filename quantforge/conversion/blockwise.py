@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from typing import Any, cast
 
 import numpy as np
@@ -26,6 +27,7 @@ from ..calibration.gather import observing, stored_names
 from ..codecs import Codec, Encoded
 from ..codecs.integers import ActOrderCodec
 from ..codecs.plain import PlainCodec
+from ..device import decode_on
 from ..errors import CalibrationError, NonFiniteError, UnsupportedError
 from ..formats import Source
 from ..formats.rows import decoded, read_rows
@@ -232,7 +234,8 @@ class _Block:
         own = set(self.model.names(self.i))
         left = {n: t for n, t in self.outputs.tensors.items() if n in self.outputs.made and self._is_own(n, own)}
         done: set[str] = set()
-        for stage in self._stages():
+        stages = self._stages()
+        for stage in [list(chain(*stages))] if self.method.one_pass else stages:
             groups = [[n for n in g if n not in done and self._quantized(n)] for g in stage]
             groups = [g for g in groups if g]
             for group, moments in zip(groups, self._moments(groups), strict=True):
@@ -302,20 +305,21 @@ class _Block:
         found = [Moments(needs) for _ in groups]
         if not groups or not needs:
             return found
-        routed = _is_expert(firsts[0])  # an expert's tokens differ between the two: nothing to compare
+        routed = {n for n in firsts if _is_expert(n)}  # an expert's tokens differ between the two: nothing to compare
         first = 0
         for theirs, ours in zip(torch.split(self.full, self.batch), torch.split(self.hidden, self.batch), strict=True):
             windows, ctx = torch.arange(first, first + len(ours)), ours.shape[1]
             judges = windows % HELD_OUT == HELD_OUT - 1 if len(self.hidden) >= HELD_OUT else windows == len(self.hidden) - 1
-            compared = not routed and ("hessian" in needs or bool(judges.any()))
+            compared = [n for n in firsts if n not in routed] if "hessian" in needs or bool(judges.any()) else []
             first += len(ours)
             x = self.inputs(self.becoming, self.after, ours, firsts)
-            x0 = self.inputs(self.model, self.before, theirs, firsts) if compared else {}
+            x0 = self.inputs(self.model, self.before, theirs, compared) if compared else {}
             for name, moments in zip(firsts, found, strict=True):
                 tokens = torch.arange(len(x[name]))  # of experts, every eighth token judges
-                moments.add(x[name], x0.get(name), tokens % HELD_OUT == HELD_OUT - 1 if routed else judges.repeat_interleave(ctx))
-        if routed:
-            lend(found)
+                every = tokens % HELD_OUT == HELD_OUT - 1 if name in routed else judges.repeat_interleave(ctx)
+                moments.add(x[name], x0.get(name), every)
+        for role in sorted({_role_of_experts(n) for n in routed}):
+            lend([moments for n, moments in zip(firsts, found, strict=True) if _role_of_experts(n) == role])
         return found
 
     # ---- what `Method.prepare` may change
@@ -394,8 +398,7 @@ class _Block:
             if together is not None and len(parts) > 1:
                 mine = together.rows(slice(first, first + len(w)))
             first += len(w)
-            kept, encoded, error, rtn = self._better(name, w, codec, mine, stats, judge)
-            result = torch.from_numpy(encoded.decode()).to(w.device)
+            kept, encoded, result, error, rtn = self._better(name, w, codec, mine, stats, judge)
             place = self.matrix(self.after, name)
             if output.rows is None:
                 place.copy_(result)
@@ -411,19 +414,19 @@ class _Block:
 
     def _better(
         self, name: str, w: torch.Tensor, codec: Codec, mine: Encoded | None, stats: Stats | None, judge: Stats | None
-    ) -> tuple[str, Encoded, float | None, float | None]:
-        """(kept, result, error, rtn's error): the method's result or rtn's, whichever errs less on the held-out windows."""
+    ) -> tuple[str, Encoded, torch.Tensor, float | None, float | None]:
+        """(kept, result, decoded, error, rtn's error): of the method's result and rtn's, what errs less on held-out windows."""
         if mine is not None and judge is None:
-            return self.method.name, mine, None, None
+            return self.method.name, mine, decode_on(mine, w.device), None, None
         plain = Encoded(codec, tuple(w.shape), get_method("rtn").quantize(w, codec, stats))
-        otherwise = self.method.rewrite if name in self.rewritten else "rtn"
+        otherwise, rounded = self.method.rewrite if name in self.rewritten else "rtn", decode_on(plain, w.device)
         if judge is None:
-            return otherwise, plain, None, None
-        trials = [e for e in (plain, mine) if e is not None]
-        base, *own = output_errors(w, (torch.from_numpy(e.decode()).to(w.device) for e in trials), judge)
-        if mine is None or not own[0] <= base:
-            return otherwise, plain, base, base
-        return self.method.name, mine, own[0], base
+            return otherwise, plain, rounded, None, None
+        chosen = None if mine is None else decode_on(mine, w.device)
+        base, *own = output_errors(w, [q for q in (rounded, chosen) if q is not None], judge)
+        if mine is None or chosen is None or not own[0] <= base:
+            return otherwise, plain, rounded, base, base
+        return self.method.name, mine, chosen, own[0], base
 
     def _copy(self, name: str) -> Outcome:
         """A tensor that no method chooses codes for, with what `Method.prepare` did to it."""

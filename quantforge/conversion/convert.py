@@ -51,6 +51,7 @@ def convert(
     calibration_ctx: int | None = None,
     act_order: bool | None = None,
     static_groups: bool | None = None,
+    sequential: bool | None = None,
     damping: float | None = None,
     clip: bool | None = None,
     backend: str | None = None,
@@ -94,6 +95,7 @@ def convert(
     - calibration_ctx: of `calibration`, tokens of each; default min(512, the model's).
     - act_order: of `methods.GPTQ` or a library: columns in the order of falling activations.
     - static_groups: of `methods.GPTQ` or a library: all scales are fitted beforehand.
+    - sequential: of `methods.GPTQ`: matrices see what those before them in their block have become; False: one pass a block.
     - damping: of `methods.GPTQ` or a library: part of the Hessian's mean diagonal that is added to it.
     - clip: of `methods.AWQ`: search how much of each group's largest weight to cut off.
     - backend: name of a `Library` of `backends`, with `method` one of its own.
@@ -125,6 +127,7 @@ def convert(
         calibration_ctx=calibration_ctx,
         act_order=act_order,
         static_groups=static_groups,
+        sequential=sequential,
         damping=damping,
         clip=clip,
         backend=backend,
@@ -161,6 +164,7 @@ def plan(
     calibration_ctx: int | None = None,
     act_order: bool | None = None,
     static_groups: bool | None = None,
+    sequential: bool | None = None,
     damping: float | None = None,
     clip: bool | None = None,
     backend: str | None = None,
@@ -173,7 +177,7 @@ def plan(
     The arguments are those of `convert`. Raises what `convert` raises before anything is written; the plan's `source` is
     the caller's to close.
     """
-    tuning = {"act_order": act_order, "static_groups": static_groups, "damping": damping, "clip": clip}
+    tuning = {"act_order": act_order, "static_groups": static_groups, "sequential": sequential, "damping": damping, "clip": clip}
     how = _method(method, {k: v for k, v in tuning.items() if v is not None}, backend, backend_python)
     layout_options = {k: v for k, v in {"version": version, "threshold": threshold}.items() if v is not None}
     seen, default = (calibration, None) if isinstance(calibration, Calibration) else (None, Calibration(calibration))
@@ -218,8 +222,9 @@ def _method(method: str | Method | None, tuning: dict[str, Any], backend: str | 
     elif python is not None:
         raise RecipeError("--backend-python goes with --backend")
     if isinstance(method, Library):
-        if "clip" in tuning:
-            raise RecipeError("--clip belongs to the built-in AWQ: leave it out, or --backend")
+        for option, own in (("clip", "AWQ"), ("sequential", "GPTQ")):
+            if option in tuning:
+                raise RecipeError(f"--{option} belongs to the built-in {own}: leave it out, or --backend")
         return replace(method, **tuning)
     if not tuning and (method is None or method == "rtn"):
         return None

@@ -29,8 +29,8 @@ class Moments:
     def add(self, x: torch.Tensor, full: torch.Tensor | None, judges: torch.Tensor) -> None:
         """x: inputs [tokens, in]; full: those of the unquantized model; judges: bool[tokens]."""
         for sums, rows in ((self.choosing, ~judges), (self.judging, judges)):
-            if rows.any():
-                at = rows.to(x.device)
+            at = rows.nonzero()[:, 0].to(x.device)  # on the host: a mask on a device would have it wait
+            if len(at):
                 sums.add(x[at], None if full is None else full[at])
         self.seen += len(x)
 

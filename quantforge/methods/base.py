@@ -156,6 +156,12 @@ class Method(ABC):
         return frozenset({"importance"})
 
     @property
+    def one_pass(self) -> bool:
+        """Whether all inputs of a block are gathered before any of its matrices is quantized; else each matrix is
+        calibrated on what those that run before it have become."""
+        return False
+
+    @property
     def rewrite(self) -> str:
         """What reports call a matrix that `prepare` changed and that was then rounded as usual."""
         return self.name

@@ -16,7 +16,7 @@ from ..arrays import Parts
 from ..codecs import Codec, GridCodec
 from ..codecs.base import Codes, Encoded, Params, check_matrix
 from ..codecs.integers import ActOrderCodec, reorder
-from ..errors import CalibrationError, RecipeError, UnsupportedError
+from ..errors import CalibrationError, NonFiniteError, RecipeError, UnsupportedError
 from .base import Method, Stats, register
 
 if TYPE_CHECKING:
@@ -68,8 +68,11 @@ def gptq(
     del exact
     whole = codec.fit(w, cost) if static_groups else None
     loop = Loop(codec, u, order, cost, size, whole)
-    codes = loop.run(w[:, order].t().contiguous(), (n, segment, _INNER))
+    codes = loop.run(w[:, order].t().contiguous(), segment, _INNER)
     params = whole or {k: torch.cat([p[k] for p in loop.blocks], 1) for k in loop.blocks[0]}
+    if not bool(loop.finite):
+        raise NonFiniteError(f"{codec.name}: errors that columns hand on have grown out of all bounds; give more --damping", ())
+    codec.verify(w, params)
     return codes, params
 
 
@@ -83,6 +86,7 @@ class GPTQ(Method):
     damping: float = 0.01
     act_order: bool = False
     static_groups: bool = False
+    sequential: bool = True
 
     name = "gptq"
     needs = frozenset({"hessian"})
@@ -97,8 +101,13 @@ class GPTQ(Method):
             "desc_act": self.act_order,
             "static_groups": self.static_groups,
             "damp_percent": self.damping,
-            "true_sequential": True,
+            "true_sequential": self.sequential,
         }
+
+    @property
+    def one_pass(self) -> bool:
+        """See `Method.one_pass`."""
+        return not self.sequential
 
     def takes(self, codec: Codec) -> bool:
         """Every grid."""

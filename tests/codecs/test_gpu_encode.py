@@ -26,9 +26,9 @@ from tests.codecs.test_contract import CASES, IMPORTANCE, IN
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "kernels"
 UNITS = {
-    "k": ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
-    "legacy": ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q1_0", "Q2_0", "TQ1_0", "TQ2_0", "MXFP4"),
-    "iq": ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"),
+    "encode_k": ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
+    "encode_legacy": ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q1_0", "Q2_0", "TQ1_0", "TQ2_0", "MXFP4"),
+    "encode_iq": ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"),
 }
 TYPES = [(unit, name) for unit, names in UNITS.items() for name in names]
 CXX = next((c for c in (os.environ.get("CXX"), "c++", "g++", "clang++") if c and shutil.which(shlex.split(c)[0])), None)
@@ -36,11 +36,11 @@ CXX = next((c for c in (os.environ.get("CXX"), "c++", "g++", "clang++") if c and
 
 @cache
 def emulated(unit: str) -> dict[tuple[str, str], ctypes._FuncPointer]:
-    """The kernels of a unit, built for the CPU; kept in build/ until a source changes."""
+    """The kernels of a unit of kernels/cuda, built for the CPU; kept in build/ until a source changes."""
     if CXX is None:
         pytest.skip("no C++ compiler")
     command = [*shlex.split(CXX), "-x", "c++", "-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-w"]
-    sources = sorted([*KERNELS.glob("*.h"), *KERNELS.glob("cpu/*"), *KERNELS.glob("cuda/e*")])
+    sources = sorted([*KERNELS.glob("*.h"), *KERNELS.glob("cpu/*"), *KERNELS.glob("cuda/e*"), *KERNELS.glob("cuda/feedback*")])
     key = hashlib.sha256(shlex.join(command).encode() + b"".join(p.read_bytes() for p in sources)).hexdigest()[:16]
     library = ROOT / "build" / "emulated" / f"{unit}-{key}.so"
     if not library.exists():
@@ -48,9 +48,9 @@ def emulated(unit: str) -> dict[tuple[str, str], ctypes._FuncPointer]:
         for old in set(library.parent.glob(f"{unit}-*.so")) - {library}:
             old.unlink(missing_ok=True)
         fresh = library.with_name(f"{library.name}.{os.getpid()}")
-        subprocess.run([*command, str(KERNELS / "cuda" / f"encode_{unit}.cu"), "-o", str(fresh)], check=True)
+        subprocess.run([*command, str(KERNELS / "cuda" / f"{unit}.cu"), "-o", str(fresh)], check=True)
         os.replace(fresh, library)
-    entries = (native._Kernel * 64).in_dll(ctypes.CDLL(str(library)), f"encode_{unit}_kernels")
+    entries = (native._Kernel * 64).in_dll(ctypes.CDLL(str(library)), f"{unit}_kernels")
     found = {}
     for k in entries:
         if k.codec is None:
@@ -103,11 +103,11 @@ def test_bytes_are_those_of_the_cpu(unit: str, name: str) -> None:
             assert not len(differ), f"{case}, importance {kind}: {len(differ)} of {data.size} bytes, the first at {differ[:4]}"
 
 
-@pytest.mark.parametrize("name", UNITS["iq"])
+@pytest.mark.parametrize("name", UNITS["encode_iq"])
 def test_importance_of_every_weight(name: str) -> None:
     rng = np.random.default_rng(2)
     w, q = rng.normal(size=(3, IN)).astype(np.float32), np.exp(rng.normal(size=(3, IN))).astype(np.float32)
-    data, _ = encode("iq", name, w, q)
+    data, _ = encode("encode_iq", name, w, q)
     np.testing.assert_array_equal(data, codecs.get(name).encode(w, q)["data"])
 
 

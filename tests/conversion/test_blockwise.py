@@ -14,6 +14,7 @@ from click.testing import CliRunner
 import quantforge as qf
 from quantforge import methods
 from quantforge.cli import group
+from quantforge.conversion import blockwise
 from quantforge.demo import MODEL, complete
 from quantforge.errors import CalibrationError, NonFiniteError, RecipeError, UnsupportedError
 from tests import checkpoints
@@ -164,6 +165,31 @@ def test_from_gguf_gives_the_same_codes(tmp_path: Path) -> None:
         assert x.name == y.name
         if x.output_error is not None:
             assert x.output_error == pytest.approx(y.output_error, rel=0.05)
+
+
+@pytest.mark.parametrize(("kind", "more"), [("Llama", {}), ("Mixtral", {"num_local_experts": 4})])
+def test_one_pass_gathers_a_blocks_inputs(kind: str, more: dict[str, int], tmp_path: Path, monkeypatch) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 64}
+    model = checkpoints.model(tmp_path / "model", kind, **sizes, **more)
+    runs: list[int] = []
+    inputs = blockwise._Block.inputs
+
+    def counted(self, given, layer, hidden, wanted):
+        runs.append(len(wanted))
+        return inputs(self, given, layer, hidden, wanted)
+
+    monkeypatch.setattr(blockwise._Block, "inputs", counted)
+    errors = {}
+    for sequential in (True, False):
+        runs.clear()
+        out = tmp_path / f"{sequential}.gguf"
+        report = qf.convert(model, out, "Q4_0", method="gptq", calibration_chunks=16, sequential=sequential)
+        chosen = [t for t in report.tensors if t.output_error is not None]
+        assert len(chosen) == 2 * 7
+        errors[sequential] = sum(t.output_error or 0 for t in chosen) / sum(t.rtn_output_error or 0 for t in chosen)
+        if not sequential:  # once the model as it is, once as it becomes, of two blocks
+            assert len(runs) == 2 * 2
+    assert errors[False] < 1 and errors[False] < 1.2 * errors[True]
 
 
 def test_command_line_offers_every_method() -> None:

@@ -214,7 +214,8 @@ class Arch:
         """
         text = config.get("text_config") or {}
         outer = {k: config[k] for k in ("tie_word_embeddings",) if text and k in config}  # of the whole model
-        given = {k: v for k, v in {**config, **text, **outer}.items() if v is not None}
+        around = {k: v for k, v in config.items() if not text or not k.startswith("rope_")}
+        given = {k: v for k, v in {**around, **text, **outer}.items() if v is not None}
         h: dict[str, Any] = {**{k: v(given) if callable(v) else v for k, v in self.defaults.items()}, **given}
         self._rename(h, given)
         for key in self.needed:

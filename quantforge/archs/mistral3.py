@@ -91,6 +91,7 @@ ARCH = (
             "max_position_embeddings": 131072,
             "num_key_value_heads": 8,
             "rms_norm_eps": lambda h: 1e-5 if _ministral(h) else 1e-6,
+            "tie_word_embeddings": True,
         },
         others=re.compile(r"(vision_tower|multi_modal_projector)\."),
         samples={

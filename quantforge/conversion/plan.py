@@ -14,8 +14,9 @@ import numpy as np
 from .. import codecs, layouts, methods, recipes
 from ..archs.weight import Weight
 from ..arrays import F32, Parts
-from ..calibration.importance import Importance
+from ..calibration.importance import Importance, floored
 from ..codecs import Codec, Encoded, repack, repacks
+from ..codecs.base import GgmlCodec
 from ..codecs.fp4 import NVFP4
 from ..codecs.plain import PlainCodec, as_floats, prevailing
 from ..errors import CalibrationError, RecipeError, ShapeError, UnsupportedError
@@ -195,8 +196,8 @@ def decide(source: Source, options: Options) -> Plan:
     header = Header(metadata, {t.name: Stored(t.codec, t.shape) for t in tensors}, held.files, layout)
     if options.max_shard_size is not None:
         header = replace(header, max_shard_size=options.max_shard_size)
-    importance = _by_output(table, weights, outputs)
-    return Plan(source, target, header, tensors, importance, chosen.recipe, warnings, how, options.device)
+    importance, unused = _as_encoded(_by_output(table, weights, outputs), tensors)
+    return Plan(source, target, header, tensors, importance, chosen.recipe, [*warnings, *unused], how, options.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,3 +349,24 @@ def _by_output(
             for expert, (name, made) in enumerate(outputs[w.name]):
                 found[name] = q[expert] if len(made.shape) < len(w.shape) else q
     return found
+
+
+def _as_encoded(importance: Mapping[str, F32], tensors: Sequence[PlannedTensor]) -> tuple[dict[str, F32], list[str]]:
+    """Importance as codecs get it, and a warning where zeros are kept because bytes are to be llama-quantize's."""
+    found, kept = dict(importance), []
+    for t in tensors:
+        q = found.get(t.name)
+        if q is None or q.all():
+            continue
+        if not t.target.ggml_bytes:
+            found[t.name] = floored(q)
+        elif isinstance(t.target, GgmlCodec) and t.target.takes_importance:
+            kept.append((t, int((q == 0).sum()), q.size))
+    if not kept:
+        return found, []
+    first, zeros, of = kept[0]
+    others = f" and {len(kept) - 1} more tensors" if kept[1:] else ""
+    return found, [
+        f"the imatrix gives no importance to {zeros} of {of} columns of {first.name}{others}; as in llama-quantize, "
+        f"{first.target.name} may store their weights as 0: make it with more text, or keep these in BF16 (--tensor-type)"
+    ]

@@ -19,6 +19,7 @@ from ..codecs import Codec, Encoded, repack, repacks
 from ..codecs.base import GgmlCodec
 from ..codecs.fp4 import NVFP4
 from ..codecs.plain import PlainCodec, as_floats, prevailing
+from ..codecs.spoken import meant
 from ..errors import CalibrationError, RecipeError, ShapeError, UnsupportedError
 from ..formats import Format, Header, Source, Stored
 from ..formats.rows import codec_of
@@ -302,7 +303,7 @@ def _cannot_hold(target: Format, codec: Codec) -> str:
     """Why, and what instead."""
     if any(map(target.holds, map(codecs.get, _HOLDERS))):  # they take integers over
         of_integers = "of integers it holds symmetric ones and asymmetric ones of at most 5 bits; " if codec.integers else ""
-        return f"{target.name} files cannot hold {codec.name}; {of_integers}give a directory as output to write safetensors"
+        return f"{target.name} files cannot hold {codec.name}{meant(codec.name)}; {of_integers}give a directory as output to write safetensors"
     held = [name for name in codecs.names() if target.holds(codecs.get(name))]
     shown = f"{', '.join(held[:12])}{', ...' if len(held) > 12 else ''}" if held else "none that is known"
     return f"{target.name} files cannot hold {codec.name}; types that it holds, for --type and --tensor-type: {shown}"

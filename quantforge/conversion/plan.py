@@ -197,6 +197,7 @@ def decide(source: Source, options: Options) -> Plan:
     header = Header(metadata, {t.name: Stored(t.codec, t.shape) for t in tensors}, held.files, layout)
     if options.max_shard_size is not None:
         header = replace(header, max_shard_size=options.max_shard_size)
+    warnings += target.warnings(header)
     importance, unused = _as_encoded(_by_output(table, weights, outputs), tensors)
     return Plan(source, target, header, tensors, importance, chosen.recipe, [*warnings, *unused], how, options.device)
 
@@ -303,7 +304,10 @@ def _cannot_hold(target: Format, codec: Codec) -> str:
     """Why, and what instead."""
     if any(map(target.holds, map(codecs.get, _HOLDERS))):  # they take integers over
         of_integers = "of integers it holds symmetric ones and asymmetric ones of at most 5 bits; " if codec.integers else ""
-        return f"{target.name} files cannot hold {codec.name}{meant(codec.name)}; {of_integers}give a directory as output to write safetensors"
+        return (
+            f"{target.name} files cannot hold {codec.name}{meant(codec.name)}; {of_integers}give a directory as output to write "
+            "safetensors"
+        )
     held = [name for name in codecs.names() if target.holds(codecs.get(name))]
     shown = f"{', '.join(held[:12])}{', ...' if len(held) > 12 else ''}" if held else "none that is known"
     return f"{target.name} files cannot hold {codec.name}; types that it holds, for --type and --tensor-type: {shown}"

@@ -362,6 +362,10 @@ class Format(ABC):
         """Begin a new file or directory that will appear at `path` on commit. Raises UnsupportedError, OutputError."""
         raise UnsupportedError(f"{self.name} files are read, not written")
 
+    def warnings(self, header: Header) -> list[str]:
+        """What users should know about what would be written for this header."""
+        return []
+
     @property
     def writes(self) -> bool:
         """Can it be written?"""

@@ -93,3 +93,25 @@ def test_a_head_that_is_not_stored_is_the_embedding_only_if_config_json_says_so(
     edited(models.make(tmp_path / "m", "LlamaForCausalLM"), lambda w: w.pop("lm_head.weight"))
     with pytest.raises(ShapeError, match=r"lacks.*lm_head\.weight; where the head is the embedding.*tie_word_embeddings = true"):
         qf.convert(tmp_path / "m", tmp_path / "m.gguf", "F32")
+
+
+def test_a_directory_of_own_types_says_who_reads_it_and_transformers_refuses_it(tmp_path: Path) -> None:
+    import transformers
+
+    models.make(tmp_path / "m", "LlamaForCausalLM")
+    report = qf.convert(tmp_path / "m", tmp_path / "own", "Q8_0")
+    assert [w for w in report.warnings if "read by quantforge alone" in w]
+    assert not qf.convert(tmp_path / "m", tmp_path / "floats", "BF16").warnings
+    for cls in (transformers.AutoModelForCausalLM, transformers.LlamaForCausalLM):
+        with pytest.raises(ValueError, match="quantization config .* has no `quant_method`"):
+            cls.from_pretrained(tmp_path / "own")
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "own")("a").input_ids
+    with qf.open(tmp_path / "own") as source:
+        assert source.weights["lm_head.weight"].codec.name == "Q8_0"
+    path = tmp_path / "own" / "config.json"  # as this tool wrote it before
+    config = json.loads(path.read_text())
+    del config["quantization_config"]["quantforge"]
+    config["quantization_config"]["quant_method"] = "quantforge"
+    path.write_text(json.dumps(config))
+    with qf.open(tmp_path / "own") as source:
+        assert source.weights["lm_head.weight"].codec.name == "Q8_0"

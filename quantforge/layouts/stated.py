@@ -30,7 +30,6 @@ _OTHERS = {
     "torchao": "torchao's",
     "quark": "AMD Quark's",
     "sinq": "SINQ",
-    "mxfp8": "MXFP8",
 }
 """Names of quant_methods that are not read, as people know them."""
 
@@ -55,7 +54,7 @@ def stated(config: Mapping[str, Any], beside: Callable[[str], Mapping[str, Any] 
 
 
 def _unnamed(key: str, found: Mapping[str, Any]) -> dict[str, Any]:
-    """A config without quant_method: quantforge's has none, MLX's says group_size and bits, bitsandbytes' old one load_in_4bit."""
+    """A config without quant_method: quantforge's, MLX's (group_size and bits), bitsandbytes' old one (load_in_4bit)."""
     if OWN in found:
         return {**found, "quant_method": OWN}
     if "group_size" in found and "bits" in found and "desc_act" not in found and "version" not in found:

@@ -103,7 +103,7 @@ def test_a_directory_of_own_types_says_who_reads_it_and_transformers_refuses_it(
     assert [w for w in report.warnings if "read by quantforge alone" in w]
     assert not qf.convert(tmp_path / "m", tmp_path / "floats", "BF16").warnings
     for cls in (transformers.AutoModelForCausalLM, transformers.LlamaForCausalLM):
-        with pytest.raises(ValueError, match="quantization config .* has no `quant_method`"):
+        with pytest.raises(ValueError, match=r"quantization config .* has no `quant_method`"):
             cls.from_pretrained(tmp_path / "own")
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "own")("a").input_ids
     with qf.open(tmp_path / "own") as source:

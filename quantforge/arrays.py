@@ -26,6 +26,7 @@ SAFETENSORS_DTYPES: dict[str, np.dtype[Any]] = {
     "BF16": BF16,
     "F8_E4M3": F8_E4M3,
     "F8_E5M2": F8_E5M2,
+    "F8_E8M0": F8_E8M0,
     "I64": np.dtype(np.int64),
     "I32": np.dtype(np.int32),
     "I16": np.dtype(np.int16),

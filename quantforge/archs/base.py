@@ -214,7 +214,8 @@ class Arch:
         """
         text = config.get("text_config") or {}
         outer = {k: config[k] for k in ("tie_word_embeddings",) if text and k in config}  # of the whole model
-        given = {k: v for k, v in {**config, **text, **outer}.items() if v is not None}
+        around = {k: v for k, v in config.items() if not text or not k.startswith("rope_")}
+        given = {k: v for k, v in {**around, **text, **outer}.items() if v is not None}
         h: dict[str, Any] = {**{k: v(given) if callable(v) else v for k, v in self.defaults.items()}, **given}
         self._rename(h, given)
         for key in self.needed:
@@ -290,12 +291,15 @@ class Arch:
 
     # ---- tensors
 
-    def ends(self, names: Iterable[str]) -> tuple[str, str] | None:
-        """The stored head and embedding of a checkpoint whose config can say that they are one; None if not both are there."""
-        heads = [o for t in self.tensors.values() if t.tied for o in t.origins] or [From("lm_head")]
-        pair = [f"{o.name}{o.suffix}" for o in (heads[0], self.tensors["token_embd"].origins[0])]
+    def ends(self, names: Iterable[str]) -> tuple[str | None, str | None]:
+        """What a checkpoint calls its head and its embedding, which config.json can say to be one; None for what it has not."""
+        pair = [f"{o.name}{o.suffix}" for o in (self._head, self.tensors["token_embd"].origins[0])]
         spelled = {c: n for n, c in canonical(names, {*pair, *self._some_names()}).items()}
-        return (spelled[pair[0]], spelled[pair[1]]) if all(n in spelled for n in pair) else None
+        return spelled.get(pair[0]), spelled.get(pair[1])
+
+    @property
+    def _head(self) -> From:
+        return next((o for t in self.tensors.values() if t.tied for o in t.origins), From("lm_head"))
 
     def _some_names(self) -> set[str]:
         """Names of the first block, which tell a checkpoint's prefix."""
@@ -346,6 +350,8 @@ class Arch:
         self._check_unknown(h, [n for n in present if spelled.get(n) not in used and n not in optional])
         if missing:
             kinds = self._kinds_of(h, missing)
+            if missing == [f"{self._head.name}{self._head.suffix}"]:
+                kinds = "; where the head is the embedding, config.json has to say tie_word_embeddings = true"
             raise ShapeError(f"the checkpoint lacks tensors that config.json asks for: {_some(missing)}{kinds}")
         computed = [] if self.generated is None else list(self.generated(h))
         return computed + [w for _, w in sorted(found, key=lambda f: f[0])]
@@ -421,6 +427,8 @@ class Arch:
         for key, tensor in self.tensors.items():
             if (tensor.tied and h.get(tensor.tied)) or (tensor.when and not h.get(tensor.when)):
                 continue
+            if key == "token_embd" and h.get("tie_word_embeddings"):  # some save the one tensor under the head's name
+                tensor = replace(tensor, also=(*tensor.also, self._head))
             stem = key.partition("@")[0]
             in_blocks = bool(tensor.where) or any("{bid}" in o.name for o in tensor.origins)
             for bid in range(layers) if in_blocks else [None]:

@@ -38,6 +38,13 @@ ARCH = (
         hf=("VoxtralForConditionalGeneration",),
         model_type="voxtral",
         told_by=lambda get: False,
+        defaults={
+            "head_dim": 128,
+            "max_position_embeddings": 131072,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1e8,
+        },
         others=re.compile(r"(audio_tower|multi_modal_projector)\."),
         samples={"": {"head_dim": 32, "audio_config": _audio}},
     ),

@@ -42,6 +42,11 @@ def _restored(get: Callable[[str], Any]) -> Mapping[str, Any]:
     return {"rope_parameters": rope}
 
 
+def _ministral(h: Config) -> bool:
+    """Is the text part, of Mistral's models that see, a Ministral 3?"""
+    return h.get("model_type") == "ministral3"
+
+
 TEXT = Arch(
     hf=("Ministral3ForCausalLM",),
     name="mistral3",
@@ -82,10 +87,11 @@ ARCH = (
         model_type="mistral3",
         told_by=lambda get: False,  # its text part goes back as a Ministral3ForCausalLM
         defaults={
-            "head_dim": 128,
+            "head_dim": lambda h: 128 if _ministral(h) else h["hidden_size"] // h["num_attention_heads"],
             "max_position_embeddings": 131072,
             "num_key_value_heads": 8,
-            "rms_norm_eps": 1e-5,
+            "rms_norm_eps": lambda h: 1e-5 if _ministral(h) else 1e-6,
+            "tie_word_embeddings": True,
         },
         others=re.compile(r"(vision_tower|multi_modal_projector)\."),
         samples={

@@ -30,9 +30,7 @@ def rope_settings(h: Mapping[str, Any], *, partial: bool = False) -> dict[str, A
 
     h: config.json; partial: may a part of each head be rotated? Raises UnsupportedError.
     """
-    given = h.get("rope_parameters") or h.get("rope_scaling") or {}
-    given = given.get("full_attention") or given
-    rope = {k: v for k, v in given.items() if v is not None}
+    rope = {k: v for k, v in _given(h).items() if v is not None}
     rope.setdefault("rope_type", rope.get("type", "default"))
     rope["rope_type"] = str(rope["rope_type"]).lower()
     rope.setdefault("rope_theta", h.get("rope_theta", 10000.0))
@@ -56,6 +54,22 @@ def rope_settings(h: Mapping[str, Any], *, partial: bool = False) -> dict[str, A
         ):
             raise UnsupportedError(f"config.json: rope {key} = {value!r} is not a number")
     return rope
+
+
+def _given(h: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What config.json says of layers that attend to all, in either spelling.
+
+    Where both are there, transformers takes rope_scaling in the place of rope_parameters, or, where these differ by kind of
+    layer, over what they say of full attention.
+    """
+    old, new = h.get("rope_scaling") or {}, h.get("rope_parameters") or {}
+    by_kind = new.get("full_attention")
+    if isinstance(by_kind, Mapping):
+        return {**by_kind, **old}
+    theta = new.get("rope_theta")
+    if old and theta is not None and "rope_theta" not in old and theta != h.get("rope_theta"):
+        logger.warning("config.json has rope_scaling and rope_parameters: the first counts, without the other's base %s", theta)
+    return old or new
 
 
 def _check_longrope(rope: dict[str, Any], h: Mapping[str, Any]) -> None:

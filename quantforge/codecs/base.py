@@ -17,6 +17,7 @@ from ..arrays import F32, Array, Parts, TensorInfo, empty, is_finite, to_numpy
 from ..discovery import Registry
 from ..errors import NonFiniteError, RangeError, ShapeError, UnsupportedError, nearest
 from .grid import AffineGrid
+from .spoken import meant
 
 if TYPE_CHECKING:
     import torch
@@ -631,7 +632,7 @@ def get(name: str | Codec) -> Codec:
         return name
     codec = _made.get(name) or _registry.find(name) or _of_family(name)
     if codec is None:
-        raise UnsupportedError(f"unknown type {name}{nearest(name, names())}; `quantforge types` lists all")
+        raise UnsupportedError(f"unknown type {name}{meant(name) or nearest(name, names())}; `quantforge types` lists all")
     return codec
 
 

@@ -1,5 +1,5 @@
-"""FP8 (E4M3) under a scale, a family of codecs: fp8-tensor, fp8-channel, fp8-block128 (tiles of 128 × 128);
-scales are f32, or -bf16, -f16."""
+"""FP8 (E4M3) under a scale, a family of codecs: fp8-tensor, fp8-channel, fp8-block128 (tiles of 128 × 128), fp8-g32 (32
+columns of a row, as MXFP8 has it); scales are f32, or -bf16, -f16."""
 
 from __future__ import annotations
 
@@ -8,23 +8,26 @@ import re
 import numpy as np
 
 from .. import native
-from ..arrays import BF16, F8_E4M3, F32, Array, Parts, TensorInfo
+from ..arrays import BF16, F8_E4M3, F8_E8M0, F32, Array, Parts, TensorInfo
 from ..errors import ShapeError, UnsupportedError
 from .base import Codec, check_parts, check_weights, get, raise_non_finite, raise_out_of_range, register_family
 
-_NAME = re.compile(r"fp8-(tensor|channel|block([1-9]\d{0,5}))(?:-(f16|bf16|f32))?")
+_NAME = re.compile(r"fp8-(tensor|channel|block[1-9]\d{0,5}|g[1-9]\d{0,5})(?:-(f16|bf16|f32))?")
 _DTYPES = {"f16": np.dtype(np.float16), "bf16": BF16, "f32": np.dtype(np.float32)}
+_EXPONENTS = (F8_E8M0, np.dtype(np.uint8))
 _MAX = np.float32(448)
 
 
 class Fp8Codec(Codec):
-    """w = code · scale.  Parts: codes: f8_e4m3[..., in]; scale: [1], [..., 1], or [..., out/block, in/block] rounded up."""
+    """w = code · scale.  Parts: codes: f8_e4m3[..., in]; scale: [1], [..., 1], [..., in/group], or [..., out/block, in/block]
+    rounded up."""
 
     def __init__(self, per: str, scale: str = "f32") -> None:
         self.per, self.scale_dtype = per, _DTYPES[scale]
         self.tile = int(per.removeprefix("block")) if per.startswith("block") else 0
         self.name = f"fp8-{per}" + ("" if scale == "f32" else f"-{scale}")
-        self.row_local = per == "channel"
+        self.group = int(per[1:]) if per[0] == "g" else 0
+        self.row_local = per == "channel" or bool(self.group)
         self.shared = frozenset({"scale"}) if per == "tensor" else frozenset()
 
     def layout(self, shape: tuple[int, ...]) -> dict[str, TensorInfo]:
@@ -34,6 +37,8 @@ class Fp8Codec(Codec):
         scales: tuple[int, ...] = (1,)
         if self.tile:
             scales = (*shape[:-2], -(-shape[-2] // self.tile), -(-shape[-1] // self.tile))
+        elif self.group:
+            scales = (*shape[:-1], -(-shape[-1] // self.group))
         elif self.row_local:
             scales = (*shape[:-1], 1)
         return {"codes": TensorInfo(F8_E4M3, shape), "scale": TensorInfo(self.scale_dtype, scales)}
@@ -48,6 +53,9 @@ class Fp8Codec(Codec):
             amax = tiles.max((-3, -1), initial=0)
         else:
             rows = w if self.row_local else w.reshape(1, w.size)
+            if self.group:
+                wide = np.pad(w, [(0, 0)] * (w.ndim - 1) + [(0, -w.shape[-1] % self.group)])
+                rows = wide.reshape(*info.shape, self.group)
             amax = np.maximum(rows.max(-1, initial=0), -rows.min(-1, initial=0)).reshape(info.shape)
         if not np.isfinite(amax).all():
             raise_non_finite(w, self.name)
@@ -67,23 +75,33 @@ class Fp8Codec(Codec):
 
     def matmul(self, x: F32, parts: Parts, shape: tuple[int, ...], *, threads: int = 1, activations: str = "float") -> F32:
         """x wᵀ; see `Codec.matmul`. Activations stay floats, as the codes are."""
+        if self.group:
+            return super().matmul(x, parts, shape, threads=threads, activations=activations)
         codes, scale = check_parts(parts, shape, self)
         cut = np.array([shape[1], self.tile or int(self.row_local), self.tile], np.int64)
         return native.product("F8_E4M3", x, [codes.view(np.uint8), scale, cut], shape[0], threads)
 
     def _spread(self, scale: Array, shape: tuple[int, ...]) -> Array:
         """Scales in a shape that broadcasts to the weights'."""
+        if self.group:
+            return scale.repeat(self.group, -1)[..., : shape[-1]]
         if not self.tile:
             return scale
         return scale.repeat(self.tile, -2).repeat(self.tile, -1)[..., : shape[-2], : shape[-1]]
 
 
+def widened(scale: Array) -> Array:
+    """Scales of one byte as f32, exactly: 2**(byte − 127); others as they are."""
+    return scale.view(F8_E8M0).astype(np.float32) if scale.dtype in _EXPONENTS else scale
+
+
 def fp8_under(scale: TensorInfo, weight: TensorInfo, what: str, tile: int = 0) -> Fp8Codec:
     """The codec of a matrix [..., out, in] under scales of that dtype and shape: of all, a row, or a square tile.
 
-    tile: its side, where known; else the power of two that fits. what: names the tensor. Raises ShapeError, UnsupportedError.
+    or columns of a row. Scales of one byte are powers of two (E8M0), which `widened` makes f32. tile: its side, where known;
+    else the power of two that fits. what: names the tensor. Raises ShapeError, UnsupportedError.
     """
-    kind = next((k for k, dtype in _DTYPES.items() if dtype == scale.dtype), None)
+    kind = "f32" if scale.dtype in _EXPONENTS else next((k for k, dtype in _DTYPES.items() if dtype == scale.dtype), None)
     if weight.dtype != F8_E4M3 or kind is None:
         raise UnsupportedError(f"{what}: weights of {weight.dtype} under scales of {scale.dtype} are not known")
     n, k = weight.shape[-2:] if len(weight.shape) > 1 else (1, weight.shape[-1] if weight.shape else 0)
@@ -92,6 +110,8 @@ def fp8_under(scale: TensorInfo, weight: TensorInfo, what: str, tile: int = 0) -
         per = "tensor"
     elif shape in ((*lead, n), (*lead, n, 1)):
         per = "channel"
+    elif len(shape) == len(weight.shape) > 1 and shape[:-1] == (*lead, n) and shape[-1] and k % shape[-1] == 0 and n > 1:
+        per = f"g{k // shape[-1]}"
     elif len(shape) == len(weight.shape) > 1 and all(shape):
         side = max(-(-n // shape[-2]), -(-k // shape[-1]))
         per = f"block{tile or 1 << (side - 1).bit_length()}"  # the last tiles may be cut off
@@ -99,7 +119,7 @@ def fp8_under(scale: TensorInfo, weight: TensorInfo, what: str, tile: int = 0) -
         raise ShapeError(f"{what}: scales {list(shape)} do not fit weights {list(weight.shape)}")
     codec = get(f"fp8-{per}-{kind}")
     assert isinstance(codec, Fp8Codec)
-    if per[:5] == "block" and codec.layout(weight.shape)["scale"].shape != shape:
+    if codec.tile and codec.layout(weight.shape)["scale"].shape != shape:
         raise ShapeError(
             f"{what}: scales {list(shape)} do not cut weights {list(weight.shape)} into tiles of {codec.tile} x {codec.tile}"
         )
@@ -108,7 +128,7 @@ def fp8_under(scale: TensorInfo, weight: TensorInfo, what: str, tile: int = 0) -
 
 def _of_name(name: str) -> Codec | None:
     match = _NAME.fullmatch(name)
-    return match and Fp8Codec(match[1], match[3] or "f32")
+    return match and Fp8Codec(match[1], match[2] or "f32")
 
 
 register_family(_of_name)

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from .. import native
-from ..arrays import BF16, F8_E4M3, F8_E5M2, F32, Array, Parts, TensorInfo, empty, is_finite
+from ..arrays import BF16, F8_E4M3, F8_E5M2, F8_E8M0, F32, Array, Parts, TensorInfo, empty, is_finite
 from ..errors import RangeError
 from .base import Codec, check_parts, check_weights, get, raise_non_finite, register
 
@@ -27,6 +27,7 @@ class PlainCodec(Codec):
         kind = getattr(gguf.GGMLQuantizationType, name, None)
         self.ggml_type = None if kind is None else int(kind)
         self.ggml_bytes = name in ("F32", "F16", "BF16")
+        self.encodes = dtype != F8_E8M0  # powers of two alone: scales
 
     def layout(self, shape: tuple[int, ...]) -> dict[str, TensorInfo]:
         """One part, `data`: dtype[shape]."""
@@ -95,6 +96,7 @@ for _name, _dtype in {
     "F64": np.dtype(np.float64),
     "F8_E4M3": F8_E4M3,
     "F8_E5M2": F8_E5M2,
+    "F8_E8M0": F8_E8M0,
     "I8": np.dtype(np.int8),
     "I16": np.dtype(np.int16),
     "I32": np.dtype(np.int32),

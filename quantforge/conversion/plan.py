@@ -14,10 +14,12 @@ import numpy as np
 from .. import codecs, layouts, methods, recipes
 from ..archs.weight import Weight
 from ..arrays import F32, Parts
-from ..calibration.importance import Importance
+from ..calibration.importance import Importance, floored
 from ..codecs import Codec, Encoded, repack, repacks
+from ..codecs.base import GgmlCodec
 from ..codecs.fp4 import NVFP4
 from ..codecs.plain import PlainCodec, as_floats, prevailing
+from ..codecs.spoken import meant
 from ..errors import CalibrationError, RecipeError, ShapeError, UnsupportedError
 from ..formats import Format, Header, Source, Stored
 from ..formats.rows import codec_of
@@ -195,8 +197,9 @@ def decide(source: Source, options: Options) -> Plan:
     header = Header(metadata, {t.name: Stored(t.codec, t.shape) for t in tensors}, held.files, layout)
     if options.max_shard_size is not None:
         header = replace(header, max_shard_size=options.max_shard_size)
-    importance = _by_output(table, weights, outputs)
-    return Plan(source, target, header, tensors, importance, chosen.recipe, warnings, how, options.device)
+    warnings += target.warnings(header)
+    importance, unused = _as_encoded(_by_output(table, weights, outputs), tensors)
+    return Plan(source, target, header, tensors, importance, chosen.recipe, [*warnings, *unused], how, options.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,7 +304,10 @@ def _cannot_hold(target: Format, codec: Codec) -> str:
     """Why, and what instead."""
     if any(map(target.holds, map(codecs.get, _HOLDERS))):  # they take integers over
         of_integers = "of integers it holds symmetric ones and asymmetric ones of at most 5 bits; " if codec.integers else ""
-        return f"{target.name} files cannot hold {codec.name}; {of_integers}give a directory as output to write safetensors"
+        return (
+            f"{target.name} files cannot hold {codec.name}{meant(codec.name)}; {of_integers}give a directory as output to write "
+            "safetensors"
+        )
     held = [name for name in codecs.names() if target.holds(codecs.get(name))]
     shown = f"{', '.join(held[:12])}{', ...' if len(held) > 12 else ''}" if held else "none that is known"
     return f"{target.name} files cannot hold {codec.name}; types that it holds, for --type and --tensor-type: {shown}"
@@ -348,3 +354,24 @@ def _by_output(
             for expert, (name, made) in enumerate(outputs[w.name]):
                 found[name] = q[expert] if len(made.shape) < len(w.shape) else q
     return found
+
+
+def _as_encoded(importance: Mapping[str, F32], tensors: Sequence[PlannedTensor]) -> tuple[dict[str, F32], list[str]]:
+    """Importance as codecs get it, and a warning where zeros are kept because bytes are to be llama-quantize's."""
+    found, kept = dict(importance), []
+    for t in tensors:
+        q = found.get(t.name)
+        if q is None or q.all():
+            continue
+        if not t.target.ggml_bytes:
+            found[t.name] = floored(q)
+        elif isinstance(t.target, GgmlCodec) and t.target.takes_importance:
+            kept.append((t, int((q == 0).sum()), q.size))
+    if not kept:
+        return found, []
+    first, zeros, of = kept[0]
+    others = f" and {len(kept) - 1} more tensors" if kept[1:] else ""
+    return found, [
+        f"the imatrix gives no importance to {zeros} of {of} columns of {first.name}{others}; as in llama-quantize, "
+        f"{first.target.name} may store their weights as 0: make it with more text, or keep these in BF16 (--tensor-type)"
+    ]

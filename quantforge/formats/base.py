@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import stat
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +27,8 @@ from ..layouts import Layout
 from ..tokenizer import Tokenizer
 from .diagnosis import located, name_missing, name_unknown, refuse_adapter
 from .files import MappedFile, NewFiles
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,28 +66,41 @@ class Source(ABC):
     def checkpoint_config(self) -> dict[str, Any]:
         """config.json of the model as a checkpoint. Raises UnsupportedError, FormatError.
 
-        Where it says that head and embedding are one, but others are stored, it says what is stored, as transformers has it.
+        Where it contradicts the tensors, it says what is stored: as many tokens as the embedding has rows, and a head of its
+        own where one is stored that is not the embedding, as transformers has it.
         """
+        return dict(self._config_as_stored)
+
+    @cached_property
+    def _config_as_stored(self) -> Mapping[str, Any]:
         known = archs.supported()
         arch = next((known[n] for n in self.config.get("architectures") or () if n in known), None)
         text = self.config.get("text_config")
-        nested = isinstance(text, Mapping) and "tie_word_embeddings" in text
-        key = "tie_word_embeddings"
-        said = dict(text if nested else self.config)  # type: ignore[arg-type]
-        if arch is None or not said.get(key, arch.defaults.get(key)) or not self._head_differs(arch):
-            return dict(self.config)
-        return {**self.config, key: False} | ({"text_config": {**said, key: False}} if nested else {})
+        text = text if isinstance(text, Mapping) else {}
+        if arch is None:
+            return self.config
+        head, embedding = arch.ends(self.weights)
+        stored: dict[str, Any] = {}
+        said = {**text, **self.config}.get("tie_word_embeddings", arch.defaults.get("tie_word_embeddings"))
+        if said and head and embedding and self._differ(head, embedding):
+            stored["tie_word_embeddings"] = False
+        shape = self.weights[embedding or head].shape if embedding or head else ()  # type: ignore[index]
+        size = {**self.config, **text}.get("vocab_size")
+        if len(shape) == 2 and isinstance(size, int) and size != shape[0]:
+            logger.warning("config.json: vocab_size is %d, but the embedding has %d rows, which count", size, shape[0])
+            stored["vocab_size"] = shape[0]
+        inner = {**text, **{k: v for k, v in stored.items() if k in text}}
+        outer = {k: v for k, v in stored.items() if k not in text or k in self.config or k == "tie_word_embeddings"}
+        return {**self.config, **outer, **({"text_config": inner} if text else {})}
 
-    def _head_differs(self, arch: archs.Arch) -> bool:
-        ends = arch.ends(self.weights)
-        if ends is None:
-            return False
-        a, b = map(self.read, ends)
+    def _differ(self, one: str, other: str) -> bool:
+        a, b = map(self.read, (one, other))
         return a.shape != b.shape or a.codec is not b.codec or not all(_equal(a.parts[k], b.parts[k]) for k in a.parts)
 
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer, that runs. Raises FormatError, UnsupportedError."""
-        return Tokenizer(self.path, self.config, gguf_metadata=self.gguf_names)
+        config = self.config if self.gguf_names else self.checkpoint_config()
+        return Tokenizer(self.path, config, gguf_metadata=self.gguf_names)
 
     @property
     @abstractmethod
@@ -344,6 +361,10 @@ class Format(ABC):
     def create(self, path: Path, header: Header) -> Sink:
         """Begin a new file or directory that will appear at `path` on commit. Raises UnsupportedError, OutputError."""
         raise UnsupportedError(f"{self.name} files are read, not written")
+
+    def warnings(self, header: Header) -> list[str]:
+        """What users should know about what would be written for this header."""
+        return []
 
     @property
     def writes(self) -> bool:

@@ -3,8 +3,11 @@
 Tensors of plain codecs are ordinary safetensors. Any other codec's are stored part by part, as
 `NAME.PART`, and listed in config.json, which is how they are found again:
 
-    "quantization_config": {"quant_method": "quantforge", "version": 1,
+    "quantization_config": {"quantforge": "read by ...", "version": 1,
                             "tensors": {NAME: {"codec": "my-int3", "shape": [out, in]}}}
+
+(without "quant_method": transformers ignores one that it does not know, and takes random numbers for these tensors, but
+refuses a config that has none)
 
 or as one of the `layouts` has it: GPTQ, AWQ, compressed-tensors, bitsandbytes, and those that are only read.
 """
@@ -39,6 +42,10 @@ _MAX_DIM = (1 << 63) - 1
 _VERSION = 1
 _UNPACKED = 4  # tensors of a layout that are kept in memory: rows are read in tiles, by a few threads
 _SINGLE, _INDEX, _CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+_READERS = (
+    "read by quantforge alone (convert, load, evaluate), not by transformers, vLLM or llama.cpp; for these write a .gguf file, "
+    "or a directory with --format gptq, awq, compressed-tensors or bitsandbytes"
+)
 _FLOATS = {SAFETENSORS_DTYPES[k] for k in ("F64", "F32", "F16", "BF16")}
 _DTYPE_NAMES = {dtype: dtype_name for dtype_name, dtype in SAFETENSORS_DTYPES.items()}
 
@@ -235,7 +242,7 @@ class SafetensorsSource(MappedSource):
         self._unpacked: OrderedDict[str, Encoded] = OrderedDict()
         self._lock = threading.Lock()
         own = layouts.stated(self.config, lambda name: _read_json(p) if (p := directory / name).is_file() else None)
-        if own is not None and own["quant_method"] == "quantforge":
+        if own is not None and own["quant_method"] == layouts.OWN:
             self._gather(config, own, tensors)
         elif own is not None and (layouts.find(own) is not None or not all(v.info.dtype in _FLOATS for v in tensors.values())):
             self._find(own, tensors)
@@ -370,7 +377,7 @@ def _config(header: Header, quantized: Mapping[str, Stored]) -> dict[str, Any]:
         config["quantization_config"] = header.layout.config(modules, kept)
     elif quantized:
         config["quantization_config"] = {
-            "quant_method": "quantforge",
+            layouts.OWN: _READERS,
             "version": _VERSION,
             "tensors": {k: {"codec": v.codec.name, "shape": list(v.shape)} for k, v in quantized.items()},
         }
@@ -529,6 +536,11 @@ class Safetensors(Format):
     def size(self, header: Header) -> int:
         """The exact bytes of all files that `create` would write."""
         return _place(header, header.max_shard_size).nbytes
+
+    def warnings(self, header: Header) -> list[str]:
+        """Who reads a directory with codecs of no layout."""
+        own = header.layout is None and any(s.codec.name not in SAFETENSORS_DTYPES for s in header.tensors.values())
+        return [f"such a directory is {_READERS}"] if own else []
 
     def create(self, path: Path, header: Header) -> Sink:
         """Begin a checkpoint directory with files of at most `header.max_shard_size` bytes of tensors.

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..arrays import BF16, Array, Parts, TensorInfo
 from ..codecs import Codec
-from ..codecs.fp8 import Fp8Codec
+from ..codecs.fp8 import Fp8Codec, widened
 from ..codecs.integers import IntegerCodec
 from ..discovery import Registry
 from ..errors import ShapeError, UnsupportedError
@@ -197,7 +197,7 @@ def settings_of(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
 
 def unpack_fp8(codec: Fp8Codec, shape: tuple[int, ...], arrays: Parts) -> Parts:
     """Parts of the arrays `weight` and `scale`."""
-    return {"codes": arrays["weight"], "scale": arrays["scale"].reshape(codec.layout(shape)["scale"].shape)}
+    return {"codes": arrays["weight"], "scale": widened(arrays["scale"]).reshape(codec.layout(shape)["scale"].shape)}
 
 
 def activations(arrays: Arrays) -> frozenset[str]:

@@ -22,7 +22,21 @@ from ..codecs.fp4 import mxfp4_data, nvfp4_data
 from ..codecs.fp8 import Fp8Codec, fp8_under
 from ..codecs.integers import ActOrderCodec, IntegerCodec, pack_bits, unpack_bits
 from ..errors import ShapeError, UnsupportedError, nearest
-from .base import SCALES, Arrays, Found, Gathered, Layout, Load, experts, group_size, octets, stems, whole_groups, words
+from .base import (
+    SCALES,
+    Arrays,
+    Found,
+    Gathered,
+    Layout,
+    Load,
+    experts,
+    group_size,
+    octets,
+    stems,
+    unpack_fp8,
+    whole_groups,
+    words,
+)
 
 SCHEMES = {
     "W4A16": ("int4-g128-sym", False),
@@ -99,10 +113,6 @@ def _to_int8(codec: IntegerCodec, shape: tuple[int, int], arrays: Parts) -> Part
     if not codec.symmetric:
         parts["zero"] = (arrays["weight_zero_point"].astype(np.int16) + 128).astype(np.uint8).reshape(info.shape)
     return parts
-
-
-def _to_fp8(codec: Codec, shape: tuple[int, int], arrays: Parts) -> Parts:
-    return {"codes": arrays["weight"], "scale": arrays["weight_scale"].reshape(codec.layout(shape)["scale"].shape)}
 
 
 def _per(scale: tuple[int, ...], n: int, k: int, stem: str, sizes: Iterable[int | None] = ()) -> str:
@@ -273,7 +283,7 @@ class CompressedTensors(Layout):
 def _as_expert(codec: Codec) -> bool:
     """Can transformers 5.23 load an expert of this type?"""
     if isinstance(codec, Fp8Codec):
-        return not codec.tile
+        return not codec.tile and not codec.group
     return isinstance(codec, IntegerCodec) and codec.symmetric and _format(codec) == "pack-quantized"
 
 
@@ -326,7 +336,7 @@ def _one(
         assert isinstance(plain, IntegerCodec)
         return plain, (n, k), partial(_to_int8, plain, (n, k))
     codec = fp8_under(scale, info["weight"], stem)
-    return codec, (n, k), partial(_to_fp8, codec, (n, k))
+    return codec, (n, k), lambda a: unpack_fp8(codec, (n, k), {"weight": a["weight"], "scale": a["weight_scale"]})
 
 
 def _format(codec: Codec) -> str:

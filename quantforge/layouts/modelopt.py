@@ -19,7 +19,7 @@ from ..codecs.fp8 import fp8_under
 from ..errors import ShapeError, UnsupportedError
 from .base import Arrays, Found, Gathered, Layout, Load, activations, stems, unpack_fp8
 
-_ALGORITHMS = ("FP8", "NVFP4", "W4A16_NVFP4", "FP8_PB_WO", "FP8_PER_CHANNEL_PER_TOKEN", "MIXED_PRECISION", None)
+_ALGORITHMS = ("FP8", "NVFP4", "W4A16_NVFP4", "FP8_PB_WO", "FP8_PER_CHANNEL_PER_TOKEN", "MXFP8", "MIXED_PRECISION", None)
 
 
 def _unpack_nvfp4(arrays: Parts) -> Parts:
@@ -37,7 +37,7 @@ class ModelOpt(Layout):
         """See `Layout.find`. What each matrix is, the arrays say."""
         algorithm = config.get("quant_algo")
         if algorithm not in _ALGORITHMS:
-            raise UnsupportedError(f"ModelOpt's {algorithm!r} is not read; FP8 and NVFP4 are")
+            raise UnsupportedError(f"ModelOpt's {algorithm!r} is not read; FP8, MXFP8 and NVFP4 are")
         tensors = {}
         for stem in stems(arrays, "weight_scale"):
             names = {k: f"{stem}.{k}" for k in ("weight", "weight_scale", "weight_scale_2") if f"{stem}.{k}" in arrays}

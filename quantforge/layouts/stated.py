@@ -8,6 +8,9 @@ from typing import Any
 from ..errors import UnsupportedError
 from . import base
 
+OWN = "quantforge"
+"""Stands in the place of quant_method where a checkpoint has codecs of no library's layout."""
+
 _FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
 """Files in which old AutoGPTQ, old AutoAWQ and ModelOpt say it, where config.json does not."""
 
@@ -27,7 +30,6 @@ _OTHERS = {
     "torchao": "torchao's",
     "quark": "AMD Quark's",
     "sinq": "SINQ",
-    "mxfp8": "MXFP8",
 }
 """Names of quant_methods that are not read, as people know them."""
 
@@ -52,7 +54,9 @@ def stated(config: Mapping[str, Any], beside: Callable[[str], Mapping[str, Any] 
 
 
 def _unnamed(key: str, found: Mapping[str, Any]) -> dict[str, Any]:
-    """A config without quant_method: MLX's says group_size and bits, bitsandbytes' old one load_in_4bit."""
+    """A config without quant_method: quantforge's, MLX's (group_size and bits), bitsandbytes' old one (load_in_4bit)."""
+    if OWN in found:
+        return {**found, "quant_method": OWN}
     if "group_size" in found and "bits" in found and "desc_act" not in found and "version" not in found:
         return {**found, "quant_method": "mlx"}
     if found.get("load_in_4bit") or found.get("load_in_8bit"):

@@ -71,6 +71,6 @@ class Fp8:
 
 def family(codec: Codec) -> Fp8 | None:
     """None where there is no kernel: blocks that are no multiples of 128."""
-    if not isinstance(codec, Fp8Codec) or codec.tile % CHUNK:
+    if not isinstance(codec, Fp8Codec) or codec.tile % CHUNK or codec.group:
         return None
     return Fp8("fp8-row" if codec.row_local else "fp8-tile")

@@ -19,6 +19,7 @@ import gguf
 from .. import codecs
 from ..archs.weight import Weight
 from ..codecs.base import Codec
+from ..codecs.spoken import meant
 from ..errors import RecipeError, UnsupportedError, nearest
 from .presets import (
     ALIASES,
@@ -313,7 +314,7 @@ def get(name: str | Path | Recipe) -> Recipe:
     if Path(text).is_file():
         return read(text)
     known = [*PRESETS, *ALIASES, *codecs.names()]
-    raise RecipeError(f"unknown type or recipe {text}{nearest(text, known)}; `quantforge types` lists all")
+    raise RecipeError(f"unknown type or recipe {text}{meant(text) or nearest(text, known)}; `quantforge types` lists all")
 
 
 _KEYS: dict[str, type] = {

@@ -133,6 +133,40 @@ def test_both_config_generations_say_the_same(old, new):
         np.testing.assert_array_equal(a.constant, b.constant)
 
 
+_PLAIN = {"rope_type": "default", "rope_theta": 5000.0}
+_BY_KIND = {"full_attention": _PLAIN, "sliding_attention": {"rope_type": "default", "rope_theta": 300.0}}
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "scaling", "theta"),
+    [
+        ("LlamaForCausalLM", _PLAIN, _YARN, 7000.0),
+        ("LlamaForCausalLM", _PLAIN, _YARN, None),
+        ("Qwen3ForCausalLM", _PLAIN, {"type": "linear", "factor": 2.0}, None),
+        ("Qwen2ForCausalLM", _PLAIN, {**_YARN, "rope_theta": 900.0}, 7000.0),
+        ("GPTNeoXForCausalLM", _PLAIN, {"type": "linear", "factor": 2.0}, None),
+        ("Gemma3ForCausalLM", _BY_KIND, {"rope_type": "linear", "factor": 2.0}, 7000.0),
+        ("Olmo3ForCausalLM", _BY_KIND, _YARN, None),
+    ],
+)
+def test_rope_said_twice_means_what_transformers_makes_of_it(name, parameters, scaling, theta):
+    import transformers
+
+    said = {"rope_parameters": parameters, "rope_scaling": scaling} | ({} if theta is None else {"rope_theta": theta})
+    c = {k: v for k, v in config(name).items() if k != "rope_theta"} | said
+    theirs = getattr(transformers, name).config_class(**json.loads(json.dumps(c))).rope_parameters
+    theirs = theirs.get("full_attention", theirs)
+    ours = archs.find(c).hyperparameters(c)["rope"]
+    keys = ("rope_type", "rope_theta", "factor", "original_max_position_embeddings")
+    assert {k: ours.get(k) for k in keys} == {k: theirs.get(k) for k in keys}
+
+
+def test_rope_around_a_text_config_is_not_the_texts():
+    c = {"architectures": ["LlamaForCausalLM"], "text_config": {**CONFIG, "rope_parameters": _PLAIN}, "rope_scaling": _YARN}
+    assert archs.find(c).hyperparameters(c)["rope"]["rope_type"] == "default"
+
+
 def test_llama3_scaling_divides_as_transformers_does():
     import torch
     import transformers
@@ -201,6 +235,22 @@ def test_absent_keys_mean_what_transformers_makes_of_them(name, absent, key, val
     c = config(name)
     c.pop(absent, None)
     assert archs.find(c).metadata(c)[key] == value
+
+
+@pytest.mark.parametrize(
+    "absent", ["head_dim", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "rope_parameters"]
+)
+@pytest.mark.parametrize("kind", ["Voxtral", "Mistral3"])
+def test_a_text_part_has_the_defaults_of_its_model(kind, absent):
+    import transformers
+
+    cls = getattr(transformers, f"{kind}Config")
+    text = {k: v for k, v in CONFIG.items() if k != "rope_theta"} | {"num_attention_heads": 8, "hidden_size": 64, "head_dim": 8}
+    del (text := text | {"model_type": "llama" if kind == "Voxtral" else "mistral", "rope_parameters": _PLAIN})[absent]
+    c = {"text_config": text, "architectures": [f"{kind}ForConditionalGeneration"]}
+    full = cls(**json.loads(json.dumps(c))).to_dict()
+    arch = archs.find(c)
+    assert arch.metadata(c) == arch.metadata({**c, "text_config": full["text_config"]})
 
 
 def test_qwen2_has_head_sizes_only_if_the_config_states_them():

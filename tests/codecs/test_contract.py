@@ -15,7 +15,7 @@ from tests import ggml_oracle
 FAMILIES = (  # codecs described by their names
     *(f"int{b}-g64-{s}" for b, s in ((2, "sym"), (3, "asym"), (4, "sym"), (4, "asym"), (5, "sym"), (8, "sym"))),
     *("int2-channel-sym", "int4-channel-asym-bf16", "int8-channel-sym-f32", "int3-tensor-asym", "int8-tensor-sym"),
-    *("fp8-tensor", "fp8-channel-bf16"),
+    *("fp8-tensor", "fp8-channel-bf16", "fp8-g32"),
 )
 ALL = [*codecs.names(), *FAMILIES]
 ENCODERS = [n for n in ALL if codecs.get(n).encodes]

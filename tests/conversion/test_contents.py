@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 import quantforge as qf
 from quantforge import formats
 from quantforge.conversion.contents import contents
-from quantforge.errors import UnsupportedError
+from quantforge.errors import ShapeError, UnsupportedError
 from tests.archs import models
 
 
@@ -45,3 +47,71 @@ def test_a_graph_without_a_head_of_its_own_refuses_one(tmp_path: Path) -> None:
         qf.convert(directory, tmp_path / "m.gguf", "F32")
     with_head(tmp_path / "same", "Gemma2ForCausalLM", 1.0)
     qf.convert(tmp_path / "same", tmp_path / "m.gguf", "F32")
+
+
+def edited(directory: Path, change: Callable[[dict[str, np.ndarray]], None]) -> Path:
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, directory / "model.safetensors", {"format": "pt"})
+    return directory
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "Gemma2ForCausalLM"])
+def test_a_tied_model_may_be_saved_under_its_heads_name_alone(name: str, tmp_path: Path) -> None:
+    def change(w: dict[str, np.ndarray]) -> None:
+        w["lm_head.weight"] = w.pop("model.embed_tokens.weight")
+
+    models.make(tmp_path / "whole", name, tie_word_embeddings=True)
+    shutil.copytree(tmp_path / "whole", tmp_path / "m")
+    edited(tmp_path / "m", change)
+    for m in ("whole", "m"):
+        qf.convert(tmp_path / m, tmp_path / f"{m}.gguf", "F32")
+    with qf.open(tmp_path / "m.gguf") as one, qf.open(tmp_path / "whole.gguf") as other:
+        assert set(one.weights) == set(other.weights)
+        np.testing.assert_array_equal(one.read("token_embd.weight").decode(), other.read("token_embd.weight").decode())
+
+
+@pytest.mark.parametrize("rows", [328, 310])
+@pytest.mark.parametrize("tied", [False, True])
+def test_vocab_size_is_what_the_embedding_has(rows: int, tied: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def change(w: dict[str, np.ndarray]) -> None:
+        for k in [k for k in w if "embed" in k or "lm_head" in k]:
+            w[k] = np.resize(w[k], (rows, w[k].shape[1]))
+
+    edited(models.make(tmp_path / "m", "LlamaForCausalLM", tie_word_embeddings=tied), change)
+    with caplog.at_level("WARNING"):
+        qf.convert(tmp_path / "m", tmp_path / "m.gguf", "F32")
+    assert f"vocab_size is 320, but the embedding has {rows} rows" in caplog.text
+    with qf.open(tmp_path / "m.gguf") as source:
+        assert source.config["llama.vocab_size"] == len(source.config["tokenizer.ggml.tokens"]) == rows
+    qf.convert(tmp_path / "m", tmp_path / "copy", format="safetensors", recipe="F32")
+    assert json.loads((tmp_path / "copy" / "config.json").read_text())["vocab_size"] == rows
+    assert qf.load(tmp_path / "m").get_input_embeddings().weight.shape[0] == rows
+
+
+def test_a_head_that_is_not_stored_is_the_embedding_only_if_config_json_says_so(tmp_path: Path) -> None:
+    edited(models.make(tmp_path / "m", "LlamaForCausalLM"), lambda w: w.pop("lm_head.weight"))
+    with pytest.raises(ShapeError, match=r"lacks.*lm_head\.weight; where the head is the embedding.*tie_word_embeddings = true"):
+        qf.convert(tmp_path / "m", tmp_path / "m.gguf", "F32")
+
+
+def test_a_directory_of_own_types_says_who_reads_it_and_transformers_refuses_it(tmp_path: Path) -> None:
+    import transformers
+
+    models.make(tmp_path / "m", "LlamaForCausalLM")
+    report = qf.convert(tmp_path / "m", tmp_path / "own", "Q8_0")
+    assert [w for w in report.warnings if "read by quantforge alone" in w]
+    assert not qf.convert(tmp_path / "m", tmp_path / "floats", "BF16").warnings
+    for cls in (transformers.AutoModelForCausalLM, transformers.LlamaForCausalLM):
+        with pytest.raises(ValueError, match=r"quantization config .* has no `quant_method`"):
+            cls.from_pretrained(tmp_path / "own")
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "own")("a").input_ids
+    with qf.open(tmp_path / "own") as source:
+        assert source.weights["lm_head.weight"].codec.name == "Q8_0"
+    path = tmp_path / "own" / "config.json"  # as this tool wrote it before
+    config = json.loads(path.read_text())
+    del config["quantization_config"]["quantforge"]
+    config["quantization_config"]["quant_method"] = "quantforge"
+    path.write_text(json.dumps(config))
+    with qf.open(tmp_path / "own") as source:
+        assert source.weights["lm_head.weight"].codec.name == "Q8_0"

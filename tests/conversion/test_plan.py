@@ -14,8 +14,10 @@ import pytest
 
 import quantforge as qf
 from quantforge import formats, layouts
+from quantforge.calibration.importance import Importance
+from quantforge.calibration.importance import read as read_importance
 from quantforge.conversion.options import Options, writable
-from quantforge.demo import MODEL
+from quantforge.demo import IMATRIX, MODEL
 from quantforge.errors import RecipeError, UnsupportedError
 from quantforge.formats import Format
 
@@ -263,3 +265,36 @@ def test_every_argument_is_typed_and_has_a_bullet() -> None:
     assert bullets == [*dict.fromkeys(bullets)] and set(bullets) == set(convert.parameters)
     runs = {"threads", "force", "measure", "progress"}
     assert {k: v for k, v in convert.parameters.items() if k not in runs} == dict(plan.parameters)
+
+
+def with_unused_columns(columns: int) -> Importance:
+    """The shipped model's imatrix, as a text leaves it that never uses some columns of one matrix."""
+    values = dict(read_importance(IMATRIX))
+    values[UNUSED] = values[UNUSED].copy()
+    values[UNUSED][:columns] = 0
+    return Importance(values, path=IMATRIX)
+
+
+UNUSED = "blk.0.ffn_down.weight"
+
+
+def test_unused_columns_are_warned_of_where_bytes_are_llama_quantizes(tmp_path: Path) -> None:
+    plan = qf.plan(MODEL, tmp_path / "m.gguf", "Q4_0", importance=with_unused_columns(64))
+    assert [w for w in plan.warnings if re.search(r"no importance to 64 of \d+ columns of blk.0.ffn_down.weight;.*Q4_0", w)]
+    assert not plan.importance[UNUSED][:64].any()
+    plan.source.close()
+
+
+@pytest.mark.parametrize("columns", [64, 10_000])
+@pytest.mark.parametrize("kind", ["IQ3_S", "NVFP4"])
+def test_unused_columns_count_a_little_elsewhere(kind: str, columns: int, tmp_path: Path) -> None:
+    usual = with_unused_columns(0)[UNUSED]
+    plan = qf.plan(MODEL, tmp_path / "m.gguf", kind, importance=with_unused_columns(columns))
+    plan.source.close()
+    assert not [w for w in plan.warnings if "importance to" in w]
+    q = plan.importance[UNUSED]
+    if columns > usual.size:
+        assert (q == 1).all()
+    else:
+        np.testing.assert_allclose(q[:64], np.median(usual[64:]) / 100, rtol=1e-6)
+        np.testing.assert_array_equal(q[64:], usual[64:])

@@ -183,6 +183,45 @@ def test_fp8_of_stacked_experts(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read(tmp_path / "m", "experts.gate_up_proj"), w.float().numpy() * scale.repeat(128, 2))
 
 
+def as_e8m0(directory: Path, tensor: str) -> None:
+    """Give bytes the dtype F8_E8M0, which safetensors' own writer does not know."""
+    path = directory / "model.safetensors"
+    data = path.read_bytes()
+    n = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + n])
+    header[tensor]["dtype"] = "F8_E8M0"
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + n :])
+
+
+@pytest.mark.parametrize("own_dtype", [False, True])
+@pytest.mark.parametrize("kind", ["fp8", "mxfp8", "modelopt", "compressed-tensors"])
+def test_scales_that_are_powers_of_two(kind: str, own_dtype: bool, tmp_path: Path) -> None:
+    """DeepSeek's scale_fmt ue8m0 and MXFP8: 2**(byte − 127), of a tile of 128 × 128 or of 32 columns."""
+    w, tiled = e4m3(256, 384), kind == "fp8"
+    scale = RNG.integers(110, 135, (2, 3) if tiled else (256, 12)).astype(np.uint8)
+    config = {
+        "fp8": {"weight_block_size": [128, 128], "scale_fmt": "ue8m0"},
+        "mxfp8": {"weight_block_size": [1, 32], "scale_fmt": "ue8m0"},
+        "modelopt": {"quant_algo": "MXFP8"},
+        "compressed-tensors": {"config_groups": {"g": {"weights": {"num_bits": 8, "type": "float", "group_size": 32}}}},
+    }[kind]
+    name = P + ("weight_scale_inv" if "fp8" in kind else "weight_scale")
+    checkpoint(tmp_path / "m", {P + "weight": w, name: scale}, said(kind, **config))
+    if own_dtype:
+        as_e8m0(tmp_path / "m", name)
+    factors = np.exp2(scale.astype(np.float32) - 127)
+    wide = factors.repeat(128, 0).repeat(128, 1) if tiled else factors.repeat(32, 1)
+    np.testing.assert_array_equal(read(tmp_path / "m"), w.float().numpy() * wide)
+
+
+def test_scales_without_weights_of_fp8_are_named(tmp_path: Path) -> None:
+    arrays = {P + "weight": np.zeros((32, 16), np.int8), P + "weight_scale_inv": np.zeros((32, 1), np.uint8)}
+    with pytest.raises(qf.errors.FormatError, match=r"up_proj\.weight_scale_inv has no FP8 weight beside it"):
+        qf.open(checkpoint(tmp_path / "m", arrays, said("fp8")))
+
+
 def test_fp8_of_matrices_and_rows(tmp_path: Path) -> None:
     """Static fp8 has one scale a matrix, fbgemm_fp8 one a row; scales of activations are not the model's."""
     w, one = e4m3(48, 32), np.array(0.02, np.float32)
@@ -313,7 +352,7 @@ NAMED = [
     }.items()),
     ("mxfp4 without scales", {"x_blocks": np.zeros((2, 2, 2, 16), np.uint8)}, said("mxfp4"), "x_blocks.*no MXFP4"),
     ("fp8 without scales", {P + "weight": e4m3(8, 8)}, said("fp8"), "no .*up_proj.weight_scale_inv beside it"),
-    ("oblong tiles", {P + "weight": e4m3(8, 8)}, said("fp8", weight_block_size=[1, 128]), "square tiles"),
+    ("oblong tiles", {P + "weight": e4m3(8, 8)}, said("fp8", weight_block_size=[64, 128]), "square tiles"),
     ("modelopt awq", integers(), said("modelopt", quant_algo="W4A16_AWQ"), "W4A16_AWQ"),
     ("auto-round nvfp4", integers(), said("auto-round", data_type="nv_fp"), "export it as"),
     ("mlx mxfp4", {P + "scales": np.zeros((8, 1), np.uint8)}, said("mlx", mode="mxfp4"), "mode 'mxfp4'"),

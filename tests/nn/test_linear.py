@@ -19,13 +19,14 @@ from quantforge import codecs, native
 from quantforge.errors import ShapeError, UnsupportedError
 from quantforge.nn import QuantEmbedding, QuantLinear, ops, planes
 
-INTEGERS = {"I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64", "BOOL"}
+UNFIT = {"I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64", "BOOL", "F8_E8M0"}
+"""Integers, and powers of two alone."""
 FAMILIES = [
     "int4-g128-sym", "int4-g32-asym", "int3-g64-sym", "int5-g32-asym-bf16", "int8-g128-asym", "int8-channel-sym", "int2-g32-asym",
-    "int8-tensor-sym", "int4-g128-asym-act", "fp8-tensor", "fp8-channel", "fp8-block128", "int7-channel-asym-f32",
+    "int8-tensor-sym", "int4-g128-asym-act", "fp8-tensor", "fp8-channel", "fp8-block128", "fp8-g32", "int7-channel-asym-f32",
     "int4-g20-asym", "int6-g48-sym-bf16", "int8-g32-sym-act", "int3-g8-asym-act", "fp8-block100-bf16", "fp8-channel-f16",
 ]  # fmt: skip
-NAMES = [*(n for n in codecs.names() if n not in INTEGERS), *FAMILIES]
+NAMES = [*(n for n in codecs.names() if n not in UNFIT), *FAMILIES]
 TOLERANCE = 2e-6  # of the result's norm: sums in float32
 
 

@@ -34,7 +34,7 @@ LAYERS = [
 ]
 FREE = {"errors"}
 STACKED = {
-    "codecs": ["grid", "base", "lattice"],
+    "codecs": ["grid", "base", "integers", "lattice"],
     "backends": ["worker", "base"],
     "formats": ["diagnosis", "files", "base", "rows"],
     "nn": ["tiles", "integers", "fp8", "lookups", "planes", "ops", "products", "stored", "cuda", "linear"],

@@ -98,7 +98,9 @@ def find(x: F32, limits: Range = WIDEST, smallest: bool = False) -> Lattices:
         near &= limits.holds(integers.min(-1), integers.max(-1))
         if not near.any():
             continue
-        made, hits = _steps(some[near], integers[near]), left[near]
+        integers = integers[near]
+        integers /= np.maximum(1, np.gcd.reduce(integers.astype(np.int8), axis=-1)).astype(np.float32)[:, None]
+        made, hits = _steps(some[near], integers), left[near]
         step[hits], least[hits], most[hits], q[hits] = made.step, made.least, made.most, made.integers
         left = left[step[left] == 0]
     return Lattices(step, least, most, q)

@@ -8,13 +8,15 @@ import numpy as np
 
 from .. import codecs
 from ..archs.weight import Weight, rows_of
-from ..arrays import F32
+from ..arrays import BF16, F32
 from ..codecs import Codec
 from ..codecs.base import AffineCodec, GgmlCodec
 from ..codecs.lattice import BLOCK, levels, on_lattice, possible
 from ..codecs.plain import PlainCodec
+from ..errors import RangeError
 from ..formats import Source
-from ..formats.rows import by_rows, codec_of, decoded, read_rows
+from ..formats.rows import by_rows, codec_of, read_rows
+from ..formats.rows import decoded as numbers
 
 _FIRST, _ROWS = 2, 12
 """Rows that are looked at first, and where they seem to be on a lattice."""
@@ -49,12 +51,20 @@ def look(source: Source, weight: Weight, codec: Codec) -> Lattice | None:
     if not n:
         return None
 
-    def keeps(codec: Codec) -> bool:
-        fits = isinstance(codec, AffineCodec) and weight.shape[-1] % codec.block_size == 0
-        return fits and on_lattice(codec).keeps(_blocks(rows, codec.block_size))
+    def keeping(codec: Codec) -> Codec | None:
+        if weight.shape[-1] % codec.block_size:
+            return None
+        blocks = _blocks(rows, codec.block_size)
+        if isinstance(codec, AffineCodec):
+            return on_lattice(codec) if on_lattice(codec).keeps(blocks) else None
+        try:
+            decoded = codecs.quantize(blocks, codec).decode()
+        except RangeError:
+            return None
+        return codec if (decoded.astype(BF16) == blocks.astype(BF16)).mean() > 0.9 else None
 
-    kept = on_lattice(codec) if isinstance(codec, AffineCodec) and keeps(codec) else None
-    keeper = None if kept else next((c for c in _KEEPERS if keeps(codecs.get(c))), None)
+    kept = keeping(codec)
+    keeper = None if kept else next((c for c in _KEEPERS if keeping(codecs.get(c))), None)
     return Lattice((n - 1).bit_length(), kept, keeper)
 
 
@@ -62,7 +72,7 @@ def _rows(source: Source, weight: Weight, n: int) -> F32:
     """The first columns of about n rows, evenly over the tensor: f32[n, columns]."""
     rows = rows_of(weight.shape)
     chosen = sorted({int((i + 0.5) * rows / n) for i in range(n)})
-    return np.concatenate([decoded(read_rows(source, weight, r, r + 1)).reshape(1, -1)[:, :_SPAN] for r in chosen])
+    return np.concatenate([numbers(read_rows(source, weight, r, r + 1)).reshape(1, -1)[:, :_SPAN] for r in chosen])
 
 
 def _blocks(rows: F32, size: int) -> F32:

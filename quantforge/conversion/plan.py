@@ -310,7 +310,7 @@ def all_floats(used: Iterable[Codec]) -> bool:
     return all(isinstance(c, PlainCodec) for c in used)
 
 
-_HOLDERS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+_HOLDERS = ("TQ2_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 
 
 def _holder(target: Format, codec: Codec, shape: tuple[int, ...]) -> Codec | None:

@@ -21,6 +21,7 @@ from .arrays import BF16, F32, Array, Parts, to_numpy
 from .codecs import Codec, Encoded, GridCodec
 from .codecs.base import GgmlCodec, check_block, check_importance
 from .codecs.iquants import KSIGNS, IQCodec
+from .codecs.lattice import LatticeCodec
 from .codecs.plain import PlainCodec
 from .errors import NativeError, RecipeError
 
@@ -95,7 +96,8 @@ def _in_range(codec: GgmlCodec, parts: Parts, shape: tuple[int, ...]) -> bool:
 
 def has_kernel(codec: Codec, op: str) -> bool:
     """True if a CUDA kernel encodes or decodes ("encode", "decode") that type."""
-    return isinstance(codec, GgmlCodec) and native.cuda_has(codec.name, op)
+    lattice = isinstance(codec, LatticeCodec) and op == "encode"  # the CPU's alone
+    return isinstance(codec, GgmlCodec) and not lattice and native.cuda_has(codec.name, op)
 
 
 def encode(codec: GgmlCodec, w: torch.Tensor, importance: F32 | None = None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -34,7 +34,7 @@ LAYERS = [
 ]
 FREE = {"errors"}
 STACKED = {
-    "codecs": ["spoken", "grid", "base"],
+    "codecs": ["spoken", "grid", "base", "integers", "lattice"],
     "backends": ["worker", "base"],
     "formats": ["diagnosis", "files", "base", "rows"],
     "nn": ["tiles", "integers", "fp8", "lookups", "planes", "ops", "products", "stored", "cuda", "linear"],
@@ -45,7 +45,7 @@ STACKED = {
     ],
     "recipes": ["presets", "recipe", "linears"],
     "calibration": ["overlap", "corpus", "importance", "gather"],
-    "conversion": ["contents", "options", "plan", "library", "tiles", "moments", "blockwise", "run", "convert"],
+    "conversion": ["contents", "options", "lattices", "plan", "library", "tiles", "moments", "blockwise", "run", "convert"],
     "evaluation": ["report", "metrics", "answers", "tasks", "comparison", "run", "scorecard"],
     "cli": ["shared"],
 }  # modules that others of their package may import, if those do not stand before them here

@@ -25,6 +25,12 @@ def _gate_up(which: int) -> From:
     return From(_EXPERTS + "gate_up_proj", ("experts", "embd", "2*ff"), groups="experts", picked=picked, suffix="")
 
 
+def _released(which: int) -> tuple[From]:
+    """Every other row of the release's MXFP4, which is not transposed."""
+    rows = interleaved(which, 2, "experts*2*ff")
+    return (From(_EXPERTS + "gate_up_proj_blocks", ("experts", "2*ff", "embd"), rows, suffix=""),)
+
+
 def _restored(get: Callable[[str], Any]) -> Mapping[str, Any]:
     """GGUF does not say whether YaRN's bounds are rounded; in gpt-oss they are not."""
     rope = rope_scaling(get) or {"rope_type": "default"}
@@ -53,12 +59,13 @@ ARCH = Arch(
         "attn_sinks": Tensor(("heads",), From(_LAYER + "self_attn.sinks", suffix="")),
         "post_attention_norm": Tensor(("embd",), _LAYER + "post_attention_layernorm"),
         "ffn_gate_inp": Tensor(("experts", "embd"), _LAYER + "mlp.router", bias=True),
-        "ffn_gate_exps": Tensor(("experts", "ff", "embd"), _gate_up(0), bias=True),
-        "ffn_up_exps": Tensor(("experts", "ff", "embd"), _gate_up(1), bias=True),
+        "ffn_gate_exps": Tensor(("experts", "ff", "embd"), _gate_up(0), bias=True, also=_released(0)),
+        "ffn_up_exps": Tensor(("experts", "ff", "embd"), _gate_up(1), bias=True, also=_released(1)),
         "ffn_down_exps": Tensor(
             ("experts", "embd", "ff"),
             From(_EXPERTS + "down_proj", ("experts", "ff", "embd"), groups="experts", suffix=""),
             bias=True,
+            also=(From(_EXPERTS + "down_proj_blocks", suffix=""),),
         ),
     },
     scale_groups=(ScaleGroup("attn_norm", ("attn_q", "attn_k", "attn_v")), ScaleGroup("attn_v", ("attn_output",))),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +14,8 @@ from .. import sizes
 from .shared import Listing, progress_bar, recipe_options
 
 if TYPE_CHECKING:
-    from ..conversion.plan import Plan
+    from ..conversion.plan import Plan, PlannedTensor
+    from ..conversion.run import TensorReport
 
 
 def _formats() -> list[str]:
@@ -40,10 +43,17 @@ def _print_plan(plan: Plan) -> None:
         note = f"  {t.note}" if t.note else ""
         shape = "×".join(map(str, t.shape))
         click.echo(f"{t.name:<{width}}  {shape:>14}  {t.source_codec.name:>5} → {t.codec.name:<8} {t.nbytes:>14,}{note}")
+    _print_notes(plan.tensors)
     for warning in plan.warnings:
         click.echo(f"warning: {warning}", err=True)
     shown = f"{plan.total_bytes:,} bytes ({sizes.show(plan.total_bytes)})"
     click.echo(f"{len(plan.tensors)} tensors, {shown}, {plan.bpw:.3f} bits per weight")
+
+
+def _print_notes(tensors: Iterable[PlannedTensor | TensorReport]) -> None:
+    """How many tensors are not simply what was asked for, and why."""
+    for note, n in sorted(Counter(t.note for t in tensors if t.note).items()):
+        click.echo(f"note: {n} tensor{'s' if n > 1 else ''}: {note}", err=True)
 
 
 @click.command()
@@ -81,7 +91,7 @@ def _print_plan(plan: Plan) -> None:
 )
 @click.option("--pre-tokenizer", metavar="NAME", help="Value of tokenizer.ggml.pre where the tokenizer's is not recognised.")
 @click.option("--allow-requantize", is_flag=True, help="Quantize tensors that are quantized already.")
-@click.option("--dry-run", is_flag=True, help="Print the plan and the exact size; read no tensor data, write nothing.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and the exact size; write nothing, read a few rows of each tensor.")
 @click.option("--force", is_flag=True, help="Overwrite an existing output.")
 @click.option("--report", metavar="FILE.json", type=click.Path(dir_okay=False), help="Write a report with each tensor's error.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan or the report as JSON.")
@@ -154,8 +164,7 @@ def convert(
     if as_json:
         click.echo(json.dumps(done.to_json(), ensure_ascii=False))
         return
-    for note in sorted({t.note for t in done.tensors if t.note}):
-        click.echo(f"note: {note}", err=True)
+    _print_notes(done.tensors)
     judged = [t for t in done.tensors if t.output_error is not None]
     for kept in sorted({t.method for t in judged}):
         names = [t.name for t in judged if t.method == kept]

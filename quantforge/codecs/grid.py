@@ -12,10 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
+
+from ..arrays import Array
 
 if TYPE_CHECKING:
     import torch
+
+_A = TypeVar("_A", "torch.Tensor", Array)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +68,8 @@ class Field:
             values[..., b.to] |= ((data[..., b.at] >> b.shift) & ((1 << b.width) - 1)) << b.place
         return values ^ self.flip
 
-    def write(self, values: torch.Tensor, data: torch.Tensor) -> None:
-        """Put values: u8[..., n] into zeroed data: u8[..., type_size]."""
+    def write(self, values: _A, data: _A) -> None:
+        """Put values: u8[..., n] into zeroed data: u8[..., type_size]; both torch's or both NumPy's."""
         values = values ^ self.flip
         for b in self.bits:
             data[..., b.at] |= ((values[..., b.to] >> b.place) & ((1 << b.width) - 1)) << b.shift

@@ -27,6 +27,7 @@ from ..layouts import Layout
 from ..methods import Method
 from ..recipes import linears
 from ..recipes.linears import Scheme, choose_scheme
+from . import lattices
 from .contents import Contents, contents, provenance, quantization_metadata, stated_dtype
 from .options import Calibration, Options
 
@@ -177,6 +178,8 @@ def decide(source: Source, options: Options) -> Plan:
             t.codec.layout(t.shape)
         except ShapeError as e:
             raise ShapeError(f"{t.name}: {e}") from None
+    tensors, lost = _on_lattices(source, tensors)
+    warnings += lost
 
     blind = sorted({choices[w.name].codec.name for w in weights if choices[w.name].lacks_importance})
     if blind:
@@ -274,6 +277,24 @@ def _written_as(
     return codec, None, note
 
 
+def _on_lattices(source: Source, tensors: Sequence[PlannedTensor]) -> tuple[list[PlannedTensor], list[str]]:
+    """The tensors, those on a lattice that their type can keep with a codec that keeps it; warnings of those that lose it."""
+    planned, lost = [], dict[tuple[int, str, str], list[str]]()
+    for t in tensors:
+        lattice = None if t.via else lattices.look(source, t.weight, t.codec)
+        if lattice and lattice.kept:
+            notes = [*([t.note] if t.note else []), f"on a lattice of {lattice.bits} bits: kept"]
+            t = replace(t, codec=lattice.kept, note="; ".join(notes))
+        elif lattice and lattice.keeper:
+            lost.setdefault((lattice.bits, t.codec.name, lattice.keeper), []).append(t.name)
+        planned.append(t)
+    return planned, [
+        f"{len(names)} tensors ({names[0]}, ...) are on a lattice of {bits} bits, which {type} loses; {keeper} keeps it: "
+        f"--type {keeper}, or --tensor-type for them"
+        for (bits, type, keeper), names in lost.items()
+    ]
+
+
 def _check_method(method: Method, codecs: set[Codec]) -> list[str]:
     """Warnings about the types of the blocks' matrices. Raises UnsupportedError where the method can choose no codes."""
     if not codecs:
@@ -292,7 +313,7 @@ def all_floats(used: Iterable[Codec]) -> bool:
     return all(isinstance(c, PlainCodec) for c in used)
 
 
-_HOLDERS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+_HOLDERS = ("TQ2_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 
 
 def _holder(target: Format, codec: Codec, shape: tuple[int, ...]) -> Codec | None:

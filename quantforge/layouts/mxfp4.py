@@ -2,7 +2,7 @@
 
     X_blocks u8[experts, out, in / 32, 16], X_scales u8[experts, out, in / 32];  w = level · 2**(scale − 127)
 
-The tensor is called X, its shape [experts, out, in]: the same model in floats has [experts, in, out].
+The tensor is called X_blocks, its shape is [experts, out, in]: the same model in floats has X of [experts, in, out].
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Mxfp4(Layout):
             if info.dtype != _U8 or len(info.shape) < 3 or info.shape[-1] != 16 or scales != TensorInfo(_U8, info.shape[:-1]):
                 raise ShapeError(f"{name}: {info.dtype}{list(info.shape)} and {stem}_scales are no MXFP4 weights")
             shape = (*info.shape[:-2], info.shape[-2] * 32)
-            tensors[stem] = Gathered(codec, shape, {"blocks": name, "scales": f"{stem}_scales"}, _unpack)
+            tensors[name] = Gathered(codec, shape, {"blocks": name, "scales": f"{stem}_scales"}, _unpack)
         return Found(tensors)
 
 

@@ -25,7 +25,6 @@ _OTHERS = {
     "spqr": "SpQR",
     "eetq": "EETQ",
     "fp_quant": "FP-Quant",
-    "bitnet": "BitNet's packed ternary",
     "quanto": "optimum-quanto's",
     "torchao": "torchao's",
     "quark": "AMD Quark's",

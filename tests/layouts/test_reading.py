@@ -266,7 +266,7 @@ def test_gpt_oss_experts_are_mxfp4_bit_by_bit(tmp_path: Path) -> None:
     }
     checkpoint(tmp_path / "m", arrays, {"quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": []}})
     with qf.open(tmp_path / "m") as source:
-        e = source.read(name)
+        e = source.read(f"{name}_blocks")
         assert (e.codec.name, e.shape) == ("MXFP4", (2, 6, 96)) and f"{name}_bias" in source.weights
     w = levels * np.exp2(scales.astype(np.float32) - 127).repeat(32, -1)
     np.testing.assert_array_equal(e.decode(), w)
@@ -333,6 +333,48 @@ def test_mlx(bits: int, own: dict[str, int], tmp_path: Path) -> None:
     np.testing.assert_array_equal(read(tmp_path / "m"), w)
 
 
+# ---- BitNet
+
+
+def packed_ternary(q: np.ndarray) -> np.ndarray:
+    """−1, 0, 1 [out, in] as transformers packs them: four quarters of the rows in one byte."""
+    quarters = (q + 1).astype(np.uint8).reshape(4, -1, q.shape[1])
+    return sum((quarters[i] << np.uint8(2 * i) for i in range(1, 4)), start=quarters[0])
+
+
+@pytest.mark.parametrize("settings", [{}, {"linear_class": "autobitlinear"}, {"linear_class": "bitlinear"}], ids=str)
+@pytest.mark.parametrize("packed", [True, False])
+def test_bitnet(settings: dict[str, Any], packed: bool, tmp_path: Path) -> None:
+    """bitlinear divides by the scale, autobitlinear multiplies."""
+    q = RNG.integers(-1, 2, (48, 64)).astype(np.int8)
+    scale = torch.tensor([2.34375], dtype=torch.bfloat16)
+    weight = packed_ternary(q) if packed else torch.from_numpy(q).bfloat16()
+    arrays = {P + "weight": weight, P + "weight_scale": scale, "model.embed_tokens.weight": np.ones((8, 64), np.float32)}
+    checkpoint(tmp_path / "m", arrays, said("bitnet", **settings))
+    w = q.astype(np.float32)
+    w = w * np.float32(2.34375) if settings.get("linear_class") == "autobitlinear" else w / np.float32(2.34375)
+    np.testing.assert_array_equal(read(tmp_path / "m"), w)
+    with qf.open(tmp_path / "m") as source:
+        assert {n: t.codec.name for n, t in source.weights.items()} == {
+            P + "weight": "ternary",
+            "model.embed_tokens.weight": "F32",
+        }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bitnet_that_becomes_ternary_as_it_runs(dtype: torch.dtype, tmp_path: Path) -> None:
+    w = torch.from_numpy(RNG.normal(0, 0.02, (48, 64)).astype(np.float32)).to(dtype)
+    kept = "model.layers.0.self_attn.q_proj"
+    settings = {"linear_class": "autobitlinear", "quantization_mode": "online", "modules_to_not_convert": [kept]}
+    arrays = {P + "weight": w, "lm_head.weight": w, f"{kept}.weight": w, "model.layers.0.input_layernorm.weight": w[0]}
+    checkpoint(tmp_path / "m", arrays, said("bitnet", **settings))
+    scale = 1.0 / w.float().abs().mean().clamp_(min=1e-5)  # `WeightQuant.forward`, which is compiled
+    expected = ((w.float() * scale).round().clamp(-1, 1) / scale).to(dtype).float().numpy()
+    np.testing.assert_allclose(read(tmp_path / "m"), expected, rtol=1e-6, atol=0)
+    with qf.open(tmp_path / "m") as source:
+        assert [n for n, t in source.weights.items() if t.codec.name == "ternary"] == [P + "weight"]
+
+
 # ---- what is not read is named
 
 
@@ -347,12 +389,14 @@ def said(method: str, **settings: Any) -> dict[str, Any]:
 NAMED = [
     *((m, integers(), said(m), w) for m, w in {
         "exl2": "ExLlamaV2's", "exl3": "ExLlamaV3's", "aqlm": "AQLM", "hqq": "HQQ", "vptq": "VPTQ", "higgs": "HIGGS",
-        "spqr": "SpQR", "eetq": "EETQ", "fp_quant": "FP-Quant", "bitnet": "BitNet", "quip": "QuIP", "torchao": "torchao's",
+        "spqr": "SpQR", "eetq": "EETQ", "fp_quant": "FP-Quant", "quip": "QuIP", "torchao": "torchao's",
         "brand_new": "quant_method 'brand_new'",
     }.items()),
     ("mxfp4 without scales", {"x_blocks": np.zeros((2, 2, 2, 16), np.uint8)}, said("mxfp4"), "x_blocks.*no MXFP4"),
     ("fp8 without scales", {P + "weight": e4m3(8, 8)}, said("fp8"), "no .*up_proj.weight_scale_inv beside it"),
     ("oblong tiles", {P + "weight": e4m3(8, 8)}, said("fp8", weight_block_size=[64, 128]), "square tiles"),
+    ("bitnet without scale", {P + "weight": np.zeros((8, 8), np.uint8)}, said("bitnet"), "weight_scale is missing"),
+    ("bitnet with norms", {P + "weight": np.zeros((8, 8), np.uint8)}, said("bitnet", use_rms_norm=True), "use_rms_norm"),
     ("modelopt awq", integers(), said("modelopt", quant_algo="W4A16_AWQ"), "W4A16_AWQ"),
     ("auto-round nvfp4", integers(), said("auto-round", data_type="nv_fp"), "export it as"),
     ("mlx mxfp4", {P + "scales": np.zeros((8, 1), np.uint8)}, said("mlx", mode="mxfp4"), "mode 'mxfp4'"),

@@ -108,9 +108,7 @@ class _Products(TorchFunctionMode):
 
 
 @contextmanager
-def observing(
-    layer: nn.Module, model: Model, i: int, note: Note, attend: Callable[..., None] | None = None
-) -> Iterator[None]:
+def observing(layer: nn.Module, model: Model, i: int, note: Note, attend: Callable[..., None] | None = None) -> Iterator[None]:
     """Call note(names, x) whenever matrices of block i run: their checkpoint names and their input x[tokens, in].
 
     Covers every product with a parameter (linears, routers), and stacked experts one by one; an expert's x has only the
@@ -334,7 +332,7 @@ def _entries(model: Model, squares: _Squares) -> tuple[dict[str, tuple[F32, F32]
     starved: dict[str, str] = {}
     for name, made in model.gguf.items():
         if name in squares.sums:  # of heads, which have one count together
-            entries[name] = squares.sums[name].reshape(-1).astype(np.float32), np.float32([squares.counts[name]])
+            entries[name] = squares.sums[name].reshape(-1).astype(np.float32), np.array([squares.counts[name]], np.float32)
         parts = runs(model, made) if made.layer is not None and (len(made.shape) == 2 or made.experts) else []
         starts = [r.at for r in parts]
         firsts = range(0, made.row_count, made.shape[-2]) if made.experts else [0]
@@ -354,7 +352,6 @@ def _entries(model: Model, squares: _Squares) -> tuple[dict[str, tuple[F32, F32]
     if not entries:
         raise FormatError(model.source.path, "no matrix of the model was seen in its blocks")
     warnings = [
-        f"{name}: experts {few} saw fewer than {FEW_TOKENS} tokens; calibrate with more text"
-        for few, name in starved.items()
+        f"{name}: experts {few} saw fewer than {FEW_TOKENS} tokens; calibrate with more text" for few, name in starved.items()
     ]
     return entries, experts, warnings

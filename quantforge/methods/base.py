@@ -64,7 +64,6 @@ class Stats:
         """x: f32[tokens, in]."""
         return _gathered("inputs", self._inputs)
 
-
     def reordered(self, order: torch.Tensor) -> Stats:
         """The same of inputs whose columns are taken in an order: int[in]."""
         hessian, shift, drift = (None if h is None else h[order][:, order] for h in (self._hessian, self.shift, self.drift))

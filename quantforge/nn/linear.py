@@ -33,14 +33,14 @@ class Numbers(torch.Tensor):
     @staticmethod
     def __new__(cls, owner: Packed) -> Numbers:
         """owner: the layer, [out, in]."""
-        made: Numbers = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: Numbers = torch.Tensor._make_wrapper_subclass(
             cls, owner.shape, dtype=owner.dtype or torch.float32, device=owner.planes[0].device
         )
         made._owner = owner
         return made
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         def decoded(x: Any) -> Any:
             return x._owner.dequantize(x.dtype) if isinstance(x, Numbers) else x
 
@@ -148,7 +148,7 @@ class Packed(nn.Module):
         return f"in_features={n}, out_features={out}, codec={self.codec_name}, bpw={bpw:.4g}"
 
 
-class QuantLinear(Packed, nn.Linear):  # type: ignore[misc]  # weight is no parameter
+class QuantLinear(Packed, nn.Linear):  # type: ignore[override]  # weight is no parameter
     """y = x wᵀ + bias with w as it is stored, in any codec; see `Packed`. Activations get gradients, so that adapters
     (PEFT) and prompts can be trained; what is stored gets none.
 

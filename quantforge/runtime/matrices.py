@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,10 +51,12 @@ def runs(model: StoredModel, made: Weight) -> list[Run]:
     return list(_cut(model, matrices, np.concatenate(which), np.concatenate(row), made)) if which else []
 
 
-def _cut(model: StoredModel, matrices: list[str], which: NDArray[np.int64], row: NDArray[np.int64], made: Weight) -> Iterator[Run]:
+def _cut(
+    model: StoredModel, matrices: list[str], which: NDArray[np.int64], row: NDArray[np.int64], made: Weight
+) -> Iterator[Run]:
     if made.order is not None:
         which, row = which[made.order], row[made.order]
     cuts = [0, *(np.flatnonzero(np.diff(which)) + 1).tolist(), len(which)]
-    for a, b in zip(cuts, cuts[1:], strict=False):
+    for a, b in pairwise(cuts):
         name, own = matrices[int(which[a])], row[a:b]
         yield Run(name, a, b - a, None if np.array_equal(own, np.arange(model.height(name))) else own)

@@ -385,14 +385,16 @@ class Model(StoredModel):
         if hidden.ndim > 3:
             found = hidden.new_empty(total, hidden.shape[-1])
         with self._around_blocks() as base:
+            embedding = self.module.get_input_embeddings()
             for chunk, keep in zip(torch.split(hidden, batch), torch.split(chosen, batch), strict=True):
 
                 def final(i: int, _: torch.Tensor, *args: Any, chunk: torch.Tensor = chunk, **kwargs: Any) -> Any:
                     assert self._form is not None
                     return self._form(chunk.movedim(0, self._axis))
 
-                with self._instead(final):
-                    out = base(inputs_embeds=self._like_embeddings(chunk), use_cache=False)
+                any_ids = torch.zeros(keep.shape, dtype=torch.int64, device=self.device)
+                with self._instead(final), stand_in(embedding, const(self._like_embeddings(chunk))):
+                    out = base(input_ids=any_ids, use_cache=False)
                 self._output = type(out)
                 states = out.last_hidden_state[keep]
                 if not bool(torch.isfinite(states).all()):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,7 +35,36 @@ class _Batch(ctypes.Structure):
     )
 
 
+class _Tensor(ctypes.Structure):
+    """ggml_tensor, up to its name."""
+
+
+_Tensor._fields_ = (
+    ("type", ctypes.c_int32),
+    ("buffer", ctypes.c_void_p),
+    ("ne", ctypes.c_int64 * 4),
+    ("nb", ctypes.c_size_t * 4),
+    ("op", ctypes.c_int32),
+    ("op_params", ctypes.c_int32 * 16),
+    ("flags", ctypes.c_int32),
+    ("src", ctypes.POINTER(_Tensor) * 10),
+    ("view_src", ctypes.c_void_p),
+    ("view_offs", ctypes.c_size_t),
+    ("data", ctypes.c_void_p),
+    ("name", ctypes.c_char * 64),
+)
+
+
+def _values(tensor: _Tensor, dtype: type) -> np.ndarray:
+    """A view of a tensor's numbers, axes as ggml counts them, the fastest last."""
+    ne, nb = list(tensor.ne)[::-1], list(tensor.nb)[::-1]
+    octets = sum((n - 1) * b for n, b in zip(ne, nb, strict=True)) + 4
+    flat = np.ctypeslib.as_array((ctypes.c_uint8 * octets).from_address(tensor.data))
+    return np.ndarray(ne, dtype, flat, strides=nb)
+
+
 _Log = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+_Eval = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.POINTER(_Tensor), ctypes.c_bool, ctypes.c_void_p)
 _errors: list[str] = []
 
 
@@ -70,6 +100,7 @@ def library() -> ctypes.CDLL:
         ("llama_encode", int32, [pointer, _Batch]),
         ("llama_model_has_encoder", ctypes.c_bool, [pointer]),
         ("llama_model_has_decoder", ctypes.c_bool, [pointer]),
+        ("ggml_op_name", ctypes.c_char_p, [ctypes.c_int32]),
         ("llama_get_logits", ctypes.POINTER(ctypes.c_float), [pointer]),
         ("llama_get_embeddings", ctypes.POINTER(ctypes.c_float), [pointer]),
         ("llama_set_embeddings", None, [pointer, ctypes.c_bool]),
@@ -83,7 +114,7 @@ def library() -> ctypes.CDLL:
     return lib
 
 
-def _context_params(n_tokens: int) -> _Struct:
+def _context_params(n_tokens: int, see: Any = None) -> _Struct:
     params = library().llama_context_default_params()
     words = params.words
     assert words[1] >= words[2] > 0, "n_ctx, n_batch, n_ubatch are not the first three words"
@@ -95,6 +126,10 @@ def _context_params(n_tokens: int) -> _Struct:
     words[flash_attention - 2] = 0  # pooling_type: none
     cache_types = next(i for i in range(flash_attention + 8, 40) if words[i] == words[i + 1] == 1)  # F16, F16
     words[cache_types] = words[cache_types + 1] = 0
+    if see is not None:  # cb_eval and its argument, two null pointers, are in front of the cache types
+        assert not any(words[cache_types - 4 : cache_types])
+        pointer = ctypes.cast(see, ctypes.c_void_p).value or 0
+        words[cache_types - 4], words[cache_types - 3] = pointer & 0xFFFFFFFF, pointer >> 32
     return params
 
 
@@ -155,9 +190,44 @@ class Llama:
         """f32[len(tokens), hidden]: an encoder's last hidden states, from one fresh context."""
         return self._run(tokens, True)
 
-    def _run(self, tokens: list[int], embeddings: bool) -> np.ndarray:
+    def importance(self, windows: list[list[int]]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Matrix of a block -> sums of squares of its inputs and counts, as llama-imatrix gathers them: a matrix that
+        experts share out has a row and a count for each, another one row and one count."""
+        found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+
+        def add(name: str, sums: np.ndarray, counts: np.ndarray) -> None:
+            before = found.get(name, (0, 0))
+            found[name] = (sums + before[0], counts + before[1])
+
+        @_Eval
+        def see(node: Any, asked: bool, _: object) -> bool:
+            t = node.contents
+            op = library().ggml_op_name(t.op)
+            if op not in (b"MUL_MAT", b"MUL_MAT_ID") or t.src[1].contents.type != 0:
+                return False
+            w, x = t.src[0].contents, _values(t.src[1].contents, np.float32)
+            name = w.name.decode()
+            if not name.startswith("blk.") or (op == b"MUL_MAT" and x.shape[-2] < 16):
+                return False
+            if asked:
+                return True
+            if op == b"MUL_MAT_ID":
+                ids, n = _values(t.src[2].contents, np.int32)[0, 0], w.ne[2]  # [tokens, used]
+                inputs = np.broadcast_to(x[0], (*ids.shape, x.shape[-1])).astype(np.float64) ** 2
+                add(name, np.stack([inputs[ids == e].sum(0) for e in range(n)]), np.bincount(ids.ravel(), minlength=n)[:, None])
+            else:
+                n = w.ne[2] * w.ne[3]
+                squares = (x.astype(np.float64) ** 2).sum(-2).reshape(-1, n, x.shape[-1]).sum(0)
+                add(name, squares.reshape(1, -1), np.array([[x.size // x.shape[-1] // n]]))
+            return True
+
+        for tokens in windows:
+            self._run(tokens, False, see)
+        return found
+
+    def _run(self, tokens: list[int], embeddings: bool, see: Any = None) -> np.ndarray:
         lib = library()
-        context = lib.llama_init_from_model(self._model, _context_params(max(256, len(tokens))))
+        context = lib.llama_init_from_model(self._model, _context_params(max(256, len(tokens)), see))
         assert context, f"no context: {_errors}"
         batch = lib.llama_batch_init(len(tokens), 0, 1)
         try:

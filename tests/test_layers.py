@@ -38,7 +38,7 @@ STACKED = {
     "backends": ["worker", "base"],
     "formats": ["diagnosis", "files", "base", "rows"],
     "nn": ["tiles", "integers", "fp8", "lookups", "planes", "ops", "products", "stored", "cuda", "linear"],
-    "runtime": ["skeleton", "mapping", "stored", "head", "model", "passes", "loading"],
+    "runtime": ["skeleton", "mapping", "stored", "matrices", "head", "model", "passes", "loading"],
     "tokenizer": [
         *("spm_file", "files", "pretokenizers", "vocabulary", "special", "base", "byte_level", "sentencepiece", "raw_bpe"),
         *("unigram", "wordpiece", "models", "to_gguf", "from_gguf", "to_files", "engine"),

@@ -25,6 +25,7 @@ from ..arrays import F32
 from ..errors import CalibrationError, FormatError, NonFiniteError, OutputError, RecipeError
 from ..formats import Header, Stored, open_path
 from ..runtime import Model, advance
+from ..runtime.matrices import runs
 from ..tokenizer import Tokenizer
 from . import overlap
 from .corpus import BUILTIN, HELD_OUT, Corpus, Ints, Stages, cut, read_text
@@ -33,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 CTX = 512
 FEW_TOKENS = 32
-"""An expert that saw fewer tokens gets the other experts' mean for what is missing."""
+"""An expert that saw fewer tokens is not calibrated well."""
 
 PathLike: TypeAlias = str | os.PathLike[str]
 Note: TypeAlias = Callable[[Sequence[str], torch.Tensor], None]
@@ -89,47 +90,54 @@ _PRODUCTS = {nn.functional.linear: 1, torch.matmul: 1, torch.Tensor.matmul: 1, t
 
 
 class _Products(TorchFunctionMode):
-    """Sees products with matrices: those whose memory belongs to a parameter."""
+    """Sees products with matrices: those whose memory belongs to a parameter; and attention."""
 
-    def __init__(self, see: Callable[[torch.Tensor, torch.Tensor], None]) -> None:
+    def __init__(self, see: Callable[[Any, Any], bool], attend: Callable[..., None] | None = None) -> None:
         super().__init__()
-        self._see = see
+        self._see, self._attend = see, attend
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         at = _PRODUCTS.get(func)
         if at is not None and len(args) > at:
-            self._see(args[at - 1], args[at])
+            x, w = args[at - 1], args[at]
+            if not self._see(x, w) and func is not nn.functional.linear and isinstance(w, torch.Tensor) and w.ndim > 1:
+                self._see(w.transpose(-1, -2), x)  # the matrix comes first, what it is applied to is in columns
+        if func is nn.functional.scaled_dot_product_attention and self._attend is not None:
+            self._attend(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
 @contextmanager
-def observing(layer: nn.Module, model: Model, i: int, note: Note) -> Iterator[None]:
+def observing(layer: nn.Module, model: Model, i: int, note: Note, attend: Callable[..., None] | None = None) -> Iterator[None]:
     """Call note(names, x) whenever matrices of block i run: their checkpoint names and their input x[tokens, in].
 
     Covers every product with a parameter (linears, routers), and stacked experts one by one; an expert's x has only the
     tokens that were routed to it. "name[e]" is the e-th of the experts that a checkpoint has in one tensor.
+    attend: called with the arguments of every attention.
     """
     named = model.observed(i)
     matrices = {p.data_ptr(): (p, named[k]) for k, p in layer.named_parameters() if k in named and p.ndim in (2, 3)}
     starts = sorted(matrices)
     seen: set[tuple[int, int]] = set()
 
-    def see(x: Any, w: Any) -> None:
+    def see(x: Any, w: Any) -> bool:
+        """Tell of a product if w is one of the matrices; is it?"""
         if not isinstance(w, torch.Tensor) or not isinstance(x, torch.Tensor) or not starts:
-            return
+            return False
         start = starts[max(0, bisect_right(starts, w.data_ptr()) - 1)]
         p, names = matrices[start]
         e, rest = divmod(w.data_ptr() - start, p[0].nbytes if p.ndim == 3 else max(1, p.nbytes))
         if rest or e < 0 or e >= len(names) or w.ndim not in (2, 3):
-            return
+            return False
         if w.ndim == 3:
             for k in range(len(names)):
                 seen.add((start, k))
                 some = x[k].detach().reshape(-1, x.shape[-1])
                 note(names[k], some[(some != 0).any(-1)])  # tokens that are not an expert's are zeros
-            return
+            return True
         seen.add((start, e))
         note(names[e], x.detach().reshape(-1, x.shape[-1]))
+        return True
 
     def begin(module: nn.Module, _: Any) -> None:
         seen.clear()
@@ -152,7 +160,7 @@ def observing(layer: nn.Module, model: Model, i: int, note: Note) -> Iterator[No
                 if hasattr(config, "_experts_implementation"):
                     stack.callback(setattr, config, "_experts_implementation", config._experts_implementation)
                     config._experts_implementation = "eager"  # which takes experts one by one
-        stack.enter_context(_Products(see))
+        stack.enter_context(_Products(see, attend))
         yield
 
 
@@ -164,6 +172,11 @@ class _Squares:
         self.counts: dict[str, int] = {}
         self._last: tuple[torch.Tensor | None, Any] = (None, None)
 
+    def add(self, name: str, sums: Any, count: int) -> None:
+        """More of them."""
+        self.sums[name] = self.sums.get(name, 0.0) + sums
+        self.counts[name] = self.counts.get(name, 0) + count
+
     def note(self, names: Sequence[str], x: torch.Tensor) -> None:
         """See `observing`. Matrices that share an input share the work."""
         seen, square = self._last
@@ -171,8 +184,35 @@ class _Squares:
             square = (x.float() ** 2).sum(0).double().cpu().numpy()
             self._last = (x, square)
         for name in names:
-            self.sums[name] = self.sums.get(name, 0.0) + square
-            self.counts[name] = self.counts.get(name, 0) + len(x)
+            self.add(name, square, len(x))
+
+
+class _Absorbed:
+    """The inputs of low-rank attention's up-projection where it is split by heads and absorbed, as llama.cpp's graphs have it
+    and transformers' modules have not: of its part for keys the queries, of its part for values what attention makes of
+    the latent vectors."""
+
+    def __init__(self, model: Model, i: int, squares: _Squares) -> None:
+        heads = [w for w in model.gguf.values() if w.layer == i and len(w.shape) == 3 and not w.experts]
+        self._keys = [w for w in heads if any(p.groups for p in w.pieces)]
+        self._values = [w for w in heads if w not in self._keys and w.sources[0] in {s for k in self._keys for s in k.sources}]
+        self._squares, self._latent = squares, torch.empty(0)
+
+    def note(self, names: Sequence[str], x: torch.Tensor) -> None:
+        """See `observing`."""
+        if any(name in w.sources for name in names for w in self._values):
+            self._latent = x
+        self._squares.note(names, x)
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **how: Any) -> None:
+        """q, k, v: [windows, heads, ctx, ..]."""
+        if not self._keys:
+            return
+        windows, n, ctx, _ = q.shape
+        latent = self._latent.reshape(windows, 1, ctx, -1).expand(-1, n, -1, -1)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, latent, **how)
+        for w, x in [(w, q[..., : w.shape[-1]]) for w in self._keys] + [(w, mixed) for w in self._values]:
+            self._squares.add(w.name, x.float().square().sum((0, 2)).double().cpu().numpy(), windows * ctx)
 
 
 # ---- the importance matrix
@@ -214,7 +254,7 @@ def calibrate(
 
     model: anything `quantforge.open` reads. out: *.gguf. text: a UTF-8 file, or "builtin". ctx: tokens per window, default
     min(512, the model's); chunks: windows, default all. Per matrix: `NAME.in_sum2` f32[in] (experts: [experts, in]) and
-    `NAME.counts`, tokens. Experts that saw fewer than 32 tokens get the mean of all experts' tokens for the missing ones.
+    `NAME.counts`, tokens; of an expert, those that were routed to it.
     progress: called with (what, done, of).  Raises CalibrationError, FormatError, NonFiniteError (names the layer), OutputError.
     """
     out, began = Path(out), time.perf_counter()
@@ -224,7 +264,7 @@ def calibrate(
         raise OutputError(out, "exists already; --force overwrites it")
     with open_path(Path(model)) as source:
         runner = Model(source, Path(model).resolve().name, device=device)
-        if runner.arch is None:
+        if not runner.gguf:
             raise CalibrationError(
                 f"{model}: an importance matrix names tensors as GGUF does, and this architecture has no such names"
             )
@@ -267,7 +307,8 @@ def gather(model: Model, ids: Ints, progress: Stages | None = None) -> _Squares:
     hooks = ExitStack()
 
     def before(i: int, blocks: Sequence[nn.Module], hidden: Sequence[torch.Tensor]) -> None:
-        hooks.enter_context(observing(blocks[0], model, i, squares.note))
+        absorbed = _Absorbed(model, i, squares)
+        hooks.enter_context(observing(blocks[0], model, i, absorbed.note, absorbed.attend))
 
     def after(i: int, blocks: Sequence[nn.Module], hidden: Sequence[torch.Tensor]) -> None:
         hooks.close()
@@ -289,48 +330,28 @@ def _entries(model: Model, squares: _Squares) -> tuple[dict[str, tuple[F32, F32]
     entries: dict[str, tuple[F32, F32]] = {}
     experts: dict[str, list[int]] = {}
     starved: dict[str, str] = {}
-    for name, sources in stored_names(model).items():
-        if not all(s in squares.sums for s in sources):
+    for name, made in model.gguf.items():
+        if name in squares.sums:  # of heads, which have one count together
+            entries[name] = squares.sums[name].reshape(-1).astype(np.float32), np.array([squares.counts[name]], np.float32)
+        parts = runs(model, made) if made.layer is not None and (len(made.shape) == 2 or made.experts) else []
+        starts = [r.at for r in parts]
+        firsts = range(0, made.row_count, made.shape[-2]) if made.experts else [0]
+        matrices = [parts[bisect_right(starts, k) - 1].matrix for k in firsts] if parts else []
+        if not matrices or not all(m in squares.sums for m in matrices):
             continue
-        sums = np.stack([squares.sums[s] for s in sources])
-        counts = np.asarray([squares.counts[s] for s in sources], np.float64)
-        if len(sources) > 1:
-            experts[name] = counts.astype(int).tolist()
-            missing = np.maximum(FEW_TOKENS - counts, 0)[:, None]
-            if missing.any():
-                sums += missing * sums.sum(0) / max(counts.sum(), 1)
-                counts = np.maximum(counts, FEW_TOKENS)
-                few = [i for i, n in enumerate(experts[name]) if n < FEW_TOKENS]
-                starved.setdefault(str(few), name)
-            entries[name] = sums.astype(np.float32), counts.astype(np.float32)[:, None]
-        else:
+        sums = np.stack([squares.sums[m] for m in matrices])
+        sums = sums if made.columns is None else sums[:, made.columns]
+        counts = np.asarray([squares.counts[m] for m in matrices], np.float64)
+        if not made.experts:
             entries[name] = sums[0].astype(np.float32), counts.astype(np.float32)
+            continue
+        entries[name] = sums.astype(np.float32), counts.astype(np.float32)[:, None]
+        experts[name] = counts.astype(int).tolist()
+        if few := [i for i, n in enumerate(experts[name]) if n < FEW_TOKENS]:
+            starved.setdefault(str(few), name)
     if not entries:
         raise FormatError(model.source.path, "no matrix of the model was seen in its blocks")
     warnings = [
-        f"{name}: experts {few} saw fewer than {FEW_TOKENS} tokens; the mean of all experts stands in: calibrate with more text"
-        for few, name in starved.items()
+        f"{name}: experts {few} saw fewer than {FEW_TOKENS} tokens; calibrate with more text" for few, name in starved.items()
     ]
     return entries, experts, warnings
-
-
-def stored_names(model: Model) -> dict[str, list[str]]:
-    """GGUF name -> checkpoint names of the matrices of a model's blocks, stacked experts in order. Needs a known architecture."""
-    if model.source.gguf_names:
-        found: dict[str, list[str]] = {}
-        for name, made in model.places.items():
-            if not made.groups and not any(p.groups for p in made.pieces):  # transposed, it has another input
-                for stored in made.sources:
-                    found.setdefault(stored, []).append(name)
-        stacked = {k: s.shape[0] for k, s in model.source.weights.items() if len(s.shape) == 3}
-        return {k: _each(v, stacked.get(k, 0)) for k, v in found.items()}
-    assert model.arch is not None
-    shapes = {k: tuple(v.shape) for k, v in model.source.weights.items()}
-    weights = [w for w in model.arch.weights(model.config, shapes, graph=False) if w.sources and w.layer is not None]
-    crosswise = {w.name for w in weights if w.groups or any(p.groups for p in w.pieces)}
-    return {w.name: _each(list(w.sources), w.experts) for w in weights if w.name not in crosswise or w.experts}
-
-
-def _each(names: list[str], experts: int) -> list[str]:
-    """The matrices of experts that a checkpoint has in one tensor; other names as they are."""
-    return [f"{names[0]}[{e}]" for e in range(experts)] if experts > 1 and len(names) == 1 else names

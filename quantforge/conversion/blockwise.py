@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 from .. import codecs
-from ..archs.weight import Value, Weight, numbers
+from ..archs.weight import Value, Weight
 from ..arrays import F32, Parts
 from ..calibration.corpus import Ints, Stages
-from ..calibration.gather import observing, stored_names
+from ..calibration.gather import observing
 from ..codecs import Codec, Encoded
 from ..codecs.integers import ActOrderCodec
 from ..codecs.plain import PlainCodec
@@ -34,6 +34,7 @@ from ..formats.rows import decoded, read_rows
 from ..methods import Method, Stats, output_errors
 from ..methods import get as get_method
 from ..runtime import TOKENS_AT_ONCE, Model
+from ..runtime.matrices import runs
 from ..runtime.stored import Held, expert_of
 from .moments import Moments, lend
 from .plan import PlannedTensor
@@ -53,6 +54,22 @@ class Output:
     """Which of its rows, in the output's order; None: all, as they are."""
     row: int = 0
     """Where they begin in `tensor`: experts are stacked."""
+    columns: NDArray[np.int64] | None = None
+    """The order of its columns in the output, where it is another one."""
+
+    def take(self, w: torch.Tensor) -> torch.Tensor:
+        """These numbers of the matrix."""
+        w = w if self.rows is None else w[torch.from_numpy(self.rows).to(w.device)]
+        return w if self.columns is None else w[:, torch.from_numpy(self.columns).to(w.device)]
+
+    def put(self, w: torch.Tensor, numbers: torch.Tensor) -> None:
+        """The inverse of `take`, in place."""
+        if self.columns is not None:
+            numbers = numbers[:, torch.from_numpy(np.argsort(self.columns)).to(w.device)]
+        if self.rows is None:
+            w.copy_(numbers)
+        else:
+            w[torch.from_numpy(self.rows).to(w.device)] = numbers.to(w.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +99,6 @@ class _Becoming(Model):
     """The model with its embeddings and norms outside of the blocks as the output will have them."""
 
     outputs: Outputs
-
-    def block_names(self, i: int) -> dict[str, str]:
-        """GGUF name without "blk.N." -> checkpoint name, of one block."""
-        stem = f"blk.{i}."
-        return {k.removeprefix(stem): v[0] for k, v in stored_names(self).items() if k.startswith(stem) and len(v) == 1}
 
     def parameter(self, name: str) -> F32:
         w = super().parameter(name)
@@ -144,11 +156,7 @@ class Outputs:
     @classmethod
     def find(cls, model: Model, tensors: Sequence[PlannedTensor]) -> Outputs:
         """Those of a plan. Raises UnsupportedError for experts that cannot be stored one by one."""
-        forward = {}  # GGUF name -> how it is made of the checkpoint's tensors
-        if model.source.gguf_names and model.arch is not None:
-            forward = {
-                w.name: w for w in model.arch.weights(model.config, {n: p.shape for n, p in model.places.items()}, graph=False)
-            }
+        forward = model.gguf if model.source.gguf_names else {}
         made: dict[str, Weight] = {}
         of: dict[str, list[Output]] = {}
         for t in tensors:
@@ -165,32 +173,11 @@ class Outputs:
 
 def _rows(model: Model, t: PlannedTensor, made: Weight) -> Iterator[tuple[str, Output]]:
     """The model's matrices that a tensor has rows of; none where numbers change on the way, or rows are no rows there."""
-    alone = made.order is None or len(made.pieces) == 1
-    if not made.by_row or not alone or len(t.shape) < 2 or any(s not in model.places for s in made.sources):
-        return
-    parts = list(_parts(model, made))
+    parts = runs(model, made) if made.value is None else []
     if len(parts) > 1 and not t.target.row_local and not isinstance(t.target, PlainCodec):
         raise UnsupportedError(f"{t.name}: {t.target.name} cannot hold matrices that are quantized one by one; use method rtn")
-    at = 0
-    for matrix, rows, count in parts:
-        yield matrix, Output(t, rows, at)
-        at += count
-
-
-def _parts(model: Model, made: Weight) -> Iterator[tuple[str, NDArray[np.int64] | None, int]]:
-    """Matrix, its rows (None: all) and their number, of what a tensor is made of."""
-    for piece in made.pieces:
-        shape = model.places[piece.source].shape
-        rows = None if piece.rows is None else numbers(piece.rows)
-        if made.order is not None:
-            rows = numbers(made.order) if rows is None else rows[numbers(made.order)]
-        if len(shape) < 3:
-            yield piece.source, rows, piece.count if rows is None else len(rows)
-            continue
-        rows = np.arange(piece.count) if rows is None else rows  # of the stacked experts, one after another
-        for e in range(shape[0]):
-            own = rows[rows // shape[1] == e] - e * shape[1]
-            yield f"{piece.source}[{e}]", None if np.array_equal(own, np.arange(shape[1])) else own, len(own)
+    for r in parts:
+        yield r.matrix, Output(t, r.rows, r.at, made.columns)
 
 
 def _role_of_experts(name: str) -> str:
@@ -286,8 +273,10 @@ class _Block:
             for key, groups in seen.items()
         ]
 
-    def inputs(self, model: Model, layer: nn.Module, hidden: torch.Tensor, wanted: Sequence[str]) -> dict[str, torch.Tensor]:
-        """The inputs of some matrices; the block runs no further than it must."""
+    def inputs(
+        self, model: Model, layer: nn.Module, hidden: torch.Tensor, first: int, wanted: Sequence[str]
+    ) -> dict[str, torch.Tensor]:
+        """The inputs of some matrices for the windows from `first` on; the block runs no further than it must."""
         found: dict[str, torch.Tensor] = {}
 
         def note(names: Sequence[str], x: torch.Tensor) -> None:
@@ -296,7 +285,7 @@ class _Block:
                 raise _Enough
 
         with observing(layer, model, self.i, note), suppress(_Enough):
-            model.run_block(self.i, layer, hidden.clone(), self.batch)
+            model.run_block(self.i, layer, hidden.clone(), self.batch, first)
         return found
 
     def _moments(self, groups: list[list[str]]) -> list[Moments]:
@@ -311,9 +300,9 @@ class _Block:
             windows, ctx = torch.arange(first, first + len(ours)), ours.shape[1]
             judges = windows % HELD_OUT == HELD_OUT - 1 if len(self.hidden) >= HELD_OUT else windows == len(self.hidden) - 1
             compared = [n for n in firsts if n not in routed] if "hessian" in needs or bool(judges.any()) else []
+            x = self.inputs(self.becoming, self.after, ours, first, firsts)
+            x0 = self.inputs(self.model, self.before, theirs, first, compared) if compared else {}
             first += len(ours)
-            x = self.inputs(self.becoming, self.after, ours, firsts)
-            x0 = self.inputs(self.model, self.before, theirs, compared) if compared else {}
             for name, moments in zip(firsts, found, strict=True):
                 tokens = torch.arange(len(x[name]))  # of experts, every eighth token judges
                 every = tokens % HELD_OUT == HELD_OUT - 1 if name in routed else judges.repeat_interleave(ctx)
@@ -328,12 +317,13 @@ class _Block:
         """See `methods.Block`."""
         arch = self.model.arch
         stem = f"blk.{self.i}."
-        stored = stored_names(self.becoming) if arch else {}
-        names = {k.removeprefix(stem): v[0] for k, v in stored.items() if k.startswith(stem) and len(v) == 1}
+        of_block = {k.removeprefix(stem): w for k, w in self.model.gguf.items() if k.startswith(stem) and len(w.pieces) == 1}
+        names = {k: w.sources[0] for k, w in of_block.items()}
+        whole = {k: n for k, n in names.items() if of_block[k].pieces[0].rows is None and not of_block[k].pieces[0].groups}
         for group in arch.scale_groups if arch else ():
-            feeders = [names[n] for n in (f"{group.source}.weight", f"{group.source}.bias") if n in names]
+            feeders = [whole[n] for n in (f"{group.source}.weight", f"{group.source}.bias") if n in whole]
             targets = list(dict.fromkeys(names.get(f"{role}.weight", "") for role in group.targets))
-            if f"{group.source}.weight" not in names or not all(len(self._quantized(t)) == 1 for t in targets):
+            if f"{group.source}.weight" not in whole or not all(len(self._quantized(t)) == 1 for t in targets):
                 continue
             matrices = [self.matrix(self.after, t) for t in targets]
             if any(w.ndim != 2 for w in matrices):
@@ -351,8 +341,9 @@ class _Block:
     # ---- weights
 
     def matrix(self, layer: nn.Module, name: str) -> torch.Tensor:
-        """A matrix or vector of a block by its checkpoint name: a view of the module's parameter."""
-        return (self.becoming if layer is self.after else self.model).matrix(self.i, name)
+        """A matrix [out, in] or a vector of a block by its checkpoint name: a view of the module's parameter."""
+        w = (self.becoming if layer is self.after else self.model).matrix(self.i, name)
+        return w.T if w.ndim == 2 and expert_of(name)[0] in self.model.crosswise else w
 
     def _quantize(self, group: list[str], moments: Moments) -> list[Outcome]:
         """Quantize matrices that share an input, and put what they have become in place."""
@@ -376,7 +367,8 @@ class _Block:
             for output in self._quantized(name):
                 codec = output.tensor.target
                 together = codec.row_local or isinstance(codec, ActOrderCodec)  # whose groups follow from the inputs
-                found.setdefault(codec.name if together else (name, output.tensor.name), []).append((name, output))
+                order = None if output.columns is None else output.columns.tobytes()
+                found.setdefault((codec.name, order) if together else (name, output.tensor.name), []).append((name, output))
         return list(found.values())
 
     def _largest(self, name: str) -> float:
@@ -386,8 +378,11 @@ class _Block:
 
     def _choose(self, parts: list[tuple[str, Output]], stats: Stats | None, judge: Stats | None) -> list[Outcome]:
         """Quantize rows of one codec; of each tensor's, keep what errs less on the held-out windows."""
-        codec = parts[0][1].tensor.sharing(self._largest)
-        ws = [self._taken(self.matrix(self.before, name), output).float() for name, output in parts]
+        codec, columns = parts[0][1].tensor.sharing(self._largest), parts[0][1].columns
+        if columns is not None:
+            order = torch.from_numpy(columns).to(self.hidden.device)
+            stats, judge = (None if s is None else s.reordered(order) for s in (stats, judge))
+        ws = [output.take(self.matrix(self.before, name)).float() for name, output in parts]
         together: Encoded | None = None
         if self.method.takes(codec) and self.method != get_method("rtn"):
             whole = torch.cat(ws)
@@ -399,18 +394,10 @@ class _Block:
                 mine = together.rows(slice(first, first + len(w)))
             first += len(w)
             kept, encoded, result, error, rtn = self._better(name, w, codec, mine, stats, judge)
-            place = self.matrix(self.after, name)
-            if output.rows is None:
-                place.copy_(result)
-            else:
-                place[torch.from_numpy(output.rows).to(w.device)] = result.to(place.dtype)
+            output.put(self.matrix(self.after, name), result)
             expert = bool(output.tensor.weight.experts) or _is_expert(name)
             outcomes.append(Outcome(output, output.tensor.stored(encoded), w.cpu().numpy(), kept, error, rtn, expert=expert))
         return outcomes
-
-    @staticmethod
-    def _taken(w: torch.Tensor, output: Output) -> torch.Tensor:
-        return w if output.rows is None else w[torch.from_numpy(output.rows).to(w.device)]
 
     def _better(
         self, name: str, w: torch.Tensor, codec: Codec, mine: Encoded | None, stats: Stats | None, judge: Stats | None
@@ -434,7 +421,7 @@ class _Block:
         held = {}
         try:
             for s in made.sources:
-                w = self.matrix(self.after, s).float().cpu().numpy()
+                w = self.becoming.matrix(self.i, s).float().cpu().numpy()
                 held[s] = Encoded(plain, w.shape, plain.encode(np.ascontiguousarray(w)))
             w = decoded(read_rows(cast("Source", Held(held)), made)).reshape(tensor.shape)
         except UnsupportedError:  # no part of a parameter as it is, so that nothing has changed it
@@ -452,32 +439,37 @@ class _Group:
         self._places = [block.matrix(block.after, t) for t in targets]
         self.matrices: Sequence[torch.Tensor] = [w.clone() for w in self._places]
         self.codecs: Sequence[Codec] = [block.outputs.of[t][0].tensor.target for t in targets]
-        # two batches from all over the text; the block's masks are known for this number of windows
+        # two batches, where blocks are given nothing else of the text from all over it; masks are known for their length
         full, batch = block.full, block.batch
-        at = torch.linspace(0, len(full) - 1, min(len(full), 2 * batch)).long()
-        self._chosen, self._held_out = (full[at[k :: max(1, len(at) // batch)]][:batch] for k in (0, len(at) // batch - 1))
+        firsts = [k for k in range(0, len(full), batch) if k + batch <= len(full)] or [0]
+        self._chosen, self._held_out = ((full[k : k + batch], k) for k in (firsts[0], firsts[-1]))
+        if not block.becoming.varying:
+            at = torch.linspace(0, len(full) - 1, min(len(full), 2 * batch)).long()
+            self._chosen, self._held_out = (
+                (full[at[k :: max(1, len(at) // batch)]][:batch], 0) for k in (0, len(at) // batch - 1)
+            )
 
     @cached_property
     def importance(self) -> torch.Tensor:
         """See `methods.Group`."""
         block = self.block
-        inputs = block.inputs(block.model, block.before, self._chosen, self.targets[:1])
+        inputs = block.inputs(block.model, block.before, *self._chosen, self.targets[:1])
         return inputs[self.targets[0]].float().square().mean(0)
 
     @cached_property
     def loss(self) -> Callable[[Sequence[torch.Tensor]], float]:
         """See `methods.Group`."""
-        return self._loss(self._chosen)
+        return self._loss(*self._chosen)
 
     @cached_property
     def judge(self) -> Callable[[Sequence[torch.Tensor]], float]:
         """See `methods.Group`."""
-        return self._loss(self._held_out)
+        return self._loss(*self._held_out)
 
-    def _loss(self, windows: torch.Tensor) -> Callable[[Sequence[torch.Tensor]], float]:
+    def _loss(self, windows: torch.Tensor, first: int) -> Callable[[Sequence[torch.Tensor]], float]:
         def output() -> torch.Tensor:
             states = windows.clone()
-            self.block.becoming.run_block(self.block.i, self.block.after, states, self.block.batch)
+            self.block.becoming.run_block(self.block.i, self.block.after, states, self.block.batch, first)
             return states
 
         expected = output()

@@ -38,6 +38,8 @@ class Contents:
     """Name of a weight -> what it becomes: name and origin of each tensor. Several are its experts, in order."""
     metadata: Mapping[str, Any]
     files: Mapping[str, bytes] = field(default_factory=dict)
+    joined: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Name of a weight -> those, itself among them, that are parts of one tensor of the output, which is among its own."""
 
 
 def contents(source: Source, target: Format, pre_tokenizer: str | None) -> Contents:
@@ -68,11 +70,13 @@ def contents(source: Source, target: Format, pre_tokenizer: str | None) -> Conte
             and ".safetensors" not in f.name
         }
         outputs: dict[str, list[tuple[str, Weight]]] = {w.name: [] for w in weights}
-        taken: set[str] = set()
-        for w in weights:  # a tensor that several are made of goes by the first one
-            outputs[w.name] = [(s, Weight.of(w.name, shapes[s], s)) for s in w.sources if s not in taken]
-            taken.update(w.sources)
-        return Contents(weights, outputs, config, files)
+        parts: dict[str, list[str]] = {}
+        for w in weights:
+            for s in w.sources:
+                if s not in parts:  # where several are made of it, it is the first one's
+                    outputs[w.name].append((s, Weight.of(w.name, shapes[s], s)))
+                parts.setdefault(s, []).append(w.name)
+        return Contents(weights, outputs, config, files, _several(parts.values()))
     arch = archs.find(config)
     weights = arch.weights(config, shapes, source.optional)
     metadata = {
@@ -88,11 +92,20 @@ def _from_gguf(source: Source, weights: Sequence[Weight], pre_tokenizer: str | N
     shapes = {w.name: w.shape for w in weights}
     config = source.checkpoint_config()
     outputs: dict[str, list[tuple[str, Weight]]] = {}
+    parts = []
     for name, made in from_gguf.find_arch(source.config, source.path, shapes).checkpoint(config, shapes).items():
         outputs.setdefault(made.name, []).append((name, made))
+        parts.append(made.sources)
     metadata = {**source.config, **({gguf.Keys.Tokenizer.PRE: pre_tokenizer} if pre_tokenizer else {})}
     files = tokenizer.files(metadata, config, source.path)
-    return Contents([w for w in weights if w.name in outputs], outputs, config, files)
+    used = {p for some in parts for p in some}
+    weights = [w for w in weights if w.name in used]
+    return Contents(weights, {w.name: outputs.get(w.name, []) for w in weights}, config, files, _several(parts))
+
+
+def _several(parts: Iterable[Sequence[str]]) -> dict[str, Sequence[str]]:
+    """`Contents.joined` from the weights that each tensor of the output is made of."""
+    return {some[0]: some for some in parts if len(some) > 1}
 
 
 def _general(directory: Path, weights: Sequence[Weight]) -> dict[str, Any]:

@@ -230,11 +230,13 @@ def _choose(
     if layout is not None or scheme.bits is not None:
         dtype, settings = prevailing((s.codec, s.shape) for s in source.weights.values()), method.settings() if method else None
         layout, codec, rules = choose_scheme(layout, recipe, scheme, options.tensor_types, dtype, settings)
-        choices = linears.assign(held.weights, held.outputs, stored, codec, rules, target.gguf_names)
-        warnings: Sequence[str] = ()
+        choices = linears.assign(held.weights, held.outputs, stored, codec, rules, target.gguf_names, layout)
+        warnings: list[str] = []
         if layout is not None:
             named = {n.removesuffix(".weight"): choices[w.name].codec for w in held.weights for n, _ in held.outputs[w.name]}
-            warnings = layout.warnings({n: c for n, c in named.items() if not isinstance(c, PlainCodec)})
+            warnings += layout.warnings({n: c for n, c in named.items() if not isinstance(c, PlainCodec)})
+            left = [(n, choices[w.name].note) for w in held.weights for n, _ in held.outputs[w.name] if choices[w.name].note]
+            warnings += [f"{len(left)} matrices stay in floats, {left[0][0]} among them: {left[0][1]}"] if left else []
         return _Chosen(codec.name, choices, layout=layout, warnings=warnings)
     if scheme != Scheme():
         raise RecipeError(f"--group-size and --sym go with --bits, or with --format {', '.join(layouts.names())}")
@@ -245,7 +247,19 @@ def _choose(
     preset = preset.with_rules(options.tensor_types) if options.tensor_types else preset
     seen = {w.name for w in held.weights if w.layer is not None} if method else set()
     choices = preset.assign(held.weights, held.metadata, stored, importance=table.keys() | seen)
-    return _Chosen(preset.name, choices, preset.file_type)
+    return _Chosen(preset.name, _joined(choices, held), preset.file_type)
+
+
+def _joined(choices: Mapping[str, recipes.Choice], held: Contents) -> dict[str, recipes.Choice]:
+    """The choices, where a tensor of the output is several weights: the largest type that one of these has."""
+    shapes = {w.name: w.shape for w in held.weights}
+    result = dict(choices)
+    for first, parts in held.joined.items():
+        widest = max(parts, key=lambda p: choices[p].codec.nbytes(shapes[p]) / prod(shapes[p]))
+        if choices[widest].codec is not choices[first].codec:
+            codec = choices[widest].codec
+            result[first] = replace(choices[widest], note=f"{codec.name} as {widest}, which is a part of it")
+    return result
 
 
 def _written_as(

@@ -63,6 +63,7 @@ class Awq(Layout):
     """AWQ, gemm version."""
 
     name: ClassVar[str] = "awq"
+    multiple: ClassVar[int] = 8
 
     def find(self, config: Mapping[str, Any], arrays: Arrays, load: Load) -> Found:
         """See `Layout.find`."""
@@ -104,8 +105,8 @@ class Awq(Layout):
         """qweight, qzeros and scales."""
         if not isinstance(codec, IntegerCodec) or codec.bits != 4 or codec.per == "tensor":
             raise UnsupportedError(f"AWQ checkpoints cannot hold {codec.name}; they hold int4 by group or row, in order")
-        if len(shape) != 2 or shape[0] % 8 or shape[1] % 8:
-            raise ShapeError(f"AWQ checkpoints hold matrices whose sides are multiples of 8, not {list(shape)}")
+        if len(shape) != 2 or any(n % self.multiple for n in shape):
+            raise ShapeError(f"AWQ checkpoints hold matrices whose sides are multiples of {self.multiple}, not {list(shape)}")
         n, k = shape
         groups = whole_groups(codec, shape)
         i32 = np.dtype(np.int32)

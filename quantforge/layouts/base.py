@@ -57,6 +57,8 @@ class Layout(ABC):
     """`quant_method` in config.json, and --format."""
     also: ClassVar[tuple[str, ...]] = ()
     """Other values of `quant_method` that are read so."""
+    multiple: ClassVar[int] = 1
+    """A matrix whose sides are no multiples of this cannot be held, and stays in floats."""
 
     @property
     def writes(self) -> bool:

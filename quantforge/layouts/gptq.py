@@ -80,6 +80,7 @@ class Gptq(Layout):
     """GPTQ; version: "gptq", "gptq_v2", or None for v1 where symmetric (most readers) and v2 where not."""
 
     name: ClassVar[str] = "gptq"
+    multiple: ClassVar[int] = 32
     version: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
@@ -180,8 +181,8 @@ class Gptq(Layout):
                 f"{codec.name} in the v1 layout: asymmetric zeros of 0 are lost there and GPTQModel refuses the file; "
                 "choose gptq_v2, or --sym"
             )
-        if len(shape) != 2 or shape[0] % 32 or shape[1] % 32:
-            raise ShapeError(f"GPTQ checkpoints hold matrices whose sides are multiples of 32, not {list(shape)}")
+        if len(shape) != 2 or any(n % self.multiple for n in shape):
+            raise ShapeError(f"GPTQ checkpoints hold matrices whose sides are multiples of {self.multiple}, not {list(shape)}")
         n, k = shape
         groups = plain.layout(shape)["scale"].shape[1]
         i32 = np.dtype(np.int32)

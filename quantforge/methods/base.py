@@ -64,6 +64,13 @@ class Stats:
         """x: f32[tokens, in]."""
         return _gathered("inputs", self._inputs)
 
+    def reordered(self, order: torch.Tensor) -> Stats:
+        """The same of inputs whose columns are taken in an order: int[in]."""
+        hessian, shift, drift = (None if h is None else h[order][:, order] for h in (self._hessian, self.shift, self.drift))
+        importance = None if self._importance is None else self._importance[order]
+        inputs = None if self._inputs is None else self._inputs[:, order]
+        return Stats(hessian, self.tokens, shift, drift, importance=importance, inputs=inputs)
+
 
 def _gathered(what: str, found: torch.Tensor | None) -> torch.Tensor:
     if found is None:

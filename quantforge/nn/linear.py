@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 from typing_extensions import Self
 
 from .. import codecs
@@ -23,6 +24,29 @@ ROWS_AT_ONCE = 1024
 """Rows of an embedding that CUDA looks up together: with each come those of its tile."""
 
 
+class Numbers(torch.Tensor):
+    """What a `Packed` layer gives as its `weight`, to code that asks its shape, dtype and device, or computes with it:
+    the numbers are decoded whenever that is done."""
+
+    _owner: Packed
+
+    @staticmethod
+    def __new__(cls, owner: Packed) -> Numbers:
+        """owner: the layer, [out, in]."""
+        made: Numbers = torch.Tensor._make_wrapper_subclass(
+            cls, owner.shape, dtype=owner.dtype or torch.float32, device=owner.planes[0].device
+        )
+        made._owner = owner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        def decoded(x: Any) -> Any:
+            return x._owner.dequantize(x.dtype) if isinstance(x, Numbers) else x
+
+        return func(*tree_map(decoded, args), **tree_map(decoded, kwargs or {}))
+
+
 class Packed(nn.Module):
     """A matrix [out, in] in its stored form: a buffer for each part, `weight_<part>`, with the file's bytes; on CUDA,
     the same bits as its kernels want them (`planes`).
@@ -31,7 +55,7 @@ class Packed(nn.Module):
     """
 
     dtype: torch.dtype | None = None
-    """Of the numbers that come out; None: of what comes in."""
+    """Of the numbers that come out; of a linear layer, whose outputs are as its inputs, only of `weight`. None: float32."""
 
     def __init__(self, encoded: Encoded) -> None:
         nn.Module.__init__(self)  # nn.Linear's and nn.Embedding's would make a matrix of numbers
@@ -52,13 +76,18 @@ class Packed(nn.Module):
         return [getattr(self, k) for k in self._parts]
 
     @property
+    def weight(self) -> torch.Tensor:
+        """The matrix for others' code, in the layer's dtype, or float32; it takes no memory until it is computed with."""
+        return Numbers(self)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the matrix in memory."""
         return sum(p.nbytes for p in self.planes)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The numbers that the matrix stands for: [out, in] of `dtype`, by default float32."""
-        dtype = dtype or self.dtype or torch.float32
+        dtype = dtype or torch.float32
         weight: torch.Tensor = torch.ops.quantforge.dequantize(self.planes, self.codec_name, *self.shape, dtype)
         return weight
 
@@ -119,7 +148,7 @@ class Packed(nn.Module):
         return f"in_features={n}, out_features={out}, codec={self.codec_name}, bpw={bpw:.4g}"
 
 
-class QuantLinear(Packed, nn.Linear):
+class QuantLinear(Packed, nn.Linear):  # type: ignore[override]  # weight is no parameter
     """y = x wᵀ + bias with w as it is stored, in any codec; see `Packed`. Activations get gradients, so that adapters
     (PEFT) and prompts can be trained; what is stored gets none.
 
@@ -149,11 +178,6 @@ class QuantLinear(Packed, nn.Linear):
     def from_encoded(cls, encoded: Encoded, bias: torch.Tensor | None = None, *, activations: str = "float") -> Self:
         """A layer of a stored matrix [out, in], whose parts are copied. Raises ShapeError."""
         return cls(encoded, bias, activations=activations)
-
-    @property
-    def weight(self) -> torch.Tensor:  # type: ignore[override]
-        """The first of the stored parts, no numbers (those: `dequantize`): says where the layer is."""
-        return self.planes[0]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., in] of any float dtype -> [..., out] of that dtype."""
@@ -242,4 +266,4 @@ class QuantExperts(nn.Module):
 
     def __getitem__(self, i: int | torch.Tensor) -> torch.Tensor:
         matrices = self.get_submodule(str(int(i))).children()
-        return torch.cat([m.dequantize() for m in matrices if isinstance(m, Packed)])
+        return torch.cat([m.dequantize(m.dtype) for m in matrices if isinstance(m, Packed)])

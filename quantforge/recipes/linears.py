@@ -79,8 +79,10 @@ def assign(
     codec: Codec,
     rules: Sequence[recipes.Rule],
     gguf_names: bool,
+    layout: Layout | None = None,
 ) -> dict[str, recipes.Choice]:
-    """`codec`, or what a rule says, for the linear layers of the blocks; everything else stays, in floats.
+    """`codec`, or what a rule says, for the linear layers of the blocks; everything else stays, in floats, as do those that
+    no rule names and `layout` cannot hold, with a note.
 
     outputs: as in `Contents`; stored: what each weight is in the source; gguf_names: of the output's format.
     Raises RecipeError, UnsupportedError.
@@ -100,10 +102,18 @@ def assign(
         fits = (i for i, r in enumerate(rules) if any(r.matches(n, layer, layers) for n in spelled))
         if (first := next(fits, None)) is not None:
             used.add(first)
+        multiple = 1 if layout is None else layout.multiple
+        if first is None and any(n % multiple for _, shape in names for n in shape):
+            sides = " x ".join(str(n) for n in names[0][1])
+            note = f"{layout and layout.name} holds sides that are multiples of {multiple}, not {sides}: {as_is.name}"
+            choices[w.name] = recipes.Choice(as_is, note)
+            continue
         choices[w.name] = recipes.Choice(codec if first is None else rules[first].codec)
     if unused := [r.origin for i, r in enumerate(rules) if i not in used]:
         raise RecipeError(f"{unused[0]} matches no linear layer of the blocks, or none that an earlier rule leaves")
     if all(isinstance(c.codec, PlainCodec) for c in choices.values()):
+        if reason := next((c.note for c in choices.values() if c.note), None):
+            raise UnsupportedError(f"no linear layer of the blocks can be quantized: {reason}")
         raise UnsupportedError("the model has no linear layers in numbered blocks, which are what --bits and --format quantize")
     return choices
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -61,9 +61,8 @@ class Model(StoredModel):
             owner._buffers.update({k: b.to(self.device) for k, b in owner._buffers.items() if b is not None})
         self._inputs: dict[int, list[_Given]] = {}
         self._by_window: dict[int, list[_Given]] = {}
-        self._varying = False
+        self.varying = False
         """Are blocks given something that depends on the windows, beside hidden states?"""
-        self._windows = 0
         self._axis = 0
         """Where transformers has the windows among the axes of hidden states."""
         self._form: Callable[[torch.Tensor], Any] | None = None
@@ -134,7 +133,9 @@ class Model(StoredModel):
         if name in self.tied:
             embedding = self.module.get_submodule(self.tied[name].removesuffix(".weight"))
             if isinstance(embedding, QuantEmbedding):
-                return QuantLinear.tied(embedding, activations=self.activations)
+                tied = QuantLinear.tied(embedding, activations=self.activations)
+                tied.dtype = self.dtype
+                return tied
             name = self.tied[name]
         e = self.encoded(name)
         if e is None or (isinstance(child, nn.Embedding) and not e.codec.sliceable):
@@ -146,6 +147,7 @@ class Model(StoredModel):
             raise ShapeError(f"{self.name}: {name}: shape {list(e.shape)}, config says {list(expected)}")
         linear = isinstance(child, nn.Linear)
         fresh = QuantLinear(e, activations=self.activations) if linear else QuantEmbedding(e, dtype=self.dtype)
+        fresh.dtype = self.dtype
         self.release(name)
         return fresh
 
@@ -260,7 +262,7 @@ class Model(StoredModel):
         Remembers what else transformers hands to each block (masks, rotary tables).
         """
         self._inputs.clear()
-        self._varying, self._windows = False, len(ids)
+        self.varying = False
         with self._around_blocks() as base:
             embedding = self.module.get_input_embeddings()
             vectors = self._embed(embedding, ids)
@@ -280,7 +282,7 @@ class Model(StoredModel):
                     self._inputs.setdefault(len(chunk), seen)
                     known = self._inputs[len(chunk)]
                 else:
-                    self._varying = True
+                    self.varying = True
                 self._by_window[first] = known if _same(known, seen) else seen
                 first += len(chunk)
         assert states is not None
@@ -306,7 +308,7 @@ class Model(StoredModel):
                 if form is _FORMS[-1] or self._form is not None:
                     raise self._not_by_blocks() from e
                 continue
-            if len(seen) == len(self.layers) and all(h is chain[0] for h in chain):
+            if len(seen) == len(self.layers) and all(_same_memory(h, chain[0]) for h in chain):
                 self._form = form
                 return chain[0], seen
         raise self._not_by_blocks()
@@ -352,16 +354,13 @@ class Model(StoredModel):
             embedding.weight = meta
         return vectors
 
-    def run_block(self, i: int, layer: nn.Module, hidden: torch.Tensor, batch: int) -> None:
-        """Advance hidden states [windows, ctx, hidden] through one block, in place."""
-        if self._varying and len(hidden) != self._windows:
-            raise UnsupportedError(
-                f"{self.name}: blocks of {type(self.module).__name__} are given more of the text than hidden states; "
-                "they run for all of it only"
-            )
-        first = 0
+    def run_block(self, i: int, layer: nn.Module, hidden: torch.Tensor, batch: int, first: int = 0) -> None:
+        """Advance hidden states [windows, ctx, hidden] through one block, in place.
+
+        first: the number of the first of these windows among those that entered; it has to be the first of a batch.
+        """
         for chunk in torch.split(hidden, batch):
-            known = self._by_window.get(first) if self._varying else self._inputs.get(len(chunk))
+            known = self._by_window.get(first) if self.varying else self._inputs.get(len(chunk))
             if known is None:
                 raise AssertionError(f"{self.name}: windows in other batches than they entered in")
             first += len(chunk)
@@ -386,14 +385,16 @@ class Model(StoredModel):
         if hidden.ndim > 3:
             found = hidden.new_empty(total, hidden.shape[-1])
         with self._around_blocks() as base:
+            embedding = self.module.get_input_embeddings()
             for chunk, keep in zip(torch.split(hidden, batch), torch.split(chosen, batch), strict=True):
 
                 def final(i: int, _: torch.Tensor, *args: Any, chunk: torch.Tensor = chunk, **kwargs: Any) -> Any:
                     assert self._form is not None
                     return self._form(chunk.movedim(0, self._axis))
 
-                with self._instead(final):
-                    out = base(inputs_embeds=self._like_embeddings(chunk), use_cache=False)
+                any_ids = torch.zeros(keep.shape, dtype=torch.int64, device=self.device)
+                with self._instead(final), stand_in(embedding, const(self._like_embeddings(chunk))):
+                    out = base(input_ids=any_ids, use_cache=False)
                 self._output = type(out)
                 states = out.last_hidden_state[keep]
                 if not bool(torch.isfinite(states).all()):
@@ -423,15 +424,20 @@ class Model(StoredModel):
             self.unload(self.module)
 
 
+def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Is a tensor another one, or a view of all of it?"""
+    return a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride())
+
+
 def _same(a: Any, b: Any) -> bool:
-    """Are arguments of blocks equal? A mapping is not: blocks may write to it."""
+    """Are arguments of blocks equal? An empty mapping is not: blocks write to it."""
     if isinstance(a, torch.Tensor):
         return isinstance(b, torch.Tensor) and a.shape == b.shape and bool(torch.equal(a, b))
     if isinstance(a, list | tuple):
         return type(a) is type(b) and len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
-    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys() and a:
+    if isinstance(a, Mapping) and isinstance(b, Mapping) and a.keys() == b.keys() and a:
         return all(_same(a[k], b[k]) for k in a)
-    return a is b or (not isinstance(a, dict) and a == b)
+    return not isinstance(a, Mapping) and (a is b or bool(a == b))
 
 
 def _blame(layer: nn.Module, hidden: torch.Tensor, args: Any, kwargs: Any) -> str:

@@ -155,18 +155,34 @@ class StoredModel:
         """Parameter -> role (GGUF stem), where the architecture is known and all of it is of one role."""
         by_tensor = {n: {w.role} for n, w in self.places.items()}
         if not self.source.gguf_names:
-            try:
-                weights = (
-                    self.arch.weights(self.config, {n: w.shape for n, w in self.places.items()}, graph=False) if self.arch else []
-                )
-            except QuantForgeError:  # something that transformers runs and llama.cpp does not
-                weights = []
             by_tensor = {}
-            for w in weights:
+            for w in self.gguf.values():
                 for s in w.sources:
                     by_tensor.setdefault(s, set()).add(w.role)
         found = {k: set[str]().union(*(by_tensor.get(s, ()) for s in o.sources)) for k, o in self.origins.items()}
         return {k: next(iter(roles)) for k, roles in found.items() if len(roles) == 1}
+
+    @cached_property
+    def gguf(self) -> dict[str, Weight]:
+        """Tensors of a GGUF file -> which checkpoint tensors they are made of; empty where the architecture, or something in
+        it that transformers runs, is not known."""
+        try:
+            shapes = {n: w.shape for n, w in self.places.items()}
+            weights = self.arch.weights(self.config, shapes, self.source.optional, graph=False) if self.arch else []
+        except QuantForgeError:
+            weights = []
+        return {w.name: w for w in weights if w.sources}
+
+    @cached_property
+    def crosswise(self) -> frozenset[str]:
+        """Checkpoint tensors whose matrices are stored as [in, out]."""
+        whole = (p for w in self.gguf.values() for p in w.pieces if p.groups and (w.experts or p.groups == 1))
+        return frozenset(p.source for p in whole)
+
+    def height(self, matrix: str) -> int:
+        """Number of outputs of a matrix, as `observing` names it."""
+        stem, _ = expert_of(matrix)
+        return self.places[stem].shape[-1 if stem in self.crosswise else -2]
 
     def names(self, layer: int) -> list[str]:
         """Checkpoint tensors that the parameters of a block are made of."""
@@ -206,13 +222,14 @@ class StoredModel:
         return found
 
     def matrix(self, layer: int, name: str) -> torch.Tensor:
-        """A tensor of a loaded block by its checkpoint name, or one expert's: a view of the module's parameter.
+        """A tensor of a loaded block by its checkpoint name, or one expert's: a view of the module's parameter or buffer.
 
         name: as `observing` gives it. Raises UnsupportedError where it is not one run of a parameter's rows.
         """
         stem, e = expert_of(name)
         parameter = self._parameter_of.get(stem, stem)
-        w = self.layers[layer].get_parameter(parameter.removeprefix(f"{self.prefix}.{layer}.")).data
+        owner, _, leaf = parameter.removeprefix(f"{self.prefix}.{layer}.").rpartition(".")
+        w: torch.Tensor = getattr(self.layers[layer].get_submodule(owner), leaf).data
         origin = self.origins.get(parameter)
         if isinstance(origin, Weight):
             if origin.plain and origin.shape == tuple(w.shape):

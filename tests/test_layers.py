@@ -45,7 +45,7 @@ STACKED = {
     ],
     "recipes": ["presets", "recipe", "linears"],
     "calibration": ["overlap", "corpus", "importance", "gather"],
-    "conversion": ["contents", "options", "plan", "library", "tiles", "moments", "blockwise", "run", "convert"],
+    "conversion": ["pooling", "contents", "options", "plan", "library", "tiles", "moments", "blockwise", "run", "convert"],
     "evaluation": ["report", "metrics", "answers", "tasks", "comparison", "run", "scorecard"],
     "cli": ["shared"],
 }  # modules that others of their package may import, if those do not stand before them here

@@ -200,6 +200,8 @@ class Arch:
     """Settings of small random models that the tests prove it with, beside the usual small ones: name -> config keys."""
     skipped: re.Pattern[str] = re.compile(r"\.(rotary_emb\.inv_freq|attention\.(masked_)?bias)$")
     """Buffers of the checkpoint that no model file needs."""
+    pooled: bool = False
+    """Is it without a head, and its file says how a text's vectors become one?"""
     others: re.Pattern[str] | None = None
     """Tensors of the model's other parts (vision, audio), which are left out with a note."""
 

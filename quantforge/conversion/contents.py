@@ -21,6 +21,7 @@ from ..codecs.plain import prevailing
 from ..errors import UnsupportedError
 from ..formats import Format, Source
 from ..tokenizer.files import read_json
+from .pooling import pooling_metadata
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +78,7 @@ def contents(source: Source, target: Format, pre_tokenizer: str | None) -> Conte
     weights = arch.weights(config, shapes, source.optional)
     metadata = {
         **arch.metadata(config, read_json(directory / "generation_config.json"), shapes),
+        **(pooling_metadata(directory, arch.name) if arch.pooled else {}),
         **_general(directory, weights),
         **tokenizer.metadata(directory, config, pre_tokenizer=pre_tokenizer),
     }

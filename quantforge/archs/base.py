@@ -161,6 +161,8 @@ class Arch:
     scale_groups: tuple[ScaleGroup, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """What transformers assumes for keys that config.json leaves out: a value, or a function of what is given."""
+    nullable: frozenset[str] = frozenset()
+    """Keys that null switches off; elsewhere it is the same as none."""
     metadata_keys: Keys = field(default_factory=dict)
     """GGUF key (of gguf.Keys, with {arch}) -> config key and type, in the order in which they are written."""
     computed: Callable[[Config], Mapping[str, Any]] | None = None
@@ -216,7 +218,7 @@ class Arch:
         """
         text = config.get("text_config") or {}
         outer = {k: config[k] for k in ("tie_word_embeddings",) if text and k in config}  # of the whole model
-        given = {k: v for k, v in {**config, **text, **outer}.items() if v is not None}
+        given = {k: v for k, v in {**config, **text, **outer}.items() if v is not None or k in self.nullable}
         h: dict[str, Any] = {**{k: v(given) if callable(v) else v for k, v in self.defaults.items()}, **given}
         self._rename(h, given)
         for key in self.needed:
@@ -455,7 +457,7 @@ class Arch:
         for pattern, (key, kind) in self.metadata_keys.items():
             if kind is dict:
                 found.update({k.format(arch=self.name): v for k, v in rope_metadata(h[key]).items()})
-            elif key in h:
+            elif h.get(key) is not None:
                 found[pattern.format(arch=self.name)] = stated(h, key, kind)
         if h.get("nextn"):
             found[gguf.Keys.LLM.BLOCK_COUNT.format(arch=self.name)] = h["num_hidden_layers"] + h["nextn"]

@@ -2,14 +2,13 @@
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import gguf
 
 from ..arrays import shortest
 from ..errors import UnsupportedError
-from .base import DECODER, Arch, Config, From, Sizes, Tensor, experts, one_of
+from .base import DECODER, Arch, Config, From, Sizes, Tensor, experts
 from .deepseek import DENSE, PROBS_BIAS
 from .keys import METADATA
 from .rope import rotated, rotated_part
@@ -108,7 +107,7 @@ ARCH = Arch(
     }
     | DENSE
     | experts(where="moe")
-    | {r: replace(t) for r, t in PROBS_BIAS.items()},
+    | PROBS_BIAS,
     defaults={
         "head_dim": 192,
         "v_head_dim": 128,
@@ -127,6 +126,7 @@ ARCH = Arch(
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": _FACTOR},
         },
     },
+    nullable=frozenset({"attention_value_scale"}),
     metadata_keys={
         **{k: v for k, v in METADATA.items() if k != _att.HEAD_COUNT_KV},
         _att.VALUE_LENGTH: ("v_head_dim", int),
@@ -145,7 +145,7 @@ ARCH = Arch(
         "attention_bias": False,
         "tie_word_embeddings": False,  # the graph asks for a head of its own
         "norm_topk_prob": True,
-        "routed_scaling_factor": one_of("routed_scaling_factor", 1.0, None),
+        "routed_scaling_factor": 1.0,
         "scoring_func": "sigmoid",
         "topk_method": "noaux_tc",
         # of releases, which transformers does not look at

@@ -100,8 +100,8 @@ def _from_gguf(source: Source, weights: Sequence[Weight], pre_tokenizer: str | N
 def _general(directory: Path, weights: Sequence[Weight]) -> dict[str, Any]:
     """general.*: name, size label, licence, authors and the like, from the model card and the directory's name."""
     sizes = [math.prod(w.shape) for w in weights]
-    expert = sum(n for w, n in zip(weights, sizes, strict=True) if len(w.shape) == 3)
-    experts = max((w.shape[0] for w in weights if len(w.shape) == 3), default=0)
+    expert = sum(n for w, n in zip(weights, sizes, strict=True) if w.experts)
+    experts = max((w.experts for w in weights), default=0)
     total = sum(sizes)
     known = gguf.Metadata.load(None, directory.resolve(), None, total)
     known.name = known.name or directory.resolve().name

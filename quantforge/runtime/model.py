@@ -33,7 +33,9 @@ logger = logging.getLogger(__name__)
 
 _Given: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 """What a block is called with beside hidden states."""
-_FORMS: tuple[Callable[[torch.Tensor], Any], ...] = (lambda x: x, lambda x: (x,), lambda x: (x, None))
+_MORE = object()
+"""What a block may give beside hidden states; where another block is handed it, blocks need each other."""
+_FORMS: tuple[Callable[[torch.Tensor], Any], ...] = (lambda x: x, lambda x: (x,), lambda x: (x, _MORE))
 
 
 class Model(StoredModel):
@@ -306,6 +308,8 @@ class Model(StoredModel):
                 if form is _FORMS[-1] or self._form is not None:
                     raise self._not_by_blocks() from e
                 continue
+            if any(value is _MORE for args, kw in seen for value in (*args, *kw.values())):
+                break
             if len(seen) == len(self.layers) and all(h is chain[0] for h in chain):
                 self._form = form
                 return chain[0], seen

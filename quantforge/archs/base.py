@@ -206,6 +206,9 @@ class Arch:
     """Is it without a head, and its file says how a text's vectors become one?"""
     others: re.Pattern[str] | None = None
     """Tensors of the model's other parts (vision, audio), which are left out with a note."""
+    around: Mapping[str, Any] | None = None
+    """What config.json has beside text_config on the way back, where transformers has no class for the text part alone: the
+    smallest settings of the other parts, whose numbers will be random."""
 
     # ---- the config
 

@@ -78,7 +78,7 @@ class Model(StoredModel):
 
     def _rope_factors(self) -> None:
         """Llama 3's rope scaling as llama.cpp keeps it: a tensor that divides the frequencies."""
-        if self.source.gguf_names and ROPE_FREQS in self.source.weights:
+        if self.source.gguf_names and ROPE_FREQS in self.source.weights and "rope_scaling" in self.config:
             factors = torch.from_numpy(self.source.read(ROPE_FREQS).decode().reshape(-1).copy())
             for module in self.module.modules():
                 if isinstance(frequencies := getattr(module, "inv_freq", None), torch.Tensor):

@@ -246,7 +246,7 @@ class Llama:
             lib.llama_set_embeddings(context, embeddings)
             if lib.llama_model_has_encoder(self._model) and lib.llama_model_has_decoder(self._model):
                 assert lib.llama_encode(context, batch) == 0, f"llama_encode failed: {_errors}"
-            run = lib.llama_encode if embeddings else lib.llama_decode
+            run = lib.llama_encode if embeddings and lib.llama_model_has_encoder(self._model) else lib.llama_decode
             assert run(context, batch) == 0, f"llama_decode failed: {_errors}"
             if embeddings:
                 return np.ctypeslib.as_array(lib.llama_get_embeddings(context), (n, lib.llama_model_n_embd(self._model))).copy()

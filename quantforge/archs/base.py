@@ -161,6 +161,8 @@ class Arch:
     scale_groups: tuple[ScaleGroup, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """What transformers assumes for keys that config.json leaves out: a value, or a function of what is given."""
+    nullable: frozenset[str] = frozenset()
+    """Keys that null switches off; elsewhere it is the same as none."""
     metadata_keys: Keys = field(default_factory=dict)
     """GGUF key (of gguf.Keys, with {arch}) -> config key and type, in the order in which they are written."""
     computed: Callable[[Config], Mapping[str, Any]] | None = None
@@ -200,8 +202,13 @@ class Arch:
     """Settings of small random models that the tests prove it with, beside the usual small ones: name -> config keys."""
     skipped: re.Pattern[str] = re.compile(r"\.(rotary_emb\.inv_freq|attention\.(masked_)?bias)$")
     """Buffers of the checkpoint that no model file needs."""
+    pooled: bool = False
+    """Is it without a head, and its file says how a text's vectors become one?"""
     others: re.Pattern[str] | None = None
     """Tensors of the model's other parts (vision, audio), which are left out with a note."""
+    around: Mapping[str, Any] | None = None
+    """What config.json has beside text_config on the way back, where transformers has no class for the text part alone: the
+    smallest settings of the other parts, whose numbers will be random."""
 
     # ---- the config
 
@@ -215,7 +222,7 @@ class Arch:
         text = config.get("text_config") or {}
         outer = {k: config[k] for k in ("tie_word_embeddings",) if text and k in config}  # of the whole model
         around = {k: v for k, v in config.items() if not text or not k.startswith("rope_")}
-        given = {k: v for k, v in {**around, **text, **outer}.items() if v is not None}
+        given = {k: v for k, v in {**around, **text, **outer}.items() if v is not None or k in self.nullable}
         h: dict[str, Any] = {**{k: v(given) if callable(v) else v for k, v in self.defaults.items()}, **given}
         self._rename(h, given)
         for key in self.needed:
@@ -461,7 +468,7 @@ class Arch:
         for pattern, (key, kind) in self.metadata_keys.items():
             if kind is dict:
                 found.update({k.format(arch=self.name): v for k, v in rope_metadata(h[key]).items()})
-            elif key in h:
+            elif h.get(key) is not None:
                 found[pattern.format(arch=self.name)] = stated(h, key, kind)
         if h.get("nextn"):
             found[gguf.Keys.LLM.BLOCK_COUNT.format(arch=self.name)] = h["num_hidden_layers"] + h["nextn"]

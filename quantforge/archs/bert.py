@@ -63,6 +63,7 @@ _bert = Arch(
         "add_cross_attention": False,
     },
     rope_types=frozenset(),
+    pooled=True,
     skipped=re.compile(r"(^|\.)(pooler\.dense\.(weight|bias)|embeddings\.position_ids)$"),
     samples={"": {"num_key_value_heads": None, "type_vocab_size": 3, "pad_token_id": 0}},
 )

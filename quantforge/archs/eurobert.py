@@ -22,5 +22,6 @@ ARCH = Arch(
         "head_dim": lambda h: h["hidden_size"] // h["num_attention_heads"],
     },
     rope_types=frozenset({"default"}),
+    pooled=True,
     samples={"": {"hidden_size": 96, "pad_token_id": 0}},
 )

@@ -5,6 +5,7 @@ The inverse of what `archs` and `tokenizer` make of a checkpoint. Names and numb
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ import gguf
 from .. import archs
 from ..arrays import F32, shortest
 from ..errors import FormatError, UnsupportedError
-from .base import Arch
+from .base import Arch, rope_freqs
 from .rope import ROPE_FREQS, ROPE_LONG, ROPE_SHORT, llama3_scaling, longrope_scaling, rope_scaling
 from .weight import Shape, Weight
 
+logger = logging.getLogger(__name__)
 _K = gguf.Keys
 
 
@@ -82,7 +84,7 @@ def config(
         for key, pattern in (("bos", _K.Tokenizer.BOS_ID), ("eos", _K.Tokenizer.EOS_ID), ("pad", _K.Tokenizer.PAD_ID)):
             if (value := metadata.get(pattern)) is not None:
                 made[f"{key}_token_id"] = int(value)
-        if factors and ROPE_FREQS in factors and "llama3" in arch.rope_types:
+        if factors and ROPE_FREQS in factors and arch.generated is rope_freqs:
             made["rope_scaling"] = llama3_scaling(factors[ROPE_FREQS], made["rope_theta"], path)
         if factors and ROPE_LONG in factors and ROPE_SHORT in factors:
             context = made["max_position_embeddings"]
@@ -94,7 +96,19 @@ def config(
         arch.state_implied(made)
     except (TypeError, ValueError, KeyError, ZeroDivisionError):
         raise FormatError(path, f"{arch.name}.*: a value is no number where one is needed") from None
-    return made
+    return made if arch.around is None else _wrapped(made, arch.around)
+
+
+_OUTER = ("architectures", "model_type", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def _wrapped(text: Mapping[str, Any], around: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of a model whose text part this is."""
+    parts = ", ".join(sorted(k.removesuffix("_config") for k in around if k not in ("text_config", "model_type")))
+    logger.warning("the file holds the text part of the model: in transformers, its other parts (%s) will be random", parts)
+    outer = {k: v for k, v in text.items() if k in _OUTER}
+    inner = {k: v for k, v in text.items() if k not in ("architectures", "model_type")}
+    return {**outer, **around, "text_config": {**inner, **around.get("text_config", {})}}
 
 
 def _restored(value: Any, kind: type[Any]) -> Any:

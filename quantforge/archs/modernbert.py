@@ -80,6 +80,7 @@ ARCH = Arch(
         "mlp_bias": False,
     },
     window=True,
+    pooled=True,
     rope_types=frozenset({"default"}),
     samples={
         "": {

@@ -49,7 +49,7 @@ def _roots(expected: Collection[str]) -> Mapping[str, int]:
     counts: dict[str, int] = {}
     for name in expected:
         match = re.match(r"(.*?\.?)(?:[^.]+)\.\d+\.", name)
-        if match and match[1]:
+        if match:
             counts[match[1]] = counts.get(match[1], 0) + 1
     return counts
 

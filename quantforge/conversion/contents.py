@@ -21,6 +21,7 @@ from ..codecs.plain import prevailing
 from ..errors import UnsupportedError
 from ..formats import Format, Source
 from ..tokenizer.files import read_json
+from .pooling import pooling_metadata
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +82,7 @@ def contents(source: Source, target: Format, pre_tokenizer: str | None) -> Conte
     weights = arch.weights(config, shapes, source.optional)
     metadata = {
         **arch.metadata(config, read_json(directory / "generation_config.json"), shapes),
+        **(pooling_metadata(directory, arch.name) if arch.pooled else {}),
         **_general(directory, weights),
         **tokenizer.metadata(directory, config, pre_tokenizer=pre_tokenizer),
     }
@@ -111,8 +113,8 @@ def _several(parts: Iterable[Sequence[str]]) -> dict[str, Sequence[str]]:
 def _general(directory: Path, weights: Sequence[Weight]) -> dict[str, Any]:
     """general.*: name, size label, licence, authors and the like, from the model card and the directory's name."""
     sizes = [math.prod(w.shape) for w in weights]
-    expert = sum(n for w, n in zip(weights, sizes, strict=True) if len(w.shape) == 3)
-    experts = max((w.shape[0] for w in weights if len(w.shape) == 3), default=0)
+    expert = sum(n for w, n in zip(weights, sizes, strict=True) if w.experts)
+    experts = max((w.experts for w in weights), default=0)
     total = sum(sizes)
     known = gguf.Metadata.load(None, directory.resolve(), None, total)
     known.name = known.name or directory.resolve().name

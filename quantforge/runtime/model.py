@@ -33,7 +33,9 @@ logger = logging.getLogger(__name__)
 
 _Given: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 """What a block is called with beside hidden states."""
-_FORMS: tuple[Callable[[torch.Tensor], Any], ...] = (lambda x: x, lambda x: (x,), lambda x: (x, None))
+_MORE = object()
+"""What a block may give beside hidden states; where another block is handed it, blocks need each other."""
+_FORMS: tuple[Callable[[torch.Tensor], Any], ...] = (lambda x: x, lambda x: (x,), lambda x: (x, _MORE))
 
 
 class Model(StoredModel):
@@ -75,7 +77,7 @@ class Model(StoredModel):
 
     def _rope_factors(self) -> None:
         """Llama 3's rope scaling as llama.cpp keeps it: a tensor that divides the frequencies."""
-        if self.source.gguf_names and ROPE_FREQS in self.source.weights:
+        if self.source.gguf_names and ROPE_FREQS in self.source.weights and "rope_scaling" in self.config:
             factors = torch.from_numpy(self.source.read(ROPE_FREQS).decode().reshape(-1).copy())
             for module in self.module.modules():
                 if isinstance(frequencies := getattr(module, "inv_freq", None), torch.Tensor):
@@ -308,6 +310,8 @@ class Model(StoredModel):
                 if form is _FORMS[-1] or self._form is not None:
                     raise self._not_by_blocks() from e
                 continue
+            if any(value is _MORE for args, kw in seen for value in (*args, *kw.values())):
+                break
             if len(seen) == len(self.layers) and all(_same_memory(h, chain[0]) for h in chain):
                 self._form = form
                 return chain[0], seen

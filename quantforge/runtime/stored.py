@@ -311,7 +311,7 @@ def _arch(source: Source) -> archs.Arch | None:
     known = archs.supported()
     if not source.gguf_names:
         return next((known[a] for a in source.config.get("architectures") or () if a in known), None)
-    return from_gguf.find_arch(source.config, source.path)
+    return from_gguf.find_arch(source.config, source.path, {name: stored.shape for name, stored in source.weights.items()})
 
 
 def _config(source: Source) -> dict[str, Any]:

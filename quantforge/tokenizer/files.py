@@ -24,15 +24,20 @@ _OTHER_NAMES = ("vocab.json", "vocab.txt", "tekken.json", "tiktoken.model", "qwe
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object, or an empty one where there is no such file. Raises FormatError."""
+    found = parsed(path)
+    if found is not None and not isinstance(found, dict):
+        raise FormatError(path, "not a JSON object")
+    return found or {}
+
+
+def parsed(path: Path) -> Any:
+    """What a JSON file holds, or None where there is no such file. Raises FormatError."""
     if not path.is_file():
-        return {}
+        return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as e:
         raise FormatError(path, f"not readable as JSON: {e}") from None
-    if not isinstance(found, dict):
-        raise FormatError(path, "not a JSON object")
-    return found
 
 
 def text_of(value: Any) -> str | None:

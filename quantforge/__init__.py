@@ -9,6 +9,8 @@ e = qf.quantize(w, "Q4_K", importance=imp)   # e.decode(), e.bpw, e.parts, e.tob
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .extras import watch
+
 if TYPE_CHECKING:
     from .backends import Library
     from .calibration.gather import CalibrationReport, calibrate
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
         BackendError,
         CalibrationError,
         FormatError,
+        MissingError,
         NativeError,
         NonFiniteError,
         OutputError,
@@ -54,6 +57,7 @@ __all__ = [
     "GridCodec",
     "Importance",
     "Library",
+    "MissingError",
     "NativeError",
     "NonFiniteError",
     "OutputError",
@@ -98,6 +102,9 @@ _HOMES = {
     "open": ("formats", "open_path"),
     "read_importance": ("calibration.importance", "read"),
 }
+
+
+watch()
 
 
 def __getattr__(name: str) -> Any:

@@ -10,6 +10,7 @@
     ├── CalibrationError   calibration text or statistics unfit for use
     ├── OutputError        the result cannot be written: disk full, no permission (has .path)
     ├── BackendError       another library that was to quantize is missing, does not fit or failed
+    ├── MissingError       a package that an extra brings is not installed; an ImportError, too
     └── NativeError        the compiled kernels are missing or failed
 
 Messages are one line; they name the thing, the limit and the way out.
@@ -95,6 +96,13 @@ class BackendError(QuantForgeError):
 
     def __init__(self, message: str) -> None:
         super().__init__(_one_line(message, 1200))
+
+
+class MissingError(QuantForgeError, ModuleNotFoundError):
+    """A package that is needed now is not installed; `name` is its name."""
+
+    def __init__(self, message: str, name: str) -> None:
+        ModuleNotFoundError.__init__(self, message, name=name)
 
 
 class NativeError(QuantForgeError):

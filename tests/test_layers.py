@@ -32,7 +32,7 @@ LAYERS = [
     {"cli"},
     {"__main__"},
 ]
-FREE = {"errors"}
+FREE = {"errors", "extras"}
 STACKED = {
     "codecs": ["spoken", "grid", "base", "integers", "lattice"],
     "backends": ["worker", "base"],

@@ -240,7 +240,31 @@ def _models(run: Run) -> Iterator[str]:
             [f"{made / 1e9:.1f} B Llama, one sequence, tokens/s", *names],
             [[what, *cells(how)] for how, what in WAYS.items()],
         )
+    yield from _calibrated(run)
     for e in run.model:
         if e["what"] == "evaluate":
             yield ""
             yield f"Evaluator, {e['models']} models: {e['tokens_s']:.0f} tokens/s ({e['seconds']:.1f} s)."
+
+
+def _calibrated(run: Run) -> Iterator[str]:
+    """GPTQ of a block by the model's width, and of the whole random model."""
+    sums = {r["model"]: r for r in run.model if r["what"] == "hessians"}
+    loops = {(r["model"], r["codec"]): r for r in run.model if r["what"] == "gptq"}
+    names = list(dict.fromkeys(codec for _, codec in loops))
+    if names:
+        tokens = next(iter(sums.values()))["tokens"]
+        yield ""
+        yield f"GPTQ of a block, s, and in brackets all blocks with their Hessians; these of {tokens} tokens."
+        yield ""
+        lines = []
+        for model, r in sums.items():
+            of = [loops.get((model, name)) for name in names]
+            lines.append(
+                [model, f"{r['seconds']:.2f}", *(f"{g['seconds']:.2f} ({g['all_blocks']:.0f})" if g else "–" for g in of)]
+            )
+        yield from _table(["width of", "Hessians", *names], lines)
+    for r in run.model:
+        if r["what"] == "convert":
+            yield ""
+            yield f"convert to {r['model']}: {r['seconds']:.1f} s" + (f", {r['windows']} windows" if "windows" in r else "")

@@ -160,13 +160,13 @@ struct F16 : Pairs<F16> {
 #endif
 };
 
-#ifndef __CUDACC__
-// A GPU faults on a vector whose address is no multiple of its size; the host, for the tests, does so too.
-static inline const void *on_boundary(const void *p, uintptr_t size) {
+// p, if it is a multiple of `size`: a GPU faults on the address of a vector that is not, and so does the host, for the tests.
+QF_HD const void *on_boundary(const void *p, [[maybe_unused]] uintptr_t size) {
+#ifndef __CUDA_ARCH__
     if ((uintptr_t)p % size) __builtin_trap();
+#endif
     return p;
 }
-#endif
 
 // Weights are read once: they pass by the L1, which stays free for activations. p is a multiple of N bytes.
 template <int N>

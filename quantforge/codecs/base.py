@@ -7,7 +7,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import gguf
 import numpy as np
@@ -16,7 +16,7 @@ from .. import native
 from ..arrays import F32, Array, Parts, TensorInfo, empty, is_finite, to_numpy
 from ..discovery import Registry
 from ..errors import NonFiniteError, RangeError, ShapeError, UnsupportedError, nearest
-from .grid import AffineGrid
+from .grid import AffineGrid, Spacing
 from .spoken import meant
 
 if TYPE_CHECKING:
@@ -156,19 +156,6 @@ class Codec(ABC):
         return f"<codec {self.name}>"
 
 
-class Lattice(NamedTuple):
-    """Evenly spaced numbers that the codes of some columns stand for: step · (code − zero) − offset."""
-
-    step: torch.Tensor
-    """f32[out, columns], or [out, 1] where all columns have one."""
-    offset: torch.Tensor | None
-    """Of step's shape or [out, 1]; None: 0."""
-    zero: int
-    lowest: int
-    highest: int
-    """Codes are lowest .. highest."""
-
-
 class GridCodec(Codec):
     """A codec whose codes can be chosen a few columns at a time, on torch tensors (CPU or CUDA).
 
@@ -183,7 +170,7 @@ class GridCodec(Codec):
     """Columns that are rounded together: 1, or 4/8 for codebook types."""
 
     even: bool = False
-    """Codes stand for evenly spaced numbers, and `lattice` says for which."""
+    """Codes stand for evenly spaced numbers, and `spacing` says for which."""
 
     @abstractmethod
     def fit(self, w: torch.Tensor, importance: torch.Tensor | None = None) -> Params:
@@ -201,7 +188,7 @@ class GridCodec(Codec):
         """Raise RangeError if weights w: f32[out, in] are too large for what `search` has found for them."""
         return
 
-    def lattice(self, params: Params, at: int, n: int) -> Lattice:
+    def spacing(self, params: Params, at: int, n: int) -> Spacing:
         """The numbers of columns at:at+n, where the codec is `even`."""
         raise NotImplementedError(self.name)
 
@@ -489,10 +476,9 @@ class AffineCodec(GgmlCodec, GridCodec):
                 reason = f"{self.name} stores its blocks' scales in f16, up to {_F16_MAX}"
                 raise_out_of_range(np.asarray(to_numpy(w.float()), np.float32), to_numpy(bad), self, reason)
 
-    def lattice(self, params: Params, at: int, n: int) -> Lattice:
-        """See `GridCodec.lattice`."""
-        q = self.grid.q
-        return Lattice(*self.grid.lattice(params, at, n), q.zero, q.lo, q.hi)
+    def spacing(self, params: Params, at: int, n: int) -> Spacing:
+        """See `GridCodec.spacing`."""
+        return self.grid.spacing(params, at, n)
 
     def round(self, w: torch.Tensor, params: Params, at: int = 0) -> Codes:
         """Nearest codes: u8[out, n] of columns at:at+n."""

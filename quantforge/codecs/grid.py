@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from ..arrays import Array
 
@@ -75,6 +75,19 @@ class Field:
             data[..., b.at] |= ((values[..., b.to] >> b.place) & ((1 << b.width) - 1)) << b.shift
 
 
+class Spacing(NamedTuple):
+    """Evenly spaced numbers that the codes of some columns stand for: step · (code − zero) − offset."""
+
+    step: torch.Tensor
+    """f32[out, columns], or [out, 1] where all columns have one."""
+    offset: torch.Tensor | None
+    """The same; None: 0."""
+    zero: int
+    lowest: int
+    highest: int
+    """Codes are lowest .. highest."""
+
+
 _UNIT = Field(1, 1, 1, 0, ())  # the sub-scale of types that have none
 FITTED_AT_ONCE = {"cpu": 1 << 18, "cuda": 1 << 24}  # weights: stay in cache, fill the device
 _LEVELS = tuple(i / 4 for i in range(-4, 7))  # added to the number of levels that a range is cut into
@@ -123,7 +136,7 @@ class AffineGrid:
             f.write((params[k] if k else codes).reshape(out, blocks, f.n), data)
         return data.reshape(out, -1)
 
-    def lattice(self, params: Mapping[str, torch.Tensor], at: int, n: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _lattice(self, params: Mapping[str, torch.Tensor], at: int, n: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Step and offset (value = step·(q − zero) − offset) of columns at:at+n: f32[out, n] or [out, 1]."""
         per, width = self.sub_blocks, self.q.n // self.sub_blocks
         first, last = at // width, (at + n - 1) // width
@@ -147,16 +160,20 @@ class AffineGrid:
         cut = at - first * width
         return _repeat(step, width, cut, n), None if offset is None else _repeat(offset, width, cut, n)
 
+    def spacing(self, params: Mapping[str, torch.Tensor], at: int, n: int) -> Spacing:
+        """What codes of columns at:at+n stand for."""
+        return Spacing(*self._lattice(params, at, n), self.q.zero, self.q.lo, self.q.hi)
+
     def round(self, w: torch.Tensor, params: Mapping[str, torch.Tensor], at: int) -> torch.Tensor:
         """Nearest codes u8[out, n] of columns at:at+n."""
         import torch
 
-        step, offset = self.lattice(params, at, w.shape[1])
+        step, offset = self._lattice(params, at, w.shape[1])
         return (self._nearest(w.float(), step, offset) + self.q.zero).to(torch.uint8)
 
     def expand(self, codes: torch.Tensor, params: Mapping[str, torch.Tensor], at: int) -> torch.Tensor:
         """f32[out, n], with the operations of the decode kernels in their order."""
-        step, offset = self.lattice(params, at, codes.shape[1])
+        step, offset = self._lattice(params, at, codes.shape[1])
         value = step * (codes.float() - self.q.zero)
         return value if offset is None else value - offset
 

@@ -23,7 +23,6 @@ from .base import (
     GridCodec,
     IntegerGrid,
     Integers,
-    Lattice,
     Params,
     check_block,
     check_importance,
@@ -36,7 +35,7 @@ from .base import (
     register,
     register_family,
 )
-from .grid import FITTED_AT_ONCE
+from .grid import FITTED_AT_ONCE, Spacing
 
 if TYPE_CHECKING:
     import torch
@@ -295,12 +294,12 @@ class IntegerCodec(GridCodec):
         found = {"scale": scale.to(kind)}
         return found if self.symmetric else found | {"zero": zero.to(torch.uint8)}
 
-    def lattice(self, params: Params, at: int, n: int) -> Lattice:
-        """See `GridCodec.lattice`."""
+    def spacing(self, params: Params, at: int, n: int) -> Spacing:
+        """See `GridCodec.spacing`."""
         step, zero = self._columns(params, at, n)
         if self.symmetric:
-            return Lattice(step, None, self.middle, 0, self.top)
-        return Lattice(step, step * zero, 0, 0, self.top)
+            return Spacing(step, None, self.middle, 0, self.top)
+        return Spacing(step, step * zero, 0, 0, self.top)
 
     def _nearest(self, w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | float) -> torch.Tensor:
         return ((w / scale.masked_fill(scale == 0, float("inf"))).round_() + zero).clamp_(0, self.top)

@@ -90,10 +90,10 @@ class Loop:
         params, inside = self.params(w, first)
         n, start = last - first, self.at[first] - inside
         if self.at[first:last] == list(range(self.at[first], self.at[first] + n)):
-            found = self.codec.lattice(params, inside, n)
+            found = self.codec.spacing(params, inside, n)
             own: slice | torch.Tensor = slice(None)
         else:
-            found = self.codec.lattice(params, 0, len(w) if self.whole is not None else self.size)
+            found = self.codec.spacing(params, 0, len(w) if self.whole is not None else self.size)
             own = self.order[first:last] - start
         step, offset = (
             torch.empty(0, device=w.device) if t is None else t[:, own if t.shape[1] > 1 else slice(None)].t().expand(n, -1)

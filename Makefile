@@ -1,5 +1,6 @@
 # make demo   set up .venv, convert the shipped model, let llama.cpp speak with it
 # make test   set up .venv, lint, type-check, run the tests
+# make test-all   the slow ones too: every method and layout on every architecture, an hour
 # make architectures   prove every architecture and write docs/architectures.md
 # make cuda   build the CUDA kernels (without make: QUANTFORGE_CUDA=1 pip install .)
 # make gpu-pack, gpu-rehearse, gpu   what fifteen minutes of a GPU are for (docs/gpu.md)
@@ -11,7 +12,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 KERNELS := $(wildcard kernels/*.h kernels/cpu/*)
 
-.PHONY: setup build cuda gpu gpu-pack gpu-rehearse gpu-test demo test architectures test-clients test-backends test-legacy lint bench clean
+.PHONY: setup build cuda gpu gpu-pack gpu-rehearse gpu-test demo test test-all architectures test-clients test-backends test-legacy lint bench clean
 .NOTPARALLEL:
 
 setup: $(VENV)/.installed build
@@ -64,6 +65,9 @@ lint: setup
 	$(VENV)/bin/mypy
 
 test: lint
+	$(PY) -m pytest -n auto -m 'not slow'
+
+test-all: lint
 	$(PY) -m pytest -n auto
 
 # Other libraries need versions that exclude each other: three environments, each 1 to 2 GB
@@ -114,10 +118,10 @@ test-backends: setup $(CLIENTS)/.installed $(OTHERS)/.installed $(LEGACY)/.insta
 test-legacy: setup $(LEGACY)/.installed
 	QUANTFORGE_PYTHON_AUTO_GPTQ=$(LEGACY)/bin/python $(PY) -m pytest -rs -s tests/clients/test_legacy.py
 
-# every architecture's samples against llama.cpp and transformers; writes docs/architectures.md
+# every architecture's samples against llama.cpp and transformers, and all that can be done with them; writes docs/architectures.md
 architectures: setup
 	mkdir -p out && rm -f out/proofs.jsonl
-	QUANTFORGE_PROOFS=out/proofs.jsonl $(PY) -m pytest -n auto tests/archs/test_logits.py
+	QUANTFORGE_PROOFS=out/proofs.jsonl $(PY) -m pytest -n auto tests/archs/test_logits.py tests/archs/test_across.py
 	$(PY) benchmarks/architectures.py out/proofs.jsonl > out/architectures.md
 	mv out/architectures.md docs/architectures.md
 

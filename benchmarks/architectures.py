@@ -17,11 +17,12 @@ Every architecture is proven on small random models that transformers {transform
 - **back**: the GGUF as a checkpoint again, in transformers, against the first one.
 - **KLD**: `evaluate` of the GGUF against its source, nats per token.
 - **Q8_0**, **Q4_K_M**: the median over tokens of the largest difference, same units; random weights are the hardest there are.
+- **methods**: `make test-all` did these with every sample, and loaded and ran what came of it: `calibrate`, with names, counts and sums as llama.cpp's own graph multiplies them; `--method gptq` and `awq` to GGUF; the layouts GPTQ and AWQ with their methods, compressed-tensors; `evaluate` of Q8_0 and Q4_0, in that order. –: no decoder.
 
 {count} classes on {graphs} of llama.cpp's graphs.
 
-| class | llama.cpp | varied, beside sizes | logits | back | KLD | Q8_0 | Q4_K_M |
-|---|---|---|--:|--:|--:|--:|--:|
+| class | llama.cpp | varied, beside sizes | logits | back | KLD | Q8_0 | Q4_K_M | methods |
+|---|---|---|--:|--:|--:|--:|--:|---|
 """  # noqa: E501
 SIZES = ("hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size")
 
@@ -38,10 +39,14 @@ def main() -> None:
     from importlib.metadata import version
 
     worst: dict[str, dict[str, float]] = defaultdict(dict)
+    done: dict[str, list[str]] = {}
     for line in Path(sys.argv[1]).read_text().splitlines():
         row = json.loads(line)
         name = row.pop("name")
         row.pop("sample", None)
+        ways = row.pop("methods", None)
+        if ways is not None:  # with every sample
+            done[name] = [w for w in done.get(name, ways) if w in ways]
         for key, value in row.items():
             worst[name][key] = max(worst[name].get(key, 0.0), value)
     known = archs.supported()
@@ -56,9 +61,11 @@ def main() -> None:
         ),
         end="",
     )
+    most = max(done.values(), key=len, default=[])
     for name in sorted(made, key=lambda n: (known[n].name, n)):
         shown = [f"{made[name][k]:.1e}" if k in made[name] else "–" for k in ("logits", "back", "kld", "Q8_0", "Q4_K_M")]
-        print(f"| {name} | {known[name].name} | {varied(known[name])} | {' | '.join(shown)} |")
+        ways = "all" if name in done and done[name] == most else ", ".join(done.get(name, ["–"]))
+        print(f"| {name} | {known[name].name} | {varied(known[name])} | {' | '.join(shown)} | {ways} |")
 
 
 if __name__ == "__main__":

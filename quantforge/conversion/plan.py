@@ -255,7 +255,8 @@ def _joined(choices: Mapping[str, recipes.Choice], held: Contents) -> dict[str, 
     shapes = {w.name: w.shape for w in held.weights}
     result = dict(choices)
     for first, parts in held.joined.items():
-        widest = max(parts, key=lambda p: choices[p].codec.nbytes(shapes[p]) / prod(shapes[p]))
+        fitting = [p for p in parts if choices[p].note is None] or parts  # others are what they are for the shape of that part
+        widest = max(fitting, key=lambda p: choices[p].codec.nbytes(shapes[p]) / prod(shapes[p]))
         if choices[widest].codec is not choices[first].codec:
             codec = choices[widest].codec
             result[first] = replace(choices[widest], note=f"{codec.name} as {widest}, which is a part of it")

@@ -63,7 +63,6 @@ class Awq(Layout):
     """AWQ, gemm version."""
 
     name: ClassVar[str] = "awq"
-    multiple: ClassVar[int] = 8
 
     def find(self, config: Mapping[str, Any], arrays: Arrays, load: Load) -> Found:
         """See `Layout.find`."""
@@ -101,12 +100,16 @@ class Awq(Layout):
         per = "channel" if group_size == -1 else f"g{group_size}"
         return self, codecs.get(f"int4-{per}-{'sym' if symmetric else 'asym'}")
 
+    def sides(self, codec: Codec) -> tuple[int, int]:
+        """Eight codes to a word; columns as its kernels want them."""
+        return 8, 8
+
     def arrays(self, codec: Codec, shape: tuple[int, ...]) -> dict[str, TensorInfo]:
         """qweight, qzeros and scales."""
         if not isinstance(codec, IntegerCodec) or codec.bits != 4 or codec.per == "tensor":
             raise UnsupportedError(f"AWQ checkpoints cannot hold {codec.name}; they hold int4 by group or row, in order")
-        if len(shape) != 2 or any(n % self.multiple for n in shape):
-            raise ShapeError(f"AWQ checkpoints hold matrices whose sides are multiples of {self.multiple}, not {list(shape)}")
+        if len(shape) != 2 or shape[0] % 8 or shape[1] % 8:
+            raise ShapeError(f"AWQ checkpoints hold matrices whose sides are multiples of 8, not {list(shape)}")
         n, k = shape
         groups = whole_groups(codec, shape)
         i32 = np.dtype(np.int32)

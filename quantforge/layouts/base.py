@@ -57,8 +57,6 @@ class Layout(ABC):
     """`quant_method` in config.json, and --format."""
     also: ClassVar[tuple[str, ...]] = ()
     """Other values of `quant_method` that are read so."""
-    multiple: ClassVar[int] = 1
-    """A matrix whose sides are no multiples of this cannot be held, and stays in floats."""
 
     @property
     def writes(self) -> bool:
@@ -81,6 +79,10 @@ class Layout(ABC):
         scale: the model's dtype, "bf16". Raises UnsupportedError, saying what there is.
         """
         raise self._only_read()
+
+    def sides(self, codec: Codec) -> tuple[int, int]:
+        """What the rows and the columns of a matrix have to be multiples of; another one stays in floats."""
+        return 1, 1
 
     def arrays(self, codec: Codec, shape: tuple[int, ...]) -> dict[str, TensorInfo]:
         """Suffix ("qweight") -> dtype and shape of what `pack` gives. Raises UnsupportedError, ShapeError."""

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from math import gcd
 from typing import Any, ClassVar
 
 import numpy as np
@@ -169,6 +170,13 @@ class CompressedTensors(Layout):
         if self.activations.get(codec.name, activations) != activations:
             raise UnsupportedError(f"{codec.name} with and without quantized activations in one checkpoint: choose one of them")
         return replace(self, activations={**self.activations, codec.name: activations}), codec
+
+    def sides(self, codec: Codec) -> tuple[int, int]:
+        """Packed integers, and zeros along the rows, fill words of 32 bits."""
+        if not isinstance(codec, IntegerCodec) or _format(codec) == "int-quantized":
+            return 1, 1
+        word = 32 // gcd(32, codec.bits)
+        return 1 if codec.symmetric else word, word
 
     def arrays(self, codec: Codec, shape: tuple[int, ...]) -> dict[str, TensorInfo]:
         """weight or weight_packed, weight_scale and what else the format has."""

@@ -80,7 +80,6 @@ class Gptq(Layout):
     """GPTQ; version: "gptq", "gptq_v2", or None for v1 where symmetric (most readers) and v2 where not."""
 
     name: ClassVar[str] = "gptq"
-    multiple: ClassVar[int] = 32
     version: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
@@ -169,6 +168,10 @@ class Gptq(Layout):
         asymmetric = isinstance(plain, IntegerCodec) and not plain.symmetric
         return replace(self, version=V2) if asymmetric and self.version is None else self, codec
 
+    def sides(self, codec: Codec) -> tuple[int, int]:
+        """As its kernels want them."""
+        return 32, 32
+
     def arrays(self, codec: Codec, shape: tuple[int, ...]) -> dict[str, TensorInfo]:
         """qweight, qzeros, scales and g_idx."""
         plain = codec.plain if isinstance(codec, ActOrderCodec) else codec
@@ -181,8 +184,8 @@ class Gptq(Layout):
                 f"{codec.name} in the v1 layout: asymmetric zeros of 0 are lost there and GPTQModel refuses the file; "
                 "choose gptq_v2, or --sym"
             )
-        if len(shape) != 2 or any(n % self.multiple for n in shape):
-            raise ShapeError(f"GPTQ checkpoints hold matrices whose sides are multiples of {self.multiple}, not {list(shape)}")
+        if len(shape) != 2 or shape[0] % 32 or shape[1] % 32:
+            raise ShapeError(f"GPTQ checkpoints hold matrices whose sides are multiples of 32, not {list(shape)}")
         n, k = shape
         groups = plain.layout(shape)["scale"].shape[1]
         i32 = np.dtype(np.int32)

@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 from .. import codecs
 from ..codecs import Codec, Encoded
-from ..errors import ShapeError
+from ..errors import ShapeError, UnsupportedError
 from . import ops
 from .base import tensor
 from .planes import family, pack, restore, unpack
@@ -44,7 +44,27 @@ class Numbers(torch.Tensor):
         def decoded(x: Any) -> Any:
             return x._owner.dequantize(x.dtype) if isinstance(x, Numbers) else x
 
+        if func is torch.ops.aten.detach.default:
+            return Numbers(args[0]._owner)
+        if func._schema.is_mutable and isinstance(args[0], Numbers):
+            raise cls._fixed()
         return func(*tree_map(decoded, args), **tree_map(decoded, kwargs or {}))
+
+    @property
+    def data(self) -> torch.Tensor:  # type: ignore[override]
+        """Itself: no copy that could be changed without effect."""
+        return self
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        raise self._fixed()
+
+    def __setitem__(self, at: Any, value: Any) -> None:
+        raise self._fixed()
+
+    @staticmethod
+    def _fixed() -> UnsupportedError:
+        return UnsupportedError("a stored weight cannot be changed, nor can adapters be merged into it")
 
 
 class Packed(nn.Module):

@@ -102,10 +102,9 @@ def assign(
         fits = (i for i, r in enumerate(rules) if any(r.matches(n, layer, layers) for n in spelled))
         if (first := next(fits, None)) is not None:
             used.add(first)
-        multiple = 1 if layout is None else layout.multiple
-        if first is None and any(n % multiple for _, shape in names for n in shape):
-            sides = " x ".join(str(n) for n in names[0][1])
-            note = f"{layout and layout.name} holds sides that are multiples of {multiple}, not {sides}: {as_is.name}"
+        high, wide = (1, 1) if layout is None else layout.sides(codec)
+        if layout is not None and first is None and any(shape[-2] % high or shape[-1] % wide for _, shape in names):
+            note = f"{layout.name} holds multiples of {high} rows and of {wide} columns, not {list(names[0][1])}: {as_is.name}"
             choices[w.name] = recipes.Choice(as_is, note)
             continue
         choices[w.name] = recipes.Choice(codec if first is None else rules[first].codec)

@@ -97,7 +97,7 @@ def evaluate(s: Sample) -> None:
     files = {kind: s.out.with_name(f"{kind}.gguf") for kind in ("Q8_0", "Q4_0")}
     for kind, file in files.items():
         qf.convert(s.made, file, kind)
-    found = qf.evaluate(files, reference=s.made, chunks=2, ctx=64, metrics=["kld"], noise_floor=False)
+    found = qf.evaluate(files, text=s.text, reference=s.made, chunks=2, ctx=64, metrics=["kld"], noise_floor=False)
     kld = {m.name: m.kld_mean or 0 for m in found.models}
     assert 0 < kld["Q8_0"] < kld["Q4_0"]
 

@@ -115,3 +115,14 @@ def test_a_directory_of_own_types_says_who_reads_it_and_transformers_refuses_it(
     path.write_text(json.dumps(config))
     with qf.open(tmp_path / "own") as source:
         assert source.weights["lm_head.weight"].codec.name == "Q8_0"
+
+
+def test_a_tensor_of_several_weights_has_the_largest_of_their_types(tmp_path: Path) -> None:
+    directory = models.make(tmp_path / "m", "YoutuForCausalLM", num_hidden_layers=2, qk_nope_head_dim=32)
+    qf.convert(directory, tmp_path / "m.gguf", "F32")
+    for source in (directory, tmp_path / "m.gguf"):
+        for rule, expected in (("attn_v_b=Q8_0", "Q8_0"), ("attn_v_b=Q4_0", "Q5_0"), ("attn_k_b=Q8_0", "Q8_0")):
+            job = qf.plan(source, tmp_path / "out", "Q5_0", format="safetensors", tensor_types=[rule])
+            (t,) = (t for t in job.tensors if t.name == "model.layers.1.self_attn.kv_b_proj.weight")
+            assert t.codec.name == expected, (source, rule)
+            job.source.close()

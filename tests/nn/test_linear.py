@@ -351,3 +351,23 @@ def test_errors() -> None:
         torch.ops.quantforge.linear(torch.ones(1, 64), [torch.zeros(8, 68, dtype=torch.uint8)], "Q9_9", 8, 64)
     with pytest.raises(ShapeError):
         torch.ops.quantforge.linear(torch.ones(1, 64), [torch.zeros(8, 60, dtype=torch.uint8)], "Q8_0", 8, 64)
+
+
+def test_a_weight_for_others_code() -> None:
+    """It has a matrix's shape and dtype, computes as one, and cannot be changed without effect."""
+    e = encoded("Q4_K", 8, 256)
+    x, w = activations(3, 256), torch.from_numpy(e.decode())
+    for layer in (QuantLinear(e), QuantEmbedding(e)):
+        assert (layer.weight.shape, layer.weight.dtype, layer.weight.device) == (w.shape, torch.float32, w.device)
+        assert torch.equal(layer.weight @ x.T, w @ x.T) and torch.equal(nn.functional.linear(x, layer.weight), x @ w.T)
+        assert layer.to(torch.bfloat16).weight.dtype == (torch.bfloat16 if isinstance(layer, QuantEmbedding) else torch.float32)
+
+    def replace(weight: torch.Tensor) -> None:
+        weight.data = w
+
+    def assign(weight: torch.Tensor) -> None:
+        weight[0] = 0
+
+    for change in (replace, assign, lambda weight: weight.add_(1), lambda weight: weight.data.add_(1)):
+        with pytest.raises(UnsupportedError, match="a stored weight cannot be changed"):
+            change(QuantLinear(e).weight)

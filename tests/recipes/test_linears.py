@@ -61,3 +61,19 @@ def test_a_type_and_bits_exclude_each_other() -> None:
 def test_without_blocks_there_is_nothing_to_quantize() -> None:
     with pytest.raises(UnsupportedError, match="no linear layers in numbered blocks"):
         assign(WEIGHTS[:1], OUTPUTS, STORED, codecs.get("int4-g32-sym"), [], False)
+
+
+def test_what_a_layout_cannot_hold_stays_in_floats() -> None:
+    """But not where a rule asks for it, and not all of it."""
+    odd = Weight.of("blk.0.ssm_dt.weight", (64, 7), "model.layers.0.mixer.dt_proj.weight")
+    weights, outputs = [*WEIGHTS, odd], OUTPUTS | {odd.name: [(odd.sources[0], odd)]}
+    stored = STORED | {odd.name: codecs.get("BF16")}
+    for name, held in {"gptq": "32 rows and of 32", "awq": "8 rows and of 8", "compressed-tensors": "1 rows and of 8"}.items():
+        layout, codec, rules = choose_scheme(layouts.get(name), None, Scheme(4, 32, name != "awq"), (), "bf16", None)
+        choices = assign(weights, outputs, stored, codec, rules, False, layout)
+        assert choices[odd.name].codec.name == "BF16" and f"multiples of {held} columns" in str(choices[odd.name].note)
+        assert choices["blk.0.attn_q.weight"].codec.name.startswith("int4-g32")
+        layout, codec, rules = choose_scheme(layouts.get(name), None, Scheme(4, 32), ("dt_proj=int4-g32-sym",), "bf16", None)
+        assert assign(weights, outputs, stored, codec, rules, False, layout)[odd.name].codec is rules[0].codec
+        with pytest.raises(UnsupportedError, match=f"no linear layer of the blocks can be quantized: {name} holds multiples of"):
+            assign([odd], outputs, stored, codec, [], False, layout)

@@ -27,7 +27,6 @@ _OTHERS = {
     "fp_quant": "FP-Quant",
     "bitnet": "BitNet's packed ternary",
     "quanto": "optimum-quanto's",
-    "torchao": "torchao's",
     "quark": "AMD Quark's",
     "sinq": "SINQ",
 }

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import save_file
 
@@ -333,6 +334,60 @@ def test_mlx(bits: int, own: dict[str, int], tmp_path: Path) -> None:
     np.testing.assert_array_equal(read(tmp_path / "m"), w)
 
 
+# ---- torchao's tensors, as its own flatten_tensor_state_dict names and describes them
+
+
+def torchao(kind: str) -> tuple[dict[str, Any], dict[str, Any], np.ndarray]:
+    """Arrays, what the header says of the tensor, and what it stands for."""
+    n, k = 48, 128
+    if kind == "Float8Tensor":
+        w, scale = e4m3(n, k), RNG.uniform(0.001, 0.1, (n, 1)).astype(np.float32)
+        return {"qdata": w, "scale": scale}, {"block_size": [1, k]}, w.float().numpy() * scale
+    scale = torch.from_numpy(RNG.uniform(0.001, 0.1, (n, k // 32)).astype(np.float32)).bfloat16()
+    wide = scale.float().numpy().repeat(32, 1)
+    if kind == "Int4Tensor":  # two in a byte, the even one low; scales and what is added are [groups, out]
+        q, zero = RNG.integers(-8, 8, (n, k)), torch.from_numpy(RNG.normal(size=(n, k // 32)).astype(np.float32)).bfloat16()
+        packed = (q[:, 1::2] << 4 | q[:, ::2] & 15).astype(np.int8)
+        arrays = {"qdata": packed, "scale": scale.T.contiguous(), "zero_point": zero.T.contiguous()}
+        return arrays, {"block_size": [1, 32], "shape": [n, k]}, q * wide + zero.float().numpy().repeat(32, 1)
+    bits = 8 if kind == "Int8Tensor" else 4
+    q = RNG.integers(-(1 << bits - 1), 1 << bits - 1, (n, k)).astype(np.int8)
+    zero = RNG.integers(-3, 4, (n, k // 32)).astype(np.int8)
+    said = {"block_size": [1, 32]} | ({"target_dtype": {"_type": "torch.dtype", "_data": "int4"}} if bits == 4 else {})
+    w = (q.astype(np.float32) - zero.repeat(32, 1)) * wide
+    return {"qdata": q, "scale": scale, "zero_point": zero}, said, w
+
+
+def torchao_checkpoint(directory: Path, kind: str, arrays: Mapping[str, Any], about: Mapping[str, Any]) -> Path:
+    stem = P[:-1]
+    header = {f"{stem}.weight": json.dumps({"_type": kind, "_data": about, "_tensor_data_names": list(arrays)})}
+    header |= {"model.norm.weight": json.dumps({"_type": "Tensor"}), "tensor_names": json.dumps([f"{stem}.weight"])}
+    tensors = {f"{stem}._weight_{k}": v for k, v in arrays.items()} | {"model.norm.weight": np.ones(8, np.float32)}
+    checkpoint(directory, tensors, said("torchao", quant_type={"default": {}}))
+    kept = safetensors.torch.load_file(directory / "model.safetensors")
+    save_file(kept, directory / "model.safetensors", {"format": "pt", **header})
+    return directory
+
+
+@pytest.mark.parametrize("kind", ["Float8Tensor", "Int8Tensor", "IntxUnpackedToInt8Tensor", "Int4Tensor"])
+def test_torchao(kind: str, tmp_path: Path) -> None:
+    arrays, about, w = torchao(kind)
+    torchao_checkpoint(tmp_path / "m", kind, arrays, about)
+    np.testing.assert_allclose(read(tmp_path / "m"), w, rtol=1e-6, atol=1e-6)
+    with qf.open(tmp_path / "m") as source:
+        assert set(source.weights) == {P + "weight", "model.norm.weight"}
+
+
+def test_other_tensors_of_torchao_are_named(tmp_path: Path) -> None:
+    arrays, about, _ = torchao("Int4Tensor")
+    torchao_checkpoint(tmp_path / "a", "Int4TilePackedTo4dTensor", arrays, about)
+    torchao_checkpoint(tmp_path / "b", "Int4Tensor", arrays | {"act_pre_scale": np.ones(128, np.float32)}, about)
+    checkpoint(tmp_path / "c", {f"{P}_weight_{k}": v for k, v in arrays.items()}, said("torchao"))
+    for name, message in {"a": "Int4TilePackedTo4dTensor are not read", "b": "act_pre_scale", "c": "header does not say"}.items():
+        with pytest.raises(qf.errors.FormatError, match=message):
+            qf.open(tmp_path / name)
+
+
 # ---- what is not read is named
 
 
@@ -347,7 +402,7 @@ def said(method: str, **settings: Any) -> dict[str, Any]:
 NAMED = [
     *((m, integers(), said(m), w) for m, w in {
         "exl2": "ExLlamaV2's", "exl3": "ExLlamaV3's", "aqlm": "AQLM", "hqq": "HQQ", "vptq": "VPTQ", "higgs": "HIGGS",
-        "spqr": "SpQR", "eetq": "EETQ", "fp_quant": "FP-Quant", "bitnet": "BitNet", "quip": "QuIP", "torchao": "torchao's",
+        "spqr": "SpQR", "eetq": "EETQ", "fp_quant": "FP-Quant", "bitnet": "BitNet", "quip": "QuIP",
         "brand_new": "quant_method 'brand_new'",
     }.items()),
     ("mxfp4 without scales", {"x_blocks": np.zeros((2, 2, 2, 16), np.uint8)}, said("mxfp4"), "x_blocks.*no MXFP4"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ def contents(source: Source, target: Format, pre_tokenizer: str | None) -> Conte
     weights = arch.weights(config, shapes, source.optional)
     metadata = {
         **arch.metadata(config, read_json(directory / "generation_config.json"), shapes),
-        **_general(directory, weights),
+        **_general(directory, config, weights),
         **tokenizer.metadata(directory, config, pre_tokenizer=pre_tokenizer),
     }
     return Contents(weights, {w.name: [(w.name, w)] for w in weights}, metadata)
@@ -95,13 +95,36 @@ def _from_gguf(source: Source, weights: Sequence[Weight], pre_tokenizer: str | N
     return Contents([w for w in weights if w.name in outputs], outputs, config, files)
 
 
-def _general(directory: Path, weights: Sequence[Weight]) -> dict[str, Any]:
+def _texts(value: Any) -> Any:
+    """A value of a model card with dates and numbers as the texts that they were meant to be."""
+    if isinstance(value, Mapping):
+        return {str(k): _texts(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_texts(v) for v in value]
+    return value if isinstance(value, str) or value is None else str(value)
+
+
+def _described(directory: Path, config: Mapping[str, Any], total: int) -> gguf.Metadata:
+    """Name, licence and so on by config.json, the directory's name and the model card, where that can be read."""
+    try:
+        card = _texts(gguf.Metadata.load_model_card(directory))
+        known = gguf.Metadata.apply_metadata_heuristic(gguf.Metadata(), card, dict(config), directory, total)
+        for f in fields(known):
+            if str(f.type) == "Optional[str]" and not isinstance(getattr(known, f.name), str):  # a list where one is expected
+                setattr(known, f.name, None)
+        return known
+    except Exception as e:  # whatever a YAML reader raises on text that people wrote
+        log.warning("%s: its model card is not read: %s", directory / "README.md", str(e).split("\n")[0])
+        return gguf.Metadata.apply_metadata_heuristic(gguf.Metadata(), {}, {}, directory, total)
+
+
+def _general(directory: Path, config: Mapping[str, Any], weights: Sequence[Weight]) -> dict[str, Any]:
     """general.*: name, size label, licence, authors and the like, from the model card and the directory's name."""
     sizes = [math.prod(w.shape) for w in weights]
     expert = sum(n for w, n in zip(weights, sizes, strict=True) if len(w.shape) == 3)
     experts = max((w.shape[0] for w in weights if len(w.shape) == 3), default=0)
     total = sum(sizes)
-    known = gguf.Metadata.load(None, directory.resolve(), None, total)
+    known = _described(directory.resolve(), config, total)
     known.name = known.name or directory.resolve().name
     known.size_label = gguf.size_label(total, total - expert, expert // max(1, experts), experts)
     recorder = gguf.GGUFWriter(None, "")

@@ -20,6 +20,7 @@ from ..codecs import Codec
 from ..codecs.plain import prevailing
 from ..errors import UnsupportedError
 from ..formats import Format, Source
+from ..formats.rows import check_numbers
 from ..tokenizer.files import read_json
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ def contents(source: Source, target: Format, pre_tokenizer: str | None) -> Conte
     if not target.gguf_names:
         try:
             weights = archs.find(config).weights(config, shapes, source.optional, graph=False)
+            check_numbers(source, weights)
         except UnsupportedError as e:
             log.warning("%s; every tensor keeps its name and only --type and --tensor-type decide", e)
             weights = [Weight.of(name, shape) for name, shape in shapes.items()]
@@ -75,6 +77,7 @@ def contents(source: Source, target: Format, pre_tokenizer: str | None) -> Conte
         return Contents(weights, outputs, config, files)
     arch = archs.find(config)
     weights = arch.weights(config, shapes, source.optional)
+    check_numbers(source, weights)
     metadata = {
         **arch.metadata(config, read_json(directory / "generation_config.json"), shapes),
         **_general(directory, config, weights),

@@ -245,14 +245,27 @@ class SafetensorsSource(MappedSource):
         self._unpacked: OrderedDict[str, Encoded] = OrderedDict()
         self._lock = threading.Lock()
         own = layouts.stated(self.config, lambda name: _read_json(p) if (p := directory / name).is_file() else None)
+        floats = all(v.info.dtype in _FLOATS for v in tensors.values())
+        if own is None and not floats:
+            own = self._by_arrays(tensors)
         if own is not None and own["quant_method"] == layouts.OWN:
             self._gather(config, own, tensors)
-        elif own is not None and (layouts.find(own) is not None or not all(v.info.dtype in _FLOATS for v in tensors.values())):
+        elif own is not None and (layouts.find(own) is not None or not floats):
             self._find({**own, "metadata": metadata}, tensors)
         elif own is not None:
             logger.warning(
                 "%s: config.json speaks of %r, but all tensors are floats; taken as they are", path, own["quant_method"]
             )
+
+    def _by_arrays(self, tensors: Mapping[str, Place]) -> dict[str, Any] | None:
+        try:
+            found = layouts.by_arrays(tensors)
+        except UnsupportedError as e:
+            raise FormatError(self.path, str(e)) from None
+        if found is not None:
+            method = found["quant_method"]
+            logger.warning("%s: no quantization_config; its tensors are named as %s names them, and read so", self.path, method)
+        return found
 
     def _find(self, config: Mapping[str, Any], tensors: Mapping[str, Place]) -> None:
         """Make one tensor of those that a layout holds together."""

@@ -422,6 +422,45 @@ def test_what_is_not_read_is_named(kind: str, arrays: Any, config: Any, message:
     assert "\n" not in str(refused.value)
 
 
+UNSAID = {
+    "fp8": lambda: ({P + "weight": e4m3(256, 128), P + "weight_scale_inv": np.full((2, 1), 0.5, np.float32)}, 0.5),
+    "static fp8": lambda: ({P + "weight": e4m3(64, 128), P + "weight_scale": np.array(0.25, np.float32)}, 0.25),
+}
+
+
+@pytest.mark.parametrize("kind", UNSAID)
+def test_arrays_may_say_enough_without_a_config(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    arrays, scale = UNSAID[kind]()
+    checkpoint(tmp_path / "m", arrays, {})
+    np.testing.assert_array_equal(read(tmp_path / "m"), arrays[P + "weight"].float().numpy() * np.float32(scale))
+    assert "no quantization_config" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        (lambda: gptq(64, 128, 64)[0], r"qweight is quantized, but no quantization_config.*quantize_config\.json"),
+        (lambda: {P + "weight": np.zeros((8, 4), np.uint32), P + "scales": np.ones((8, 1), np.float16)}, "scales is quantized"),
+        (lambda: {P + "q_weight": np.zeros((8, 8), np.int32), P + "q_scale": np.zeros((1, 8), np.int32)}, "ExLlamaV2's"),
+        (lambda: {P + "trellis": np.zeros((4, 4, 4), np.int16), P + "suh": np.ones(8, np.float16)}, "ExLlamaV3's"),
+    ],
+)
+def test_or_they_are_named(arrays: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(qf.errors.FormatError, match=message):
+        qf.open(checkpoint(tmp_path / "m", arrays(), {}))
+
+
+def test_integers_that_nothing_explains_are_no_weights(tmp_path: Path) -> None:
+    from tests import checkpoints
+
+    checkpoints.model(tmp_path, "Llama")
+    w = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    save_file(w | {P + "weight": (w[P + "weight"] * 100).to(torch.int8)}, tmp_path / "model.safetensors", {"format": "pt"})
+    for run in (lambda: qf.convert(tmp_path, tmp_path / "m.gguf"), lambda: qf.load(tmp_path)):
+        with pytest.raises(qf.errors.FormatError, match=r"up_proj\.weight holds integers \(I8\)"):
+            run()
+
+
 def test_a_config_that_was_left_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     w = RNG.normal(size=(8, 8)).astype(np.float32)
     checkpoint(tmp_path / "m", {P + "weight": w}, {"quantization_config": {"quant_method": "hqq"}})

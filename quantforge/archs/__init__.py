@@ -1,6 +1,6 @@
 """Architectures: tensor names, roles, transforms and metadata. An architecture is one module here that holds it as `ARCH`."""
 
-from .base import Arch, Config, From, ScaleGroup, Tensor, find, register, supported
+from .base import Arch, Config, From, ScaleGroup, Tensor, find, known, register, supported
 from .weight import Piece, Value, Weight
 
-__all__ = ["Arch", "Config", "From", "Piece", "ScaleGroup", "Tensor", "Value", "Weight", "find", "register", "supported"]
+__all__ = ["Arch", "Config", "From", "Piece", "ScaleGroup", "Tensor", "Value", "Weight", "find", "known", "register", "supported"]

@@ -359,6 +359,8 @@ class Arch:
             kinds = self._kinds_of(h, missing)
             if missing == [f"{self._head.name}{self._head.suffix}"]:
                 kinds = "; where the head is the embedding, config.json has to say tie_word_embeddings = true"
+                if self.hf[0] not in (config.get("architectures") or ()):  # saved without one
+                    raise UnsupportedError(f"the checkpoint lacks {missing[0]}{kinds}")
             raise ShapeError(f"the checkpoint lacks tensors that config.json asks for: {_some(missing)}{kinds}")
         computed = [] if self.generated is None else list(self.generated(h))
         return computed + [w for _, w in sorted(found, key=lambda f: f[0])]
@@ -368,6 +370,9 @@ class Arch:
         tied = {f"{o.name}.weight" for t in self.tensors.values() if t.tied and h.get(t.tied) for o in t.origins}
         tied |= {"lm_head.weight"} if h.get("tie_word_embeddings") else set()
         unknown = [n for n in unknown if not any(n == t or n.endswith(f".{t}") for t in tied)]
+        if rating := [n for n in unknown if _RATING.search(n)]:
+            logger.warning("a head that rates texts is left out: %s", _some(rating))
+            unknown = [n for n in unknown if n not in rating]
         if self.others is not None:
             beside = [n for n in unknown if self.others.search(n)]
             if beside:
@@ -564,6 +569,10 @@ def _is(where: str, kinds: Collection[str]) -> bool:
     return all((term[1:] not in kinds) if term.startswith("!") else (term in kinds) for term in where.split(" & ") if term)
 
 
+_RATING = re.compile(r"^(?:pretrained_model\.)?(?:v_head|value_head|reward_head|score|classifier)\.")
+"""Heads that reinforcement learning adds beside the model's own; transformers ignores them."""
+
+
 def _fits(shape: Shape, expected: Shape) -> bool:
     return [n for n in shape if n != 1] == [n for n in expected if n != 1]
 
@@ -679,15 +688,34 @@ def supported() -> dict[str, Arch]:
     return {name: next(a for a in arches if name in a.hf) for name, arches in _registry.all().items()}
 
 
+_CLASSIFIERS = re.compile(r"For(Sequence|Token)Classification|ForQuestionAnswering|RewardModel")
+
+
+def known(config: Config) -> Arch | None:
+    """The architecture that config.json names, or None.
+
+    Where it names none, or a model without its head, its model_type says what transformers' AutoModelForCausalLM takes.
+    """
+    given, every = config.get("architectures"), supported()
+    names = [str(n) for n in given] if isinstance(given, list) else []
+    if named := next((every[n] for n in names if n in every), None):
+        return named
+    kind = config.get("model_type")
+    if names and not all(n.endswith("Model") and not _CLASSIFIERS.search(n) for n in names):
+        return None
+    fitting = [a for a in every.values() if kind and kind == (a.model_type or a.name)]
+    return min(fitting, key=lambda a: a.hf[0].endswith("Model"), default=None)
+
+
 def find(config: Config) -> Arch:
-    """The architecture that config.json names. Raises UnsupportedError listing the supported ones."""
-    names = config.get("architectures")
-    known = supported()
+    """`known`. Raises UnsupportedError listing the supported ones."""
+    if (arch := known(config)) is not None:
+        return arch
+    names, every = config.get("architectures"), supported()
     if not isinstance(names, list) or not names:
-        raise UnsupportedError(f'config.json names no "architectures"; supported: {", ".join(sorted(known))}')
-    for name in names:
-        if name in known:
-            return known[name]
+        raise UnsupportedError(f'config.json names no "architectures"; supported: {", ".join(sorted(every))}')
+    if _CLASSIFIERS.search(str(names[0])):
+        raise UnsupportedError(f"architecture {names[0]}: a model that rates texts; models that write them are read")
     raise UnsupportedError(
-        f"architecture {names[0]} is not supported{nearest(str(names[0]), known)}; supported: {', '.join(sorted(known))}"
+        f"architecture {names[0]} is not supported{nearest(str(names[0]), every)}; supported: {', '.join(sorted(every))}"
     )

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping
 
-_WRAPPERS = re.compile(r"^(?:_orig_mod\.|module\.|base_model\.model\.)+")
-"""What torch.compile, DataParallel and PEFT put before every name."""
+_WRAPPERS = re.compile(
+    r"^(?:_orig_mod\.|module\.|base_model\.model\.)+|\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
+"""What torch.compile, DataParallel and PEFT put before every name, and FSDP and others inside of names."""
 
 
 def canonical(names: Iterable[str], expected: Collection[str]) -> dict[str, str]:

@@ -55,7 +55,7 @@ class Corpus:
     def read(cls, text: str | os.PathLike[str], tokenizer: Tokenizer) -> Corpus:
         """Read and tokenize a UTF-8 file, or the shipped text ("builtin"). Raises FormatError."""
         builtin = os.fspath(text) == BUILTIN
-        path = HELD_OUT if builtin else Path(text)
+        path = HELD_OUT if builtin else Path(os.path.expanduser(text))
         data, written = read_text(path)
         ids, starts = tokenizer.encode(written)
         first = [0, *(m.end() for m in _BREAK.finditer(written))]

@@ -44,7 +44,9 @@ Note: TypeAlias = Callable[[Sequence[str], torch.Tensor], None]
 
 
 def _text_path(text: PathLike) -> Path:
-    return Path(str(files("quantforge") / "data" / "text" / "calibration.txt")) if os.fspath(text) == BUILTIN else Path(text)
+    if os.fspath(text) == BUILTIN:
+        return Path(str(files("quantforge") / "data" / "text" / "calibration.txt"))
+    return Path(os.path.expanduser(text))
 
 
 def read_windows(text: PathLike, tokenizer: Tokenizer, ctx: int, chunks: int | None = None, *, spread: bool = False) -> Ints:
@@ -257,7 +259,7 @@ def calibrate(
     `NAME.counts`, tokens; of an expert, those that were routed to it.
     progress: called with (what, done, of).  Raises CalibrationError, FormatError, NonFiniteError (names the layer), OutputError.
     """
-    out, began = Path(out), time.perf_counter()
+    out, began = Path(os.path.expanduser(out)), time.perf_counter()
     if out.suffix != ".gguf":
         raise RecipeError(f"{out}: the importance matrix is a GGUF file; name it *.gguf")
     if out.exists() and not force:

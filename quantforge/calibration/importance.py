@@ -6,6 +6,7 @@ those that llama-quantize uses. Source: llama.cpp tools/imatrix, tools/quantize.
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -91,7 +92,7 @@ def read(path: str | Path) -> Importance:
 
     Raises FormatError: damaged, not an importance matrix, or values that are negative or not finite.
     """
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     try:
         with path.open("rb") as f:
             magic = f.read(4)

@@ -160,7 +160,7 @@ def convert(
             **options,
         )
     if report:
-        Path(report).write_text(json.dumps(done.to_json(), indent=1, ensure_ascii=False) + "\n")
+        Path(report).expanduser().write_text(json.dumps(done.to_json(), indent=1, ensure_ascii=False) + "\n")
     if as_json:
         click.echo(json.dumps(done.to_json(), ensure_ascii=False))
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from ..codecs import Codec
 from ..codecs.plain import prevailing
 from ..errors import UnsupportedError
 from ..formats import Format, Source
+from ..formats.rows import check_numbers
 from ..tokenizer.files import read_json
 from .pooling import pooling_metadata
 
@@ -60,6 +61,7 @@ def contents(source: Source, target: Format, pre_tokenizer: str | None) -> Conte
     if not target.gguf_names:
         try:
             weights = archs.find(config).weights(config, shapes, source.optional, graph=False)
+            check_numbers(source, weights)
         except UnsupportedError as e:
             log.warning("%s; every tensor keeps its name and only --type and --tensor-type decide", e)
             weights = [Weight.of(name, shape) for name, shape in shapes.items()]
@@ -80,10 +82,11 @@ def contents(source: Source, target: Format, pre_tokenizer: str | None) -> Conte
         return Contents(weights, outputs, config, files, _several(parts.values()))
     arch = archs.find(config)
     weights = arch.weights(config, shapes, source.optional)
+    check_numbers(source, weights)
     metadata = {
         **arch.metadata(config, read_json(directory / "generation_config.json"), shapes),
         **(pooling_metadata(directory, arch.name) if arch.pooled else {}),
-        **_general(directory, weights),
+        **_general(directory, config, weights),
         **tokenizer.metadata(directory, config, pre_tokenizer=pre_tokenizer),
     }
     return Contents(weights, {w.name: [(w.name, w)] for w in weights}, metadata)
@@ -110,13 +113,36 @@ def _several(parts: Iterable[Sequence[str]]) -> dict[str, Sequence[str]]:
     return {some[0]: some for some in parts if len(some) > 1}
 
 
-def _general(directory: Path, weights: Sequence[Weight]) -> dict[str, Any]:
+def _texts(value: Any) -> Any:
+    """A value of a model card with dates and numbers as the texts that they were meant to be."""
+    if isinstance(value, Mapping):
+        return {str(k): _texts(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_texts(v) for v in value]
+    return value if isinstance(value, str) or value is None else str(value)
+
+
+def _described(directory: Path, config: Mapping[str, Any], total: int) -> gguf.Metadata:
+    """Name, licence and so on by config.json, the directory's name and the model card, where that can be read."""
+    try:
+        card = _texts(gguf.Metadata.load_model_card(directory))
+        known = gguf.Metadata.apply_metadata_heuristic(gguf.Metadata(), card, dict(config), directory, total)
+        for f in fields(known):
+            if str(f.type) == "Optional[str]" and not isinstance(getattr(known, f.name), str):  # a list where one is expected
+                setattr(known, f.name, None)
+        return known
+    except Exception as e:  # whatever a YAML reader raises on text that people wrote
+        log.warning("%s: its model card is not read: %s", directory / "README.md", str(e).split("\n")[0])
+        return gguf.Metadata.apply_metadata_heuristic(gguf.Metadata(), {}, {}, directory, total)
+
+
+def _general(directory: Path, config: Mapping[str, Any], weights: Sequence[Weight]) -> dict[str, Any]:
     """general.*: name, size label, licence, authors and the like, from the model card and the directory's name."""
     sizes = [math.prod(w.shape) for w in weights]
     expert = sum(n for w, n in zip(weights, sizes, strict=True) if w.experts)
     experts = max((w.experts for w in weights), default=0)
     total = sum(sizes)
-    known = gguf.Metadata.load(None, directory.resolve(), None, total)
+    known = _described(directory.resolve(), config, total)
     known.name = known.name or directory.resolve().name
     known.size_label = gguf.size_label(total, total - expert, expert // max(1, experts), experts)
     recorder = gguf.GGUFWriter(None, "")

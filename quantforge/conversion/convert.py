@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -136,7 +137,7 @@ def convert(
         threshold=threshold,
     )
     try:
-        return run(job, out, threads=threads, force=force, measure=measure, progress=progress)
+        return run(job, os.path.expanduser(out), threads=threads, force=force, measure=measure, progress=progress)
     finally:
         if not isinstance(model, Source):
             job.source.close()
@@ -182,7 +183,7 @@ def plan(
     layout_options = {k: v for k, v in {"version": version, "threshold": threshold}.items() if v is not None}
     seen, default = (calibration, None) if isinstance(calibration, Calibration) else (None, Calibration(calibration))
     options = Options(
-        out=out,
+        out=os.path.expanduser(out),
         recipe=recipe,
         importance=read_importance(importance) if isinstance(importance, str | Path) else importance,
         format=format,

@@ -27,7 +27,7 @@ def read_prompts(prompts: str | os.PathLike[str] | Sequence[str] | None) -> list
     if isinstance(prompts, Sequence) and not isinstance(prompts, str):
         lines = [str(p) for p in prompts]
     else:
-        path = Path(str(files("quantforge") / "data" / "prompts.txt")) if prompts is None else Path(prompts)
+        path = Path(str(files("quantforge") / "data" / "prompts.txt")) if prompts is None else Path(os.path.expanduser(prompts))
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
         except OSError as e:

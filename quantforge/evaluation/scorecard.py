@@ -53,9 +53,10 @@ def compare(
     if not names:
         raise RecipeError("--types names no type")
     with ExitStack() as stack:
-        where = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="quantforge-")) if out is None else out)
+        scratch = tempfile.TemporaryDirectory(prefix="quantforge-")
+        where = Path(stack.enter_context(scratch) if out is None else os.path.expanduser(out))
         where.mkdir(parents=True, exist_ok=True)
-        weights, origin = _imatrix(Path(model), imatrix, where, progress)
+        weights, origin = _imatrix(Path(os.path.expanduser(model)), imatrix, where, progress)
         paths: dict[str, Path] = {}
         for i, kind in enumerate(names):
             if progress:

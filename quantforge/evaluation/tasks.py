@@ -31,6 +31,7 @@ def manager(tasks: Sequence[str], path: PathLike | None) -> Any:
         from lm_eval.tasks import TaskManager
     except ImportError as e:
         raise UnsupportedError(f"--tasks needs lm-evaluation-harness: pip install 'quantforge[tasks]' ({e})") from None
+    path = None if path is None else os.path.expanduser(path)
     if path is not None and not Path(path).is_dir():
         raise RecipeError(f"--task-path {os.fspath(path)}: no such directory")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)

@@ -25,7 +25,7 @@ from ..discovery import Registry
 from ..errors import FormatError, OutputError, UnsupportedError, nearest
 from ..layouts import Layout
 from ..tokenizer import Tokenizer
-from .diagnosis import located, name_missing, name_unknown, refuse_adapter
+from .diagnosis import located, name_missing, name_unknown, refuse_adapter, refuse_unmerged
 from .files import MappedFile, NewFiles
 
 logger = logging.getLogger(__name__)
@@ -73,8 +73,7 @@ class Source(ABC):
 
     @cached_property
     def _config_as_stored(self) -> Mapping[str, Any]:
-        known = archs.supported()
-        arch = next((known[n] for n in self.config.get("architectures") or () if n in known), None)
+        arch = archs.known(self.config)
         text = self.config.get("text_config")
         text = text if isinstance(text, Mapping) else {}
         if arch is None:
@@ -406,7 +405,13 @@ def open_path(path: str | Path) -> Source:
         refuse_adapter(path)
         for known in _registry.all().values():
             if known.recognises(path):
-                return known.open(path)
+                source = known.open(path)
+                try:
+                    refuse_unmerged(path, source.weights)
+                except FormatError:
+                    source.close()
+                    raise
+                return source
         if stat.S_ISREG(mode):
             MappedFile(path).close()  # says what is wrong with an empty file or a pointer
         raise name_unknown(path)

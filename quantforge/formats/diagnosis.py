@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import FormatError
@@ -15,6 +16,9 @@ _PICKLED_ADVICE = (
 )
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _CACHED = re.compile(r"models--[^/]+")
+_ADAPTED = re.compile(
+    r"\.(lora_[AB]|lora_(embedding|magnitude)_\w+|base_layer|modules_to_save|original_module)\.|\.lora_(up|down)\."
+)
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 """How PEFT calls an adapter's files."""
 
@@ -25,6 +29,8 @@ def located(path: Path) -> Path:
     Raises FormatError for a cache folder without one snapshot that could be meant.
     """
     path = path.expanduser()
+    if path.name == "snapshots" and _CACHED.fullmatch(path.parent.name):
+        path = path.parent
     if not (_CACHED.fullmatch(path.name) and path.is_dir()):
         return path
     snapshots = sorted(p for p in (path / "snapshots").glob("*") if p.is_dir())
@@ -56,6 +62,20 @@ def refuse_adapter(path: Path) -> None:
     )
 
 
+def refuse_unmerged(path: Path, names: Iterable[str]) -> None:
+    """Raise FormatError for tensors of PEFT's layers, which would be taken apart from what they belong to."""
+    adapted = [n for n in names if _ADAPTED.search(n)]
+    if not adapted:
+        return
+    if any(".base_layer." in n or ".original_module." in n for n in adapted):
+        raise FormatError(
+            path,
+            f"has layers with an adapter that is not merged (PEFT: {adapted[0]}); merge it (merge_and_unload) and save it, "
+            "or give the model before it and the adapter as --lora DIRECTORY",
+        )
+    raise FormatError(path, f"has an adapter's tensors ({adapted[0]}); give the model, and the adapter as --lora DIRECTORY")
+
+
 def name_missing(path: Path) -> FormatError | None:
     """What a path that does not exist looks like, or None."""
     if _REPOSITORY.fullmatch(str(path)):
@@ -73,6 +93,8 @@ def name_unknown(path: Path) -> FormatError:
         return FormatError(path, _PICKLED_ADVICE)
     if path.is_dir():
         inside = sorted(p.name for p in path.iterdir())
+        if cached := [n for n in inside if _CACHED.fullmatch(n)]:
+            return FormatError(path, f"a Hugging Face cache; give one of its models: {', '.join(cached[:5])}")
         if ggufs := [n for n in inside if n.endswith(".gguf")]:
             return FormatError(path, f"a directory of GGUF files; give one of them: {', '.join(ggufs[:5])}")
         if any(Path(n).suffix in _PICKLED for n in inside):

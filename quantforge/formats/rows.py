@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -10,6 +12,7 @@ from ..archs.weight import Piece, Rows, Weight, numbers, rows_of, width
 from ..arrays import F32
 from ..codecs import Codec, Encoded
 from ..codecs.plain import PlainCodec
+from ..errors import FormatError
 from .base import Source
 
 
@@ -53,6 +56,19 @@ def decoded(x: Encoded | F32, threads: int = 1) -> F32:
 def codec_of(source: Source, weight: Weight) -> Codec:
     """What the stored tensors of a weight are in: the first one's; F32 where there is none."""
     return source.weights[weight.sources[0]].codec if weight.sources else codecs.get("F32")
+
+
+def check_numbers(source: Source, weights: Iterable[Weight]) -> None:
+    """Raise FormatError where a weight is stored as integers and nothing says what these stand for."""
+    for w in weights:
+        for name in w.sources:
+            codec = source.weights[name].codec
+            if isinstance(codec, PlainCodec) and codec.dtype.kind in "iub":
+                raise FormatError(
+                    source.path,
+                    f"tensor {name} holds integers ({codec.name}), and no quantization_config says what numbers they stand for: "
+                    "fetch the config.json that belongs to this checkpoint",
+                )
 
 
 def by_rows(source: Source, weight: Weight) -> bool:

@@ -95,8 +95,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         file.close()
 
 
-def _read_header(file: MappedFile) -> dict[str, Place]:
-    """The tensors of one file in the order of their bytes, everything checked."""
+def _read_header(file: MappedFile) -> tuple[dict[str, Place], dict[str, str]]:
+    """The tensors of one file in the order of their bytes, everything checked, and what it says beside them."""
 
     def fail(message: str, offset: int = 0) -> NoReturn:
         raise FormatError(file.path, message, offset)
@@ -138,7 +138,7 @@ def _read_header(file: MappedFile) -> dict[str, Place]:
         end = stop
     if data + end != file.size:
         fail(f"{file.size - data - end} bytes after the last tensor belong to none", data + end)
-    return tensors
+    return tensors, metadata
 
 
 def _is_size(n: object) -> bool:
@@ -223,8 +223,11 @@ class SafetensorsSource(MappedSource):
             logger.warning("%s: the adapter in it (%s) is left out: only the model is read", path, ADAPTER)
         self._files = [MappedFile(p) for p in paths]
         tensors: dict[str, Place] = {}
+        metadata: dict[str, str] = {}
         for file in self._files:
-            for tensor, place in _read_header(file).items():
+            here, said = _read_header(file)
+            metadata |= said
+            for tensor, place in here.items():
                 if (other := tensors.get(tensor)) is not None and not _same(other, place):
                     where = other.file.path.name
                     raise FormatError(file.path, f"tensor {tensor} is also in {where}, with other bytes", place.offset)
@@ -242,14 +245,27 @@ class SafetensorsSource(MappedSource):
         self._unpacked: OrderedDict[str, Encoded] = OrderedDict()
         self._lock = threading.Lock()
         own = layouts.stated(self.config, lambda name: _read_json(p) if (p := directory / name).is_file() else None)
+        floats = all(v.info.dtype in _FLOATS for v in tensors.values())
+        if own is None and not floats:
+            own = self._by_arrays(tensors)
         if own is not None and own["quant_method"] == layouts.OWN:
             self._gather(config, own, tensors)
-        elif own is not None and (layouts.find(own) is not None or not all(v.info.dtype in _FLOATS for v in tensors.values())):
-            self._find(own, tensors)
+        elif own is not None and (layouts.find(own) is not None or not floats):
+            self._find({**own, "metadata": metadata}, tensors)
         elif own is not None:
             logger.warning(
                 "%s: config.json speaks of %r, but all tensors are floats; taken as they are", path, own["quant_method"]
             )
+
+    def _by_arrays(self, tensors: Mapping[str, Place]) -> dict[str, Any] | None:
+        try:
+            found = layouts.by_arrays(tensors)
+        except UnsupportedError as e:
+            raise FormatError(self.path, str(e)) from None
+        if found is not None:
+            method = found["quant_method"]
+            logger.warning("%s: no quantization_config; its tensors are named as %s names them, and read so", self.path, method)
+        return found
 
     def _find(self, config: Mapping[str, Any], tensors: Mapping[str, Place]) -> None:
         """Make one tensor of those that a layout holds together."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ..errors import UnsupportedError
@@ -26,7 +27,6 @@ _OTHERS = {
     "eetq": "EETQ",
     "fp_quant": "FP-Quant",
     "quanto": "optimum-quanto's",
-    "torchao": "torchao's",
     "quark": "AMD Quark's",
     "sinq": "SINQ",
 }
@@ -49,6 +49,37 @@ def stated(config: Mapping[str, Any], beside: Callable[[str], Mapping[str, Any] 
             own = found.get("quantization") if method == "modelopt" else found
             if isinstance(own, Mapping):
                 return {"quant_method": method, **own}
+    return None
+
+
+_BY_ARRAYS = (
+    (re.compile(r"\.q_(?:scale|invperm|group_map)$"), "exl2"),
+    (re.compile(r"\.(?:trellis|suh|svh)$"), "exl3"),
+    (re.compile(r"\.weight\.quant_state\.bitsandbytes__\w+$|\.SCB$"), "bitsandbytes"),
+    (re.compile(r"\.weight_packed$"), "compressed-tensors"),
+    (re.compile(r"\._\w+_qdata$"), "torchao"),
+    (re.compile(r"_scale_inv$|\.weight_scale$"), "fp8"),
+    (re.compile(r"_blocks$"), "mxfp4"),
+    (re.compile(r"\.qweight$"), None),
+    (re.compile(r"\.(?:scales|qzeros)$"), None),
+)
+"""Names that only quantized checkpoints have, and the quant_method for which they say enough by themselves."""
+
+
+def by_arrays(names: Iterable[str]) -> dict[str, Any] | None:
+    """A quantization_config where the checkpoint has none, but its arrays' names say what it is; None for plain tensors.
+
+    Raises UnsupportedError where they do not say enough.
+    """
+    names = list(names)
+    for pattern, method in _BY_ARRAYS:
+        if example := next((n for n in names if pattern.search(n)), None):
+            if method is None:
+                raise UnsupportedError(
+                    f"{example} is quantized, but no quantization_config says how: fetch the model's config.json, and its "
+                    "quantize_config.json or quant_config.json where it has one"
+                )
+            return {"quant_method": method}
     return None
 
 

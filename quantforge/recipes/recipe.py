@@ -6,6 +6,7 @@ top. It knows names, shapes and metadata; it never sees a model file or a weight
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -311,7 +312,7 @@ def get(name: str | Path | Recipe) -> Recipe:
         return Recipe(upper, _codec(preset.base, upper), _preset=preset)
     with suppress(UnsupportedError):
         return Recipe(codecs.get(text).name, _codec(text, "type"), pure=True)
-    if Path(text).is_file():
+    if Path(os.path.expanduser(text)).is_file():
         return read(text)
     known = [*PRESETS, *ALIASES, *codecs.names()]
     raise RecipeError(f"unknown type or recipe {text}{meant(text) or nearest(text, known)}; `quantforge types` lists all")
@@ -334,7 +335,7 @@ def read(path: str | Path) -> Recipe:
     Raises RecipeError naming the line or key.
     """
     try:
-        with open(path, "rb") as f:
+        with open(os.path.expanduser(path), "rb") as f:
             table = tomllib.load(f)
     except OSError as e:
         raise RecipeError(f"{path}: cannot read the recipe: {e.strerror}") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
 from functools import partial
@@ -13,6 +12,7 @@ from ..device import available
 from ..errors import FormatError, RecipeError, UnsupportedError
 from ..formats import Source, open_path
 from ..tokenizer import Tokenizer
+from ..tokenizer.files import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +56,7 @@ def load(
         for m in module.modules():
             m.__dict__.pop("_replaced", None)  # what it stood for, on the meta device
         module.tokenizer = _tokenizer(path, source)
-        _generation(module, path)
+        _generation(module, source)
     if any(isinstance(m, Packed) for m in module.modules()):
         module.save_pretrained = partial(_no_file, str(path))
     return module
@@ -155,13 +155,13 @@ def _tokenizer(path: Path, source: Source) -> Any:
         return None
 
 
-def _generation(module: Any, path: Path) -> None:
-    """generation_config.json, where the directory has one."""
+def _generation(module: Any, source: Source) -> None:
+    """generation_config.json, where a checkpoint has one."""
     from transformers import GenerationConfig
 
-    file = (path if path.is_dir() else path.parent) / "generation_config.json"
-    if path.suffix != ".gguf" and file.is_file():
+    file = source.directory / "generation_config.json"
+    if not source.gguf_names and (settings := read_json(file)):
         try:
-            module.generation_config = GenerationConfig.from_dict(json.loads(file.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError, AttributeError) as e:
+            module.generation_config = GenerationConfig.from_dict(settings)
+        except (ValueError, TypeError, AttributeError) as e:
             raise FormatError(file, f"not a generation config: {e}") from None

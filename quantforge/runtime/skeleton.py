@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .. import archs
 from ..errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ def meta_module(config: Mapping[str, Any], source: Source, dtype: torch.dtype) -
     import transformers
 
     names = list(config.get("architectures") or ())
+    if (arch := archs.known(config)) is not None and not any(n in arch.hf for n in names):
+        names = [arch.hf[0]]
     classes = [getattr(transformers, n, None) for n in names]
     cls = next((c for c in classes if c is not None), None)
     if cls is None or not hasattr(cls, "config_class") or "PreTrainedModel" not in {b.__name__ for b in cls.__mro__}:

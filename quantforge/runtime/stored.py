@@ -18,7 +18,7 @@ from ..archs.weight import Shape, Weight, composed, rows_of
 from ..arrays import F32
 from ..codecs import Codec, Encoded
 from ..errors import FormatError, NonFiniteError, QuantForgeError, UnsupportedError
-from ..formats.rows import codec_of, decoded, read_encoded, read_rows
+from ..formats.rows import check_numbers, codec_of, decoded, read_encoded, read_rows
 from .mapping import Conversion, Origin, origins, saved_shapes
 from .skeleton import find_layers, find_tied, meta_module
 
@@ -50,6 +50,7 @@ class StoredModel:
             self.places = self.arch.checkpoint(self.config, shapes, saved_shapes(self.module))
         self.origins: dict[str, Origin] = origins(self.module, {k: w.shape for k, w in self.places.items()})
         """Parameter of the module -> what transformers makes it of: checkpoint tensors."""
+        check_numbers(source, (o for o in self.origins.values() if isinstance(o, Weight) and not source.gguf_names))
         self._made = {k: self._through(o, shapes) for k, o in self.origins.items()}
         self.tied = find_tied(self.module, self.origins)
         """Parameter -> the one that it is, where two are one: the head's weight -> the embedding's."""
@@ -308,9 +309,8 @@ class Held:
 
 def _arch(source: Source) -> archs.Arch | None:
     """The architecture of a model file; None for a checkpoint of one that only transformers knows."""
-    known = archs.supported()
     if not source.gguf_names:
-        return next((known[a] for a in source.config.get("architectures") or () if a in known), None)
+        return archs.known(source.config)
     return from_gguf.find_arch(source.config, source.path, {name: stored.shape for name, stored in source.weights.items()})
 
 

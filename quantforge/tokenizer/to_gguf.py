@@ -78,7 +78,7 @@ def _templates(files: Files) -> dict[str, Any]:
     jinja = {"default": default} if default.is_file() else {}
     jinja |= {p.stem: p for p in sorted((files.directory / "additional_chat_templates").glob("*.jinja"))}
     if jinja:
-        template = {name: path.read_text(encoding="utf-8") for name, path in jinja.items()}
+        template = {name: path.read_text(encoding="utf-8-sig") for name, path in jinja.items()}
     elif template is None:
         template = read_json(files.directory / "chat_template.json").get("chat_template")
     if isinstance(template, str):

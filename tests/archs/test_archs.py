@@ -263,6 +263,41 @@ def test_nested_text_config():
     assert archs.find(c).metadata(c)["llama.vocab_size"] == 40
 
 
+def test_without_architectures_the_model_type_says_what_it_is():
+    import transformers
+
+    for name, arch in archs.supported().items():
+        if (cls := getattr(transformers, name, None)) is not None and (name == arch.hf[0] and not name.endswith("Model")):
+            kind = cls.config_class.model_type
+            assert archs.known({"model_type": kind}) in (arch, None), name
+            assert archs.known({"model_type": kind, "architectures": None}) in (arch, None), name
+    c = {k: v for k, v in config().items() if k != "architectures"} | {"model_type": "llama"}
+    for named in ({}, {"architectures": []}, {"architectures": ["LlamaModel"]}):
+        assert archs.find(c | named) is archs.supported()["LlamaForCausalLM"]
+    assert archs.known({"model_type": "llama", "architectures": ["MyOwnForCausalLM"]}) is None
+
+
+@pytest.mark.parametrize("name", ["LlamaForSequenceClassification", "Qwen2ForTokenClassification", "LlamaForRewardModel"])
+def test_classifiers_are_named(name):
+    with pytest.raises(UnsupportedError, match=f"{name}: a model that rates texts"):
+        archs.find(config(name, model_type="llama"))
+
+
+@pytest.mark.parametrize("wrapper", ["_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod."])
+def test_wrappers_inside_of_names(wrapper):
+    c = config()
+    t = {n.replace(".self_attn.", f".{wrapper}self_attn.").replace("model.layers.1.", f"model.layers.1.{wrapper}"): s
+         for n, s in tensors(c).items()}  # fmt: skip
+    assert [w.name for w in weights(c, t)] == [w.name for w in weights(c)]
+
+
+def test_heads_that_rate_texts_are_left_out(caplog):
+    c = config()
+    t = tensors(c) | {"v_head.summary.weight": (1, 16), "v_head.summary.bias": (1,)}
+    assert [w.name for w in weights(c, t)] == [w.name for w in weights(c)]
+    assert "v_head.summary.weight" in caplog.text
+
+
 def test_find_lists_what_there_is():
     with pytest.raises(UnsupportedError, match=r"Qwen4ForCausalLM is not supported \(did you mean Qwen3ForCausalLM"):
         archs.find({"architectures": ["Qwen4ForCausalLM"]})

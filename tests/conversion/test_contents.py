@@ -126,3 +126,54 @@ def test_a_tensor_of_several_weights_has_the_largest_of_their_types(tmp_path: Pa
             (t,) = (t for t in job.tensors if t.name == "model.layers.1.self_attn.kv_b_proj.weight")
             assert t.codec.name == expected, (source, rule)
             job.source.close()
+
+
+CARDS = {
+    "no YAML": b"---\nlicense: mit\ntags: [a\n: - {x\n---\n",
+    "no UTF-8": b"---\nlicense: \xff\n---\n",
+    "numbers and dates": b"---\nlicense: 2026-01-01\ntags: [1, 2.5]\nversion: 1.0\nlanguage: 3\n---\n",
+    "lists": b"---\nlicense: [a, 3]\nname: [x]\nbase_model: {a: 3}\ndatasets: [3, {a: b}]\n---\n",
+    "good": b"---\nlicense: mit\n---\n",
+}
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_a_model_card_never_stops_a_conversion(card: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (models.make(tmp_path / "m", "LlamaForCausalLM") / "README.md").write_bytes(CARDS[card])
+    qf.convert(tmp_path / "m", tmp_path / "m.gguf", "F32")
+    with qf.open(tmp_path / "m.gguf") as source:
+        assert isinstance(source.config["general.name"], str)
+        assert isinstance(source.config.get("general.license", ""), str)
+        assert source.config.get("general.license") == "mit" or card != "good"
+    assert ("model card is not read" in caplog.text) is card.startswith("no ")
+
+
+def test_every_json_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    models.make(tmp_path / "m", "LlamaForCausalLM")
+    (tmp_path / "m" / "generation_config.json").write_text('{"eos_token_id": [1, 5], "temperature": 0.5, "do_sample": true}')
+    for name in ("chat_template.jinja", "added_tokens.json", "special_tokens_map.json", "quantize_config.json"):
+        (tmp_path / "m" / name).write_text("{}")
+    for path in (tmp_path / "m").glob("*.j*"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    qf.convert(tmp_path / "m", tmp_path / "m.gguf", "F32")
+    with qf.open(tmp_path / "m.gguf") as source:
+        assert source.config["general.sampling.temp"] == 0.5
+        assert list(source.config["tokenizer.ggml.eos_token_ids"]) == [1, 5]
+        assert source.config["tokenizer.chat_template"] == "{}"
+    model = qf.load(tmp_path / "m")
+    assert model.generation_config.temperature == 0.5 and model.tokenizer("a").input_ids
+
+
+def test_home_is_expanded_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    models.make(tmp_path / "m", "LlamaForCausalLM")
+    (tmp_path / "recipe.toml").write_text('base = "Q8_0"\n')
+    (tmp_path / "prompts.txt").write_text("a b\nc d\n")
+    (tmp_path / "text.txt").write_text("one two three four five six seven\n" * 100)
+    (tmp_path / "other.txt").write_text("red green blue yellow white black\n" * 100)
+    qf.calibrate("~/m", "~/im.gguf", "~/text.txt", ctx=32, chunks=4)
+    qf.convert("~/m", "~/m.gguf", "~/recipe.toml", "~/im.gguf")
+    run = {"text": "~/other.txt", "ctx": 32, "chunks": 2, "prompts": "~/prompts.txt", "answer_tokens": 2}
+    qf.evaluate("~/m.gguf", reference="~/m", report="~/report.md", metrics=["ppl", "similarity"], **run)
+    assert {p.name for p in tmp_path.iterdir()} >= {"m.gguf", "im.gguf", "report.md"}
+    assert not (Path.cwd() / "~").exists()

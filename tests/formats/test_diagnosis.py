@@ -72,10 +72,18 @@ def copies(path: Path, second: np.ndarray) -> Path:
     return path
 
 
+def tensors(path: Path, *names: str) -> Path:
+    return write(path, None, "model.safetensors", **dict.fromkeys(names, W))
+
+
+Q = "model.layers.0.self_attn.q_proj"
+
+
 READ: dict[str, tuple[Callable[[Path], Path], set[str]]] = {
     "a directory": (lambda p: write(p / "m"), {"w"}),
     "a cache folder with one snapshot": (lambda p: cached(p, "abc"), {"w"}),
     "a cache folder with refs/main": (lambda p: cached(p, "abc", "def", main="abc"), {"w"}),
+    "the snapshots of a cache folder": (lambda p: cached(p, "abc") / "snapshots", {"w"}),
     "a first shard, the others beside it": (lambda p: shard(p, 1, 2, 3) / "model-00001-of-00003.safetensors", {"w1", "w2", "w3"}),
     "config.json with a byte order mark": (lambda p: with_bom(p / "m"), {"w"}),
     "a full model with a leftover adapter": (lambda p: full_model_and_adapter(p / "m"), {"w"}),
@@ -89,6 +97,17 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "an adapter of who knows what": (lambda p: adapter(p / "a", base=None), r"adapter \(PEFT\) of another model"),
     "a first shard alone": (lambda p: shard(p / "m", 1) / "model-00001-of-00003.safetensors", "missing: file 2 of 3"),
     "a directory of a first shard": (lambda p: shard(p / "m", 1), "missing: file 2 of 3"),
+    "an adapter without its config": (lambda p: tensors(p / "m", f"{Q}.lora_A.weight"), f"an adapter's tensors.*{Q}.*--lora"),
+    "an adapter of another tool": (lambda p: tensors(p / "m", "unet.lora_up.weight"), "an adapter's tensors"),
+    "layers with an unmerged adapter": (
+        lambda p: tensors(p / "m", f"{Q}.base_layer.weight", f"{Q}.lora_A.default.weight", "w"),
+        "adapter that is not merged.*merge_and_unload.*--lora",
+    ),
+    "a head with its copy": (
+        lambda p: tensors(p / "m", "lm_head.original_module.weight", "lm_head.modules_to_save.default.weight"),
+        "adapter that is not merged",
+    ),
+    "a whole cache": (lambda p: cached(p, "abc").parent, "a Hugging Face cache; give one of its models: models--org--name"),
     "a cache folder without a snapshot": (lambda p: cached(p), "cache with 0 snapshots"),
     "a cache folder with several": (lambda p: cached(p, "abc", "def"), "cache with 2 snapshots; give one"),
     "a repository id": (lambda p: Path("meta-llama/Llama-3.2-1B"), "hf download meta-llama/Llama-3.2-1B"),

@@ -369,8 +369,8 @@ def test_quantization_config_that_lies(tmp_path: Path, ternary: codecs.Codec, ch
 def test_a_quantization_config_is_not_handed_on(tmp_path: Path) -> None:
     """What is written is quantized as the sink says, whatever the source's config.json said."""
     config = {"a": 1, "quantization_config": {"quant_method": "exl2", "bits": 4}, "quantization": {"group_size": 64, "bits": 4}}
-    source = formats.open_path(write(tmp_path / "m", {"x.qweight": np.zeros((2, 2), np.int32)}, config))
-    assert source.config == {"a": 1} and list(source.weights) == ["x.qweight"]
+    source = formats.open_path(write(tmp_path / "m", {"x.ints": np.zeros((2, 2), np.int32)}, config))
+    assert source.config == {"a": 1} and list(source.weights) == ["x.ints"]
 
 
 def test_what_safetensors_cannot_hold(tmp_path: Path, ternary: codecs.Codec) -> None:

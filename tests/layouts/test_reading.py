@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import save_file
 
@@ -375,6 +376,60 @@ def test_bitnet_that_becomes_ternary_as_it_runs(dtype: torch.dtype, tmp_path: Pa
         assert [n for n, t in source.weights.items() if t.codec.name == "ternary"] == [P + "weight"]
 
 
+# ---- torchao's tensors, as its own flatten_tensor_state_dict names and describes them
+
+
+def torchao(kind: str) -> tuple[dict[str, Any], dict[str, Any], np.ndarray]:
+    """Arrays, what the header says of the tensor, and what it stands for."""
+    n, k = 48, 128
+    if kind == "Float8Tensor":
+        w, scale = e4m3(n, k), RNG.uniform(0.001, 0.1, (n, 1)).astype(np.float32)
+        return {"qdata": w, "scale": scale}, {"block_size": [1, k]}, w.float().numpy() * scale
+    scale = torch.from_numpy(RNG.uniform(0.001, 0.1, (n, k // 32)).astype(np.float32)).bfloat16()
+    wide = scale.float().numpy().repeat(32, 1)
+    if kind == "Int4Tensor":  # two in a byte, the even one low; scales and what is added are [groups, out]
+        q, zero = RNG.integers(-8, 8, (n, k)), torch.from_numpy(RNG.normal(size=(n, k // 32)).astype(np.float32)).bfloat16()
+        packed = (q[:, 1::2] << 4 | q[:, ::2] & 15).astype(np.int8)
+        arrays = {"qdata": packed, "scale": scale.T.contiguous(), "zero_point": zero.T.contiguous()}
+        return arrays, {"block_size": [1, 32], "shape": [n, k]}, q * wide + zero.float().numpy().repeat(32, 1)
+    bits = 8 if kind == "Int8Tensor" else 4
+    q = RNG.integers(-(1 << bits - 1), 1 << bits - 1, (n, k)).astype(np.int8)
+    zero = RNG.integers(-3, 4, (n, k // 32)).astype(np.int8)
+    said = {"block_size": [1, 32]} | ({"target_dtype": {"_type": "torch.dtype", "_data": "int4"}} if bits == 4 else {})
+    w = (q.astype(np.float32) - zero.repeat(32, 1)) * wide
+    return {"qdata": q, "scale": scale, "zero_point": zero}, said, w
+
+
+def torchao_checkpoint(directory: Path, kind: str, arrays: Mapping[str, Any], about: Mapping[str, Any]) -> Path:
+    stem = P[:-1]
+    header = {f"{stem}.weight": json.dumps({"_type": kind, "_data": about, "_tensor_data_names": list(arrays)})}
+    header |= {"model.norm.weight": json.dumps({"_type": "Tensor"}), "tensor_names": json.dumps([f"{stem}.weight"])}
+    tensors = {f"{stem}._weight_{k}": v for k, v in arrays.items()} | {"model.norm.weight": np.ones(8, np.float32)}
+    checkpoint(directory, tensors, said("torchao", quant_type={"default": {}}))
+    kept = safetensors.torch.load_file(directory / "model.safetensors")
+    save_file(kept, directory / "model.safetensors", {"format": "pt", **header})
+    return directory
+
+
+@pytest.mark.parametrize("kind", ["Float8Tensor", "Int8Tensor", "IntxUnpackedToInt8Tensor", "Int4Tensor"])
+def test_torchao(kind: str, tmp_path: Path) -> None:
+    arrays, about, w = torchao(kind)
+    torchao_checkpoint(tmp_path / "m", kind, arrays, about)
+    np.testing.assert_allclose(read(tmp_path / "m"), w, rtol=1e-6, atol=1e-6)
+    with qf.open(tmp_path / "m") as source:
+        assert set(source.weights) == {P + "weight", "model.norm.weight"}
+
+
+def test_other_tensors_of_torchao_are_named(tmp_path: Path) -> None:
+    arrays, about, _ = torchao("Int4Tensor")
+    torchao_checkpoint(tmp_path / "a", "Int4TilePackedTo4dTensor", arrays, about)
+    torchao_checkpoint(tmp_path / "b", "Int4Tensor", arrays | {"act_pre_scale": np.ones(128, np.float32)}, about)
+    checkpoint(tmp_path / "c", {f"{P}_weight_{k}": v for k, v in arrays.items()}, said("torchao"))
+    for name, message in {"a": "Int4TilePackedTo4dTensor are not read", "b": "act_pre_scale", "c": "header does not say"}.items():
+        with pytest.raises(qf.errors.FormatError, match=message):
+            qf.open(tmp_path / name)
+
+
 # ---- what is not read is named
 
 
@@ -389,7 +444,7 @@ def said(method: str, **settings: Any) -> dict[str, Any]:
 NAMED = [
     *((m, integers(), said(m), w) for m, w in {
         "exl2": "ExLlamaV2's", "exl3": "ExLlamaV3's", "aqlm": "AQLM", "hqq": "HQQ", "vptq": "VPTQ", "higgs": "HIGGS",
-        "spqr": "SpQR", "eetq": "EETQ", "fp_quant": "FP-Quant", "quip": "QuIP", "torchao": "torchao's",
+        "spqr": "SpQR", "eetq": "EETQ", "fp_quant": "FP-Quant", "quip": "QuIP",
         "brand_new": "quant_method 'brand_new'",
     }.items()),
     ("mxfp4 without scales", {"x_blocks": np.zeros((2, 2, 2, 16), np.uint8)}, said("mxfp4"), "x_blocks.*no MXFP4"),
@@ -409,6 +464,45 @@ def test_what_is_not_read_is_named(kind: str, arrays: Any, config: Any, message:
     with pytest.raises(qf.errors.FormatError, match=message) as refused:
         qf.open(tmp_path / "m")
     assert "\n" not in str(refused.value)
+
+
+UNSAID = {
+    "fp8": lambda: ({P + "weight": e4m3(256, 128), P + "weight_scale_inv": np.full((2, 1), 0.5, np.float32)}, 0.5),
+    "static fp8": lambda: ({P + "weight": e4m3(64, 128), P + "weight_scale": np.array(0.25, np.float32)}, 0.25),
+}
+
+
+@pytest.mark.parametrize("kind", UNSAID)
+def test_arrays_may_say_enough_without_a_config(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    arrays, scale = UNSAID[kind]()
+    checkpoint(tmp_path / "m", arrays, {})
+    np.testing.assert_array_equal(read(tmp_path / "m"), arrays[P + "weight"].float().numpy() * np.float32(scale))
+    assert "no quantization_config" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        (lambda: gptq(64, 128, 64)[0], r"qweight is quantized, but no quantization_config.*quantize_config\.json"),
+        (lambda: {P + "weight": np.zeros((8, 4), np.uint32), P + "scales": np.ones((8, 1), np.float16)}, "scales is quantized"),
+        (lambda: {P + "q_weight": np.zeros((8, 8), np.int32), P + "q_scale": np.zeros((1, 8), np.int32)}, "ExLlamaV2's"),
+        (lambda: {P + "trellis": np.zeros((4, 4, 4), np.int16), P + "suh": np.ones(8, np.float16)}, "ExLlamaV3's"),
+    ],
+)
+def test_or_they_are_named(arrays: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(qf.errors.FormatError, match=message):
+        qf.open(checkpoint(tmp_path / "m", arrays(), {}))
+
+
+def test_integers_that_nothing_explains_are_no_weights(tmp_path: Path) -> None:
+    from tests import checkpoints
+
+    checkpoints.model(tmp_path, "Llama")
+    w = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    save_file(w | {P + "weight": (w[P + "weight"] * 100).to(torch.int8)}, tmp_path / "model.safetensors", {"format": "pt"})
+    for run in (lambda: qf.convert(tmp_path, tmp_path / "m.gguf"), lambda: qf.load(tmp_path)):
+        with pytest.raises(qf.errors.FormatError, match=r"up_proj\.weight holds integers \(I8\)"):
+            run()
 
 
 def test_a_config_that_was_left_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

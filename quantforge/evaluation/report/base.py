@@ -154,7 +154,7 @@ class Evaluation:
 
 def save(evaluation: Evaluation, path: str | os.PathLike[str]) -> None:
     """Render `evaluation` and write it to `path` as a whole: a reader never sees half a report."""
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     check_path(path)
     module = importlib.import_module(f".{RENDERERS[path.suffix.lower()]}", __package__)
     fresh = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -175,7 +175,7 @@ def check_path(path: str | os.PathLike[str]) -> None:
     """
     if Path(path).suffix.lower() not in RENDERERS:
         raise UnsupportedError(f"report {os.fspath(path)}: the name must end in {', '.join(RENDERERS)}")
-    if not Path(path).parent.is_dir():
+    if not Path(os.path.expanduser(path)).parent.is_dir():
         raise OutputError(path, "there is no such directory to write the report to; make it first")
 
 

@@ -66,7 +66,7 @@ class RangeError(NonFiniteError):
         self.reason, self.value = reason, value
         super().__init__(
             f"{what}: weight {list(index)} is {value:g}; {reason}; keep this tensor in a wider type, such as BF16 or F32 "
-            "(--tensor-type NAME=BF16)",
+            "(--tensor-type NAME=BF16, or --fallback-type BF16 for all such tensors)",
             index,
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,12 @@ def _backends() -> list[str]:
     from .. import backends
 
     return backends.names()
+
+
+def _fallbacks() -> Sequence[str]:
+    from ..recipes.presets import FALLBACKS
+
+    return FALLBACKS
 
 
 def _print_plan(plan: Plan) -> None:
@@ -90,6 +96,14 @@ def _print_notes(tensors: Iterable[PlannedTensor | TensorReport]) -> None:
     "--threads", metavar="N", type=click.IntRange(1), help="Threads; default: all CPUs. Output bytes do not depend on it."
 )
 @click.option("--pre-tokenizer", metavar="NAME", help="Value of tokenizer.ggml.pre where the tokenizer's is not recognised.")
+@click.option(
+    "--fallback",
+    metavar="F",
+    cls=Listing,
+    listing=_fallbacks,
+    help="Rows that no block of the wanted type divides: {}; the second is the type closest in size. Default: the first.",
+)
+@click.option("--fallback-type", metavar="T", help="Type of tensors whose values or shape the wanted one cannot hold.")
 @click.option("--allow-requantize", is_flag=True, help="Quantize tensors that are quantized already.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and the exact size; write nothing, read a few rows of each tensor.")
 @click.option("--force", is_flag=True, help="Overwrite an existing output.")

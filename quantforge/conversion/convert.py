@@ -40,6 +40,8 @@ def convert(
     max_shard_size: int | str | None = None,
     pre_tokenizer: str | None = None,
     allow_requantize: bool = False,
+    fallback: str | None = None,
+    fallback_type: str | None = None,
     device: str = "cpu",
     threads: int | None = None,
     force: bool = False,
@@ -78,6 +80,9 @@ def convert(
     - max_shard_size: bytes, or text like "5GB": the largest weight file of a directory.
     - pre_tokenizer: tokenizer.ggml.pre, where the tokenizer's is not recognised.
     - allow_requantize: quantize tensors that are quantized already.
+    - fallback: what takes rows that no block of the wanted type divides: "llama-quantize" (the default), its choice, or
+      "nearest", the type closest in size.
+    - fallback_type: the type of a tensor whose values or shape the wanted type cannot hold, which is an error otherwise.
 
     How it runs:
 
@@ -120,6 +125,8 @@ def convert(
         max_shard_size=max_shard_size,
         pre_tokenizer=pre_tokenizer,
         allow_requantize=allow_requantize,
+        fallback=fallback,
+        fallback_type=fallback_type,
         device=device,
         bits=bits,
         group_size=group_size,
@@ -157,6 +164,8 @@ def plan(
     max_shard_size: int | str | None = None,
     pre_tokenizer: str | None = None,
     allow_requantize: bool = False,
+    fallback: str | None = None,
+    fallback_type: str | None = None,
     device: str = "cpu",
     bits: int | None = None,
     group_size: int | None = None,
@@ -195,6 +204,8 @@ def plan(
         max_shard_size=None if max_shard_size is None else sizes.parse(max_shard_size, "--max-shard-size", least=1),
         pre_tokenizer=pre_tokenizer,
         allow_requantize=allow_requantize,
+        fallback=fallback,
+        fallback_type=fallback_type,
         device=device,
     )
     source = model if isinstance(model, Source) else formats.open_path(model)

@@ -52,6 +52,10 @@ class Options:
     max_shard_size: int | None = None
     pre_tokenizer: str | None = None
     allow_requantize: bool = False
+    fallback: str | None = None
+    """Of `recipes.presets.FALLBACKS`; None: the recipe's."""
+    fallback_type: str | None = None
+    """Instead of an error where a type cannot hold a tensor's values or shape."""
     device: str = "cpu"
 
     @property

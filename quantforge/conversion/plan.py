@@ -71,6 +71,11 @@ class PlannedTensor:
         """Parts of `codec` from rows of `target`."""
         return rounded.parts if self.via is None else repack(rounded, self.codec).parts
 
+    def falling_back(self, codec: Codec, reason: str) -> PlannedTensor:
+        """This tensor in another type, and why. Raises ShapeError where it does not fit either."""
+        codec.layout(self.shape)
+        return replace(self, codec=codec, via=None, mates=(), note=f"{reason}: {codec.name} instead")
+
     def to_json(self) -> dict[str, Any]:
         """As in `convert --dry-run --json`."""
         row: dict[str, Any] = {"name": self.name, "type": self.codec.name, "shape": list(self.shape), "bytes": self.nbytes}
@@ -108,6 +113,8 @@ class Plan:
     """Where a library quantizes: the plan for the checkpoint that it left; this one is what that should come to."""
     adopt: bool = False
     """The library's checkpoint is the output as it is."""
+    fallback: Codec | None = None
+    """Instead of an error: the type of tensors whose values theirs cannot hold."""
 
     @property
     def total_bytes(self) -> int:
@@ -118,6 +125,13 @@ class Plan:
     def bpw(self) -> float:
         """Stored bits per weight over all tensors."""
         return 8 * sum(t.nbytes for t in self.tensors) / max(1, sum(prod(t.shape) for t in self.tensors))
+
+    def falling_back(self, reasons: Mapping[str, str]) -> Plan:
+        """This plan with `fallback` for some tensors; reasons: why, by name of the tensor."""
+        assert self.fallback is not None
+        tensors = [t.falling_back(self.fallback, reasons[t.name]) if t.name in reasons else t for t in self.tensors]
+        stored = {t.name: Stored(t.codec, t.shape) for t in tensors}
+        return replace(self, tensors=tensors, header=replace(self.header, tensors=stored))
 
     def to_json(self) -> dict[str, Any]:
         """{"metadata", "total_bytes", "tensors", ...}, ready for json.dumps."""
@@ -173,11 +187,16 @@ def decide(source: Source, options: Options) -> Plan:
         modules = {t.name.removesuffix(".weight"): t.codec for t in tensors}
         mates = {f"{m}.weight": tuple(f"{n}.weight" for n in group) for group in layout.sharing(modules) for m in group}
         tensors = [replace(t, mates=mates.get(t.name, ())) for t in tensors]
-    for t in tensors:
+    fallback = _fallback_type(options, target)
+    for i, t in enumerate(tensors):
         try:
             t.codec.layout(t.shape)
+            if layout is not None and not isinstance(t.codec, PlainCodec):
+                layout.arrays(t.codec, t.shape)
         except ShapeError as e:
-            raise ShapeError(f"{t.name}: {e}") from None
+            if fallback is None:
+                raise ShapeError(f"{t.name}: {e}") from None
+            tensors[i] = t.falling_back(fallback, f"{t.codec.name} cannot hold shape {list(t.shape)}")
     tensors, lost = _on_lattices(source, tensors)
     warnings += lost
 
@@ -202,7 +221,8 @@ def decide(source: Source, options: Options) -> Plan:
         header = replace(header, max_shard_size=options.max_shard_size)
     warnings += target.warnings(header)
     importance, unused = _as_encoded(_by_output(table, weights, outputs), tensors)
-    return Plan(source, target, header, tensors, importance, chosen.recipe, [*warnings, *unused], how, options.device)
+    told, name = [*warnings, *unused], chosen.recipe
+    return Plan(source, target, header, tensors, importance, name, told, how, options.device, fallback=fallback)
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,6 +248,8 @@ def _choose(
     """A codec for each weight. stored: what it is in the source; table: importance that there is."""
     recipe, scheme, method = options.recipe, options.scheme, options.method
     if layout is not None or scheme.bits is not None:
+        if options.fallback is not None:
+            raise RecipeError("--fallback is for presets and types of blocks; here --fallback-type takes what does not fit")
         dtype, settings = prevailing((s.codec, s.shape) for s in source.weights.values()), method.settings() if method else None
         layout, codec, rules = choose_scheme(layout, recipe, scheme, options.tensor_types, dtype, settings)
         choices = linears.assign(held.weights, held.outputs, stored, codec, rules, target.gguf_names, layout)
@@ -244,7 +266,7 @@ def _choose(
     if recipe is None and not target.gguf_names and method is None and kept:
         return _Chosen("floats", {w.name: recipes.Choice(as_floats(stored[w.name])) for w in held.weights})
     preset = recipe if isinstance(recipe, recipes.Recipe) else recipes.get(str(recipe or "Q4_K_M"))
-    preset = preset.with_rules(options.tensor_types) if options.tensor_types else preset
+    preset = preset.with_rules(options.tensor_types, fallback=options.fallback)
     seen = {w.name for w in held.weights if w.layer is not None} if method else set()
     choices = preset.assign(held.weights, held.metadata, stored, importance=table.keys() | seen)
     return _Chosen(preset.name, _joined(choices, held), preset.file_type)
@@ -308,6 +330,19 @@ def _on_lattices(source: Source, tensors: Sequence[PlannedTensor]) -> tuple[list
         f"--type {keeper}, or --tensor-type for them"
         for (bits, type, keeper), names in lost.items()
     ]
+
+
+def _fallback_type(options: Options, target: Format) -> Codec | None:
+    """What --fallback-type names. Raises RecipeError, UnsupportedError."""
+    if options.fallback_type is None:
+        return None
+    try:
+        codec = codecs.get(options.fallback_type)
+    except UnsupportedError as e:
+        raise RecipeError(f"--fallback-type: {e}") from None
+    if not target.holds(codec):
+        raise UnsupportedError(f"--fallback-type: {_cannot_hold(target, codec)}")
+    return codec
 
 
 def _check_method(method: Method, codecs: set[Codec]) -> list[str]:

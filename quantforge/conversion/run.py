@@ -21,7 +21,7 @@ from .. import device, formats, sizes
 from ..arrays import F32, Parts
 from ..backends import Library
 from ..codecs.plain import PlainCodec
-from ..errors import OutputError
+from ..errors import OutputError, RangeError
 from ..formats import Sink, Source
 from . import tiles
 from .options import Calibration
@@ -116,12 +116,11 @@ def run(
         raise OutputError(out, "exists already; --force overwrites it")
     threads = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) or 1
     began, cpu = time.perf_counter(), time.process_time()
-    total_bytes = job.total_bytes
     if job.finish is not None:
         work, total_bytes = _through_library(job, out, threads, measure, progress)
     else:
-        work = _Work(job, measure, progress, device.encoder(job.device, threads))
-        work.run(out, threads)
+        work = _held(job, out, threads, measure, progress)
+        total_bytes = work.job.total_bytes
     job = work.job
     warnings = [*job.warnings, *work.warnings]
     for warning in warnings:
@@ -138,6 +137,26 @@ def run(
         tensors=[work.report(i) for i in range(len(job.tensors))],
         warnings=warnings,
     )
+
+
+def _held(job: Plan, out: Path, threads: int, measure: bool, progress: Callable[[Status], None] | None) -> _Work:
+    """The work, done; where there is a fallback, once more with that for the tensors whose values their types cannot hold."""
+    encoder = device.encoder(job.device, threads)
+    if job.fallback is not None and job.calibrated is not None:  # methods take long: what they cannot hold is found before
+        trial = _Work(job, False, None, encoder)
+        trial.workers(None, threads)
+        job = job.falling_back(trial.unheld)
+    while True:
+        work = _Work(job, measure, progress, encoder)
+        try:
+            work.run(out, threads)
+            return work
+        except _Unheld:
+            job = job.falling_back(work.unheld)
+
+
+class _Unheld(Exception):
+    """Some tensors' values do not fit their types."""
 
 
 @dataclass(slots=True)
@@ -194,6 +213,8 @@ class _Work:
         self.warnings: list[str] = []
         self.methods: dict[str, tuple[str, float | None, float | None]] = {}
         """Tensor -> method kept, its output error, rtn's; of stacked experts, the means."""
+        self.unheld: dict[str, str] = {}
+        """Tensor whose values its type cannot hold -> why, where there is a fallback."""
         self._lock = threading.Lock()
         self._done: set[str] = set()
         self._queue = self._in_order()
@@ -206,13 +227,19 @@ class _Work:
         with self.job.format.create(out, self.job.header) as sink:
             if self.job.calibrated is not None:
                 self.calibrated(self.job.calibrated, sink)
-            with ThreadPoolExecutor(threads, "quantforge") as pool:
-                try:
-                    for worker in [pool.submit(self.drain, sink) for _ in range(threads)]:
-                        worker.result()
-                finally:
-                    self.stop()
+            self.workers(sink, threads)
+            if self.unheld:
+                raise _Unheld
             sink.commit()
+
+    def workers(self, sink: Sink | None, threads: int) -> None:
+        """Do the tiles that are left; sink None: only to see whether types hold the values."""
+        with ThreadPoolExecutor(threads, "quantforge") as pool:
+            try:
+                for worker in [pool.submit(self.drain, sink) for _ in range(threads)]:
+                    worker.result()
+            finally:
+                self.stop()
 
     def adopt(self, out: Path, marks: Mapping[str, Any]) -> None:
         """Make the source itself, a library's checkpoint, the output; only config.json says a little more."""
@@ -292,7 +319,7 @@ class _Work:
         with self._lock:
             self._stopped = True
 
-    def drain(self, sink: Sink) -> None:
+    def drain(self, sink: Sink | None) -> None:
         """Do tiles until there are none left, or another thread failed."""
         while True:
             with self._lock:
@@ -301,14 +328,24 @@ class _Work:
                 return
             try:
                 self._do(*tile, sink)
+            except RangeError as e:
+                name, fallback = self.job.tensors[tile[0]].name, self.job.fallback
+                if fallback is None or self.job.tensors[tile[0]].codec is fallback:
+                    self.stop()
+                    raise
+                self.unheld[name] = e.reason
             except BaseException:
                 self.stop()
                 raise
 
-    def _do(self, i: int, a: int, b: int, sink: Sink) -> None:
+    def _do(self, i: int, a: int, b: int, sink: Sink | None) -> None:
         t = self.job.tensors[i]
+        if t.name in self.unheld:
+            return
         tile = self.tiles.make(t, a, b)
         parts = tile.parts
+        if sink is None:
+            return
         sink.write(t.name, parts, a)
         errors = w = None
         if self.measure:

@@ -72,6 +72,12 @@ _FALLBACK = {
     "NVFP4": "MXFP4",
 }
 
+# What `nearest` chooses from where rows do not fit, best first where they are as large: general types of block 32.
+_NEAREST = ("IQ4_NL", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16")
+
+FALLBACKS = ("llama-quantize", "nearest")
+"""What replaces a type whose blocks do not divide a tensor's rows: llama-quantize's choice, or the type closest in size."""
+
 # Types that llama-quantize refuses without importance (not for embedding and output).
 BLIND = frozenset({"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS"})
 
@@ -341,12 +347,15 @@ def kept(w: Weight, stored: Codec | None, base: str) -> Codec:
     return stored if stored.name in FLOATS else codecs.get("BF16")  # fp8 and the like
 
 
-def fit(codec: Codec, w: Weight, as_is: Codec) -> tuple[Codec, str | None]:
-    """`codec`, or what replaces it where it cannot hold the tensor's shape, and why."""
+def fit(codec: Codec, w: Weight, as_is: Codec, fallback: str = FALLBACKS[0]) -> tuple[Codec, str | None]:
+    """`codec`, or what replaces it where it cannot hold the tensor's shape, and why. fallback: of `FALLBACKS`."""
     if _holds(codec, w.shape):
         return codec, None
     if codec.ggml_type is None:
         other = as_is
+    elif fallback == "nearest":
+        holding = [c for c in map(codecs.get, _NEAREST) if _holds(c, w.shape)]
+        other = min(holding, key=lambda c: abs(_bpw(c) - _bpw(codec)))
     else:
         other = codecs.get(_FALLBACK.get(codec.name, "F16"))
         if not _holds(other, w.shape):
@@ -354,6 +363,10 @@ def fit(codec: Codec, w: Weight, as_is: Codec) -> tuple[Codec, str | None]:
     if w.shape[-1] % codec.block_size:
         return other, f"{w.shape[-1]} columns are no multiple of {codec.block_size}: {other.name} instead of {codec.name}"
     return other, f"{codec.name} cannot hold shape {list(w.shape)}: {other.name} instead"
+
+
+def _bpw(codec: Codec) -> float:
+    return 8 * codec.nbytes((1, codec.block_size)) / codec.block_size
 
 
 def _holds(codec: Codec, shape: tuple[int, ...]) -> bool:

@@ -26,6 +26,7 @@ from .presets import (
     ALIASES,
     BLIND,
     EMBEDDING,
+    FALLBACKS,
     FLOATS,
     OUTPUT,
     PRESETS,
@@ -94,6 +95,8 @@ class Recipe:
     token_embedding_type: Codec | None = None
     pure: bool = False
     keep_output: bool = False
+    fallback: str = FALLBACKS[0]
+    """What replaces a type whose blocks do not divide a tensor's rows, of `presets.FALLBACKS`."""
     _preset: Preset | None = field(default=None, repr=False)
 
     @property
@@ -110,10 +113,12 @@ class Recipe:
         token_embedding_type: str | Codec | None = None,
         pure: bool = False,
         keep_output: bool = False,
+        fallback: str | None = None,
     ) -> Recipe:
         """This recipe with more rules before its own.
 
-        tensor_types: "REGEX=TYPE" or (regex, type). Raises RecipeError: unknown type, bad regex, contradiction.
+        tensor_types: "REGEX=TYPE" or (regex, type); fallback: of `presets.FALLBACKS`. Raises RecipeError: unknown type or
+        fallback, bad regex, contradiction.
         """
         rules = tuple(map(rule, tensor_types))
         if keep_output and output_tensor_type is not None:
@@ -131,6 +136,7 @@ class Recipe:
             token_embedding_type=embedding,
             pure=self.pure or pure,
             keep_output=keep_output or (self.keep_output and output_tensor_type is None),
+            fallback=self.fallback if fallback is None else _fallback(fallback, "--fallback"),
         )
 
     def assign(
@@ -153,7 +159,7 @@ class Recipe:
         choices = {}
         for w in weights:
             as_is = kept(w, stored.get(w.name), self.base.name)
-            codec, note = fit(wanted[w.name], w, as_is) if w.name in wanted else (as_is, None)
+            codec, note = fit(wanted[w.name], w, as_is, self.fallback) if w.name in wanted else (as_is, None)
             choices[w.name] = Choice(codec, note, self._lacks_importance(w.name, codec, importance))
         return choices
 
@@ -241,6 +247,12 @@ def _codec(name: str | Codec, where: str) -> Codec:
     return codec
 
 
+def _fallback(name: str, where: str) -> str:
+    if name not in FALLBACKS:
+        raise RecipeError(f"{where}: unknown fallback {name}{nearest(name, FALLBACKS)}; there are {' and '.join(FALLBACKS)}")
+    return name
+
+
 def rule(text: str | tuple[str, str | Codec], find: Callable[[str | Codec, str], Codec] = _codec) -> Rule:
     """The rule that "REGEX=TYPE" or (regex, type) says; find: (type, how messages name it) -> codec. Raises RecipeError."""
     return _rule(*_split(text), option="--tensor-type", find=find)
@@ -325,6 +337,7 @@ _KEYS: dict[str, type] = {
     "token_embedding_type": str,
     "pure": bool,
     "keep_output": bool,
+    "fallback": str,
 }
 _RULE_KEYS = ("tensors", "layers", "type")
 
@@ -361,6 +374,7 @@ def read(path: str | Path) -> Recipe:
         rules=tuple(_read_rule(path, f"rules[{i}]", r) for i, r in enumerate(table.get("rules", []))),
         pure=base.pure or table.get("pure", False),
         keep_output=table.get("keep_output", False),
+        fallback=_fallback(table.get("fallback", base.fallback), f"{path}: fallback"),
         output_tensor_type=types.get("output_tensor_type"),
         token_embedding_type=types.get("token_embedding_type"),
     )

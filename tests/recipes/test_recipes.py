@@ -371,6 +371,48 @@ def test_options_for_tensors_that_the_model_lacks() -> None:
         assign(recipes.get("Q4_K_M").with_rules(keep_output=True), headless)
 
 
+# --- rows that do not fit ---
+
+
+@pytest.mark.parametrize("rows", [2880, 96, 100, 1856])
+def test_the_nearest_type_in_size_takes_rows_that_do_not_fit(rows: int) -> None:
+    """gpt-oss has rows of 2880, Nemotron-H of 1856."""
+    general = [c for c in map(codecs.get, ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "Q8_0", "F16")) if rows % c.block_size == 0]
+    for wanted in (c for c in map(codecs.get, codecs.names()) if isinstance(c, GgmlCodec) and rows % c.block_size):
+        choice = assign(recipes.Recipe(wanted.name, wanted, pure=True, fallback="nearest"), dense(rows))["blk.0.attn_q.weight"]
+
+        def distance(c: Codec, wanted: Codec = wanted) -> float:
+            return abs(
+                8 * c.nbytes((1, c.block_size)) / c.block_size - 8 * wanted.nbytes((1, wanted.block_size)) / wanted.block_size
+            )
+
+        assert distance(choice.codec) == min(map(distance, general)), wanted
+        assert (
+            choice.note == f"{rows} columns are no multiple of {wanted.block_size}: {choice.codec.name} instead of {wanted.name}"
+        )
+
+
+def test_nearest_keeps_the_size_of_a_preset() -> None:
+    def bits(fallback: str | None) -> float:
+        weights = dense(2880)
+        choices = assign(recipes.get("Q4_K_S").with_rules(fallback=fallback), weights)
+        weights = [w for w in weights if "ffn_up" in w.name]
+        return 8 * sum(choices[w.name].codec.nbytes(w.shape) for w in weights) / sum(math.prod(w.shape) for w in weights)
+
+    assert bits("nearest") < 5 < bits(None) == bits("llama-quantize")
+
+
+def test_fallbacks_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('base = "Q4_K_M"\nfallback = "nearest"')
+    assert recipes.get(path).fallback == "nearest"
+    path.write_text('base = "Q4_K_M"\nfallback = "neares"')
+    with pytest.raises(RecipeError, match=r"mine.toml: fallback: unknown fallback neares \(did you mean nearest\?\)"):
+        recipes.get(path)
+    with pytest.raises(RecipeError, match="there are llama-quantize and nearest"):
+        recipes.get("Q4_0").with_rules(fallback="x")
+
+
 # --- recipe files ---
 
 

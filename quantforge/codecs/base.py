@@ -325,21 +325,18 @@ def raise_non_finite(w: F32, what: str) -> None:
 
 
 def raise_out_of_range(w: F32, bad: Array, codec: Codec, reason: str) -> None:
-    """Raise RangeError naming the largest weight of `bad` blocks in the first row that has any; return if there is none.
+    """Raise RangeError naming the largest weight of the `bad` blocks; return if there is none.
 
     bad: bool[..., blocks], or of any other shape for scales that whole tensors share.
     """
     if not bad.any():
         return
-    rows = w.reshape(-1, w.shape[-1])
+    rows = np.abs(w.reshape(-1, w.shape[-1]))
     blocks = -(-w.shape[-1] // codec.block_size) if codec.block_size > 1 else 1
     if bad.size == len(rows) * blocks:
         bad = bad.reshape(-1, blocks)
-        row = int(bad.any(-1).argmax())
-        inside = bad[row].repeat(codec.block_size)[: w.shape[-1]] if blocks > 1 else True
-        at = row * w.shape[-1] + int(np.where(inside, np.abs(rows[row]), -1).argmax())
-    else:
-        at = int(np.abs(w).argmax())
+        rows = np.where(bad.repeat(codec.block_size, -1)[:, : w.shape[-1]] if blocks > 1 else bad, rows, -1)
+    at = int(rows.argmax())
     index = tuple(int(i) for i in np.unravel_index(at, w.shape))
     raise RangeError(codec.name, reason, index, float(w[index]))
 

@@ -2,8 +2,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #include "common.h"
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
+QF_TARGET("avx2,fma,f16c")
 
 namespace {
 #include "vec_avx2.h"
@@ -13,5 +12,5 @@ namespace {
 extern const qf_table qf_table_avx2;
 const qf_table qf_table_avx2 = {QF_ABI, (int32_t)(sizeof kernels / sizeof *kernels), "avx2", kernels};
 
-#pragma GCC pop_options
+QF_TARGET_END
 #endif

@@ -10,6 +10,16 @@
 
 #include "../quantforge.h"
 
+// What stands between these is compiled for an instruction set; for clang, one does not stand in another.
+#define QF_PRAGMA(...) _Pragma(#__VA_ARGS__)
+#if defined(__clang__)
+#define QF_TARGET(isa) QF_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
+#define QF_TARGET_END QF_PRAGMA(clang attribute pop)
+#else
+#define QF_TARGET(isa) QF_PRAGMA(GCC push_options) QF_PRAGMA(GCC target(isa))
+#define QF_TARGET_END QF_PRAGMA(GCC pop_options)
+#endif
+
 // The same algorithms are compiled for GPUs, where kernels/cuda/encode.cuh defines these.
 #ifndef QF_INLINE
 #define QF_INLINE static inline __attribute__((always_inline))

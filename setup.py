@@ -23,7 +23,7 @@ CXXFLAGS = [
     # float32 sums keep ggml's order and rounding: never contract a*b+c
     "-ffp-contract=off",
     # GCC's own AVX-512 headers trip these
-    "-Wno-maybe-uninitialized", "-Wno-uninitialized",
+    "-Wno-unknown-warning-option", "-Wno-maybe-uninitialized", "-Wno-uninitialized",
 ]  # fmt: skip
 CUDA_ARCHS = "80,86,89,90"
 # -fmad=false: as -ffp-contract=off; products that may be fused are written as such

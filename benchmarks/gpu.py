@@ -110,10 +110,11 @@ class Session:
                     else:
                         into.append(found)
                         count += 1
+                    print(".", end="", flush=True)  # a sign of life
                     self.save()
             except JobError as e:
                 why = self.run.missing[name] = str(e)
-            print(f"[{self.seconds:5.0f} s] {i}/{len(jobs)} {name}: {count} in {self.seconds - began:.1f} s {why}", flush=True)
+            print(f"\n[{self.seconds:5.0f} s] {i}/{len(jobs)} {name}: {count} in {self.seconds - began:.1f} s {why}", flush=True)
             self.save()
 
     def save(self) -> None:

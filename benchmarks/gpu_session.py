@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACK = ROOT / "out" / "gpu-pack"
 SMOKE = 120
 """Seconds: half a minute is usual, but a fresh machine may read its libraries slowly."""
-QUIET = 100
+QUIET = 150
 """Seconds without a word after which a step hangs."""
 GRACE = 6
 """Seconds that a step has to write what it knows when it is told to stop."""

@@ -319,11 +319,14 @@ class _Block:
         stem = f"blk.{self.i}."
         of_block = {k.removeprefix(stem): w for k, w in self.model.gguf.items() if k.startswith(stem) and len(w.pieces) == 1}
         names = {k: w.sources[0] for k, w in of_block.items()}
-        whole = {k: n for k, n in names.items() if of_block[k].pieces[0].rows is None and not of_block[k].pieces[0].groups}
+        part = {k for k, w in of_block.items() if w.pieces[0].rows is not None or w.pieces[0].groups}
         for group in arch.scale_groups if arch else ():
-            feeders = [whole[n] for n in (f"{group.source}.weight", f"{group.source}.bias") if n in whole]
+            sources = [n for n in (f"{group.source}.weight", f"{group.source}.bias") if n in names]
+            feeders = [names[n] for n in sources]
             targets = list(dict.fromkeys(names.get(f"{role}.weight", "") for role in group.targets))
-            if f"{group.source}.weight" not in whole or not all(len(self._quantized(t)) == 1 for t in targets):
+            if f"{group.source}.weight" not in sources or part & {*sources}:  # a part of what else is scaled with it
+                continue
+            if not all(len(self._quantized(t)) == 1 for t in targets):
                 continue
             matrices = [self.matrix(self.after, t) for t in targets]
             if any(w.ndim != 2 for w in matrices):
@@ -445,9 +448,8 @@ class _Group:
         self._chosen, self._held_out = ((full[k : k + batch], k) for k in (firsts[0], firsts[-1]))
         if not block.becoming.varying:
             at = torch.linspace(0, len(full) - 1, min(len(full), 2 * batch)).long()
-            self._chosen, self._held_out = (
-                (full[at[k :: max(1, len(at) // batch)]][:batch], 0) for k in (0, len(at) // batch - 1)
-            )
+            step, last = max(1, len(at) // batch), len(at) // batch - 1
+            self._chosen, self._held_out = ((full[at[k::step]][:batch], 0) for k in (0, last))
 
     @cached_property
     def importance(self) -> torch.Tensor:

@@ -27,6 +27,15 @@ def apart(_: Config, names: Collection[str]) -> int:
     return len(found)
 
 
+def predicting(layers: int, names: Collection[str]) -> set[str]:
+    """The tensors of prediction layers, by a checkpoint's names or GGUF's. layers: how many the model has without them."""
+    of = re.compile(r"(?:^|\.)mtp\.|(?:^|\.)(?:layers|blk)\.(\d+)\.(?!.*visual)")
+    return {n for n in names if (m := of.search(n)) and (m[1] is None or int(m[1]) >= layers)}
+
+
+COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
+"""Keys of config.json that say how many there are."""
+
 NEXTN = {
     "nextn.eh_proj": Tensor(("embd", "2*embd"), _LAYER + "eh_proj", where="nextn"),
     "nextn.enorm": Tensor(("embd",), _LAYER + "enorm", where="nextn"),

@@ -96,6 +96,10 @@ def _print_notes(tensors: Iterable[PlannedTensor | TensorReport]) -> None:
     "--threads", metavar="N", type=click.IntRange(1), help="Threads; default: all CPUs. Output bytes do not depend on it."
 )
 @click.option("--pre-tokenizer", metavar="NAME", help="Value of tokenizer.ggml.pre where the tokenizer's is not recognised.")
+@click.option("--vocab-only", is_flag=True, help="A GGUF file of metadata and tokenizer, without tensors.")
+@click.option(
+    "--no-mtp", "mtp", is_flag=True, flag_value=False, default=True, help="Leave out layers that predict further tokens."
+)
 @click.option(
     "--fallback",
     metavar="F",

@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 
 from .. import archs, tokenizer
-from ..archs import from_gguf
+from ..archs import from_gguf, nextn
 from ..archs.weight import Shape, Weight
 from ..calibration import overlap
 from ..calibration.importance import Importance
@@ -25,6 +26,7 @@ from ..tokenizer.files import read_json
 from .pooling import pooling_metadata
 
 log = logging.getLogger(__name__)
+_K = gguf.Keys.LLM
 
 QUANTIZATION_VERSION = 2
 """general.quantization_version: ggml's GGML_QNT_VERSION, the layout of its block types."""
@@ -44,20 +46,33 @@ class Contents:
     """Name of a weight -> those, itself among them, that are parts of one tensor of the output, which is among its own."""
 
 
-def contents(source: Source, target: Format, pre_tokenizer: str | None) -> Contents:
+def contents(
+    source: Source, target: Format, pre_tokenizer: str | None, *, mtp: bool = True, vocab_only: bool = False
+) -> Contents:
     """What a file of format `target` made from this source holds.
 
-    pre_tokenizer: as in `tokenizer.metadata`. Raises FormatError, ShapeError, UnsupportedError.
+    pre_tokenizer: as in `tokenizer.metadata`; mtp: with the layers that predict further tokens; vocab_only: without tensors.
+    Raises FormatError, ShapeError, UnsupportedError.
     """
+    held = _contents(source, target, pre_tokenizer, mtp, vocab_only)
+    return replace(held, weights=[], outputs={}) if vocab_only else held
+
+
+def _contents(source: Source, target: Format, pre_tokenizer: str | None, mtp: bool, vocab_only: bool) -> Contents:
     shapes = {name: stored.shape for name, stored in source.weights.items()}
+    if not mtp:
+        for name in nextn.predicting(_layers(source), shapes):
+            del shapes[name]
     if source.gguf_names:
         weights = [Weight.of(name, shape) for name, shape in shapes.items()]
         if target.gguf_names:
             metadata = {k: v for k, v in source.config.items() if not k.startswith("split.")}
+            metadata = metadata if mtp else _without_prediction(metadata)
             return Contents(weights, {w.name: [(w.name, w)] for w in weights}, metadata)
-        return _from_gguf(source, weights, pre_tokenizer)
+        return _from_gguf(source, weights, pre_tokenizer, mtp)
 
     directory, config = source.directory, source.checkpoint_config()
+    config = config if mtp else _uncounted(config)
     if not target.gguf_names:
         try:
             weights = archs.find(config).weights(config, shapes, source.optional, graph=False)
@@ -81,7 +96,7 @@ def contents(source: Source, target: Format, pre_tokenizer: str | None) -> Conte
                 parts.setdefault(s, []).append(w.name)
         return Contents(weights, outputs, config, files, _several(parts.values()))
     arch = archs.find(config)
-    weights = arch.weights(config, shapes, source.optional)
+    weights = [] if vocab_only else arch.weights(config, shapes, source.optional)
     check_numbers(source, weights)
     metadata = {
         **arch.metadata(config, read_json(directory / "generation_config.json"), shapes),
@@ -92,10 +107,44 @@ def contents(source: Source, target: Format, pre_tokenizer: str | None) -> Conte
     return Contents(weights, {w.name: [(w.name, w)] for w in weights}, metadata)
 
 
-def _from_gguf(source: Source, weights: Sequence[Weight], pre_tokenizer: str | None) -> Contents:
-    """A GGUF file as a from_gguf."""
+def _layers(source: Source) -> int:
+    """How many layers the model has without those that predict further tokens."""
+    if not source.gguf_names:
+        config = source.checkpoint_config()
+        return int(archs.find(config).hyperparameters(config, graph=False)["num_hidden_layers"])
+    arch = source.config.get(gguf.Keys.General.ARCHITECTURE)
+    count, predicting = (source.config.get(k.format(arch=arch), 0) for k in (_K.BLOCK_COUNT, _K.NEXTN_PREDICT_LAYERS))
+    return int(count) - int(predicting)
+
+
+def _without_prediction(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """GGUF's metadata of a model without the layers that predict further tokens."""
+    arch = metadata.get(gguf.Keys.General.ARCHITECTURE)
+    count, predicting = (k.format(arch=arch) for k in (_K.BLOCK_COUNT, _K.NEXTN_PREDICT_LAYERS))
+    if not (n := int(metadata.get(predicting, 0))):
+        return dict(metadata)
+    layers = int(metadata[count])
+
+    def shorter(key: str, value: Any) -> Any:
+        per_layer = key.startswith(f"{arch}.") and not key.startswith(f"{arch}.rope.") and np.shape(value) == (layers,)
+        return value[: layers - n] if per_layer else value
+
+    found = {k: shorter(k, v) for k, v in metadata.items() if k != predicting}
+    return found | {count: type(metadata[count])(layers - n)}
+
+
+def _uncounted(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of a model without the layers that predict further tokens."""
+    inner = config.get("text_config")
+    found = {k: 0 if k in nextn.COUNTS else v for k, v in config.items()}
+    return found | ({"text_config": _uncounted(inner)} if isinstance(inner, Mapping) else {})
+
+
+def _from_gguf(source: Source, weights: Sequence[Weight], pre_tokenizer: str | None, mtp: bool) -> Contents:
+    """A GGUF file as a checkpoint."""
     shapes = {w.name: w.shape for w in weights}
     config = source.checkpoint_config()
+    config = config if mtp else _uncounted(config)
     outputs: dict[str, list[tuple[str, Weight]]] = {}
     parts = []
     for name, made in from_gguf.find_arch(source.config, source.path, shapes).checkpoint(config, shapes).items():
@@ -144,7 +193,7 @@ def _general(directory: Path, config: Mapping[str, Any], weights: Sequence[Weigh
     total = sum(sizes)
     known = _described(directory.resolve(), config, total)
     known.name = known.name or directory.resolve().name
-    known.size_label = gguf.size_label(total, total - expert, expert // max(1, experts), experts)
+    known.size_label = gguf.size_label(total, total - expert, expert // max(1, experts), experts) if total else None
     recorder = gguf.GGUFWriter(None, "")
     recorder.add_type(gguf.GGUFType.MODEL)
     known.set_gguf_meta_model(recorder)

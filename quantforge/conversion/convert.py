@@ -39,6 +39,8 @@ def convert(
     calibration: str | Path | Calibration = "builtin",
     max_shard_size: int | str | None = None,
     pre_tokenizer: str | None = None,
+    vocab_only: bool = False,
+    mtp: bool = True,
     allow_requantize: bool = False,
     fallback: str | None = None,
     fallback_type: str | None = None,
@@ -79,6 +81,8 @@ def convert(
     - calibration: what the method sees: a text file, "builtin", or Calibration(text, chunks, ctx).
     - max_shard_size: bytes, or text like "5GB": the largest weight file of a directory.
     - pre_tokenizer: tokenizer.ggml.pre, where the tokenizer's is not recognised.
+    - vocab_only: a GGUF file with the metadata and the tokenizer, without tensors; the model needs none either.
+    - mtp: False leaves out the layers that predict further tokens.
     - allow_requantize: quantize tensors that are quantized already.
     - fallback: what takes rows that no block of the wanted type divides: "llama-quantize" (the default), its choice, or
       "nearest", the type closest in size.
@@ -124,6 +128,8 @@ def convert(
         calibration=calibration,
         max_shard_size=max_shard_size,
         pre_tokenizer=pre_tokenizer,
+        vocab_only=vocab_only,
+        mtp=mtp,
         allow_requantize=allow_requantize,
         fallback=fallback,
         fallback_type=fallback_type,
@@ -163,6 +169,8 @@ def plan(
     calibration: str | Path | Calibration = "builtin",
     max_shard_size: int | str | None = None,
     pre_tokenizer: str | None = None,
+    vocab_only: bool = False,
+    mtp: bool = True,
     allow_requantize: bool = False,
     fallback: str | None = None,
     fallback_type: str | None = None,
@@ -203,12 +211,14 @@ def plan(
         calibration=_object("calibration", seen, default, chunks=calibration_chunks, ctx=calibration_ctx),
         max_shard_size=None if max_shard_size is None else sizes.parse(max_shard_size, "--max-shard-size", least=1),
         pre_tokenizer=pre_tokenizer,
+        vocab_only=vocab_only,
+        mtp=mtp,
         allow_requantize=allow_requantize,
         fallback=fallback,
         fallback_type=fallback_type,
         device=device,
     )
-    source = model if isinstance(model, Source) else formats.open_path(model)
+    source = model if isinstance(model, Source) else formats.open_path(model, weights=not vocab_only)
     return decide_with(how, source, options) if isinstance(how, Library) else decide(source, options)
 
 

@@ -51,6 +51,9 @@ class Options:
     calibration: Calibration = field(default_factory=Calibration)
     max_shard_size: int | None = None
     pre_tokenizer: str | None = None
+    vocab_only: bool = False
+    mtp: bool = True
+    """False: without the layers that predict further tokens."""
     allow_requantize: bool = False
     fallback: str | None = None
     """Of `recipes.presets.FALLBACKS`; None: the recipe's."""

@@ -164,7 +164,9 @@ def decide(source: Source, options: Options) -> Plan:
     Raises FormatError, UnsupportedError, RecipeError, ShapeError, CalibrationError.
     """
     target, layout = options.target()
-    held = contents(source, target, options.pre_tokenizer)
+    if options.vocab_only and not target.gguf_names:
+        raise RecipeError(f"{options.out}: --vocab-only writes a GGUF file: give it a name that ends in .gguf")
+    held = contents(source, target, options.pre_tokenizer, mtp=options.mtp, vocab_only=options.vocab_only)
     weights, outputs = held.weights, held.outputs
     stored = {w.name: codec_of(source, w) for w in weights}
     table = _check_importance(options.importance, weights)
@@ -265,7 +267,8 @@ def _choose(
     kept = source.gguf_names or not all_floats(stored.values())
     if recipe is None and not target.gguf_names and method is None and kept:
         return _Chosen("floats", {w.name: recipes.Choice(as_floats(stored[w.name])) for w in held.weights})
-    preset = recipe if isinstance(recipe, recipes.Recipe) else recipes.get(str(recipe or "Q4_K_M"))
+    default = "F16" if options.vocab_only else "Q4_K_M"
+    preset = recipe if isinstance(recipe, recipes.Recipe) else recipes.get(str(recipe or default))
     preset = preset.with_rules(options.tensor_types, fallback=options.fallback)
     seen = {w.name for w in held.weights if w.layer is not None} if method else set()
     choices = preset.assign(held.weights, held.metadata, stored, importance=table.keys() | seen)

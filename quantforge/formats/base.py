@@ -25,6 +25,7 @@ from ..discovery import Registry
 from ..errors import FormatError, OutputError, UnsupportedError, nearest
 from ..layouts import Layout
 from ..tokenizer import Tokenizer
+from ..tokenizer.files import read_json
 from .diagnosis import located, name_missing, name_unknown, refuse_adapter, refuse_unmerged
 from .files import MappedFile, NewFiles
 
@@ -121,6 +122,28 @@ class Source(ABC):
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+class Bare(Source):
+    """A checkpoint's directory as it is without weights: config.json and the tokenizer's files."""
+
+    format = "config"
+
+    def __init__(self, path: Path) -> None:
+        """Raises FormatError."""
+        self.path, self.weights = path, {}
+        self.config = read_json(path / "config.json")
+        if not self.config:
+            raise FormatError(path / "config.json", "missing: it says what the model is")
+
+    @property
+    def total_bytes(self) -> int:
+        """See `Source`."""
+        return 0
+
+    def read(self, name: str) -> Encoded:
+        """There are none."""
+        raise KeyError(name)
 
 
 def _equal(a: Array, b: Array, step: int = 1 << 24) -> bool:
@@ -396,8 +419,11 @@ def by_suffix(suffix: str) -> Format | None:
     return next((f for f in _registry.all().values() if suffix.lower() in f.suffixes), None)
 
 
-def open_path(path: str | Path) -> Source:
-    """Open a model file or directory of any known format; see `diagnosis` for what a path may stand for. Raises FormatError."""
+def open_path(path: str | Path, *, weights: bool = True) -> Source:
+    """Open a model file or directory of any known format; see `diagnosis` for what a path may stand for. Raises FormatError.
+
+    weights: False takes a directory that has a config.json, and no weights, too.
+    """
     path = Path(path)
     try:
         path = located(path)
@@ -412,6 +438,8 @@ def open_path(path: str | Path) -> Source:
                     source.close()
                     raise
                 return source
+        if not weights and (path / "config.json").is_file():
+            return Bare(path)
         if stat.S_ISREG(mode):
             MappedFile(path).close()  # says what is wrong with an empty file or a pointer
         raise name_unknown(path)

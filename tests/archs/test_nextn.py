@@ -32,7 +32,36 @@ def with_prediction_layer(directory: Path, arch: archs.Arch) -> dict[str, np.nda
     return added
 
 
-@pytest.mark.parametrize("name", sorted({n for n, _ in models.names() if archs.supported()[n].nextn is not None}))
+NAMES = sorted({n for n, _ in models.names() if archs.supported()[n].nextn is not None})
+
+
+@pytest.mark.parametrize("name", {archs.supported()[n].nextn: n for n in NAMES}.values())
+def test_prediction_layers_can_be_left_out(name: str, tmp_path: Path) -> None:
+    """From a checkpoint and from a GGUF file, to either: as if the model never had any."""
+    arch = archs.supported()[name]
+    directory = models.make(tmp_path / "model", name)
+    qf.convert(directory, tmp_path / "never.gguf", "F32")
+    with_prediction_layer(directory, arch)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
+    qf.convert(directory, tmp_path / "with.gguf", "F32")
+    for kind, source in (("checkpoint", directory), ("gguf", tmp_path / "with.gguf")):
+        qf.convert(source, tmp_path / f"{kind}.gguf", "F32", mtp=False)
+        qf.convert(source, tmp_path / kind, "F32", mtp=False)
+        with open_path(tmp_path / "never.gguf") as never, open_path(tmp_path / f"{kind}.gguf") as without:
+            assert without.weights == never.weights
+            ours, theirs = ({k: np.asarray(v).tolist() for k, v in s.config.items()} for s in (without, never))
+            assert {k: v for k, v in ours.items() if k != "general.size_label"} == {
+                k: v for k, v in theirs.items() if k != "general.size_label"
+            }
+            for tensor in never.weights:
+                assert without.read(tensor).tobytes() == never.read(tensor).tobytes()
+        back = load_file(tmp_path / kind / "model.safetensors")
+        assert not any("mtp" in n or f"layers.{never.config[f'{arch.name}.block_count']}." in n for n in back)
+        assert json.loads((tmp_path / kind / "config.json").read_text()).get("num_nextn_predict_layers", 0) == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_prediction_layers_are_kept(name: str, tmp_path: Path) -> None:
     arch = archs.supported()[name]
     directory = models.make(tmp_path / "model", name)

@@ -14,7 +14,7 @@ from tests import checkpoints
 
 LARGE = {
     "blk.0.ffn_up.weight": "model.layers.0.mlp.up_proj.weight",
-    "blk.1.attn_k.weight": "model.layers.1.self_attn.k_proj.weight",
+    "blk.1.attn_v.weight": "model.layers.1.self_attn.v_proj.weight",
 }
 
 

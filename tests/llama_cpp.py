@@ -74,6 +74,8 @@ def library() -> ctypes.CDLL:
         ("llama_get_embeddings", ctypes.POINTER(ctypes.c_float), [pointer]),
         ("llama_set_embeddings", None, [pointer, ctypes.c_bool]),
         ("llama_model_n_embd", int32, [pointer]),
+        ("llama_adapter_lora_init", pointer, [pointer, ctypes.c_char_p]),
+        ("llama_set_adapters_lora", int32, [pointer, pointer, ctypes.c_size_t, pointer]),
         ("llama_free", None, [pointer]),
         ("llama_model_free", None, [pointer]),
     ):

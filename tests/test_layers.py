@@ -36,7 +36,7 @@ FREE = {"errors"}
 STACKED = {
     "codecs": ["grid", "base"],
     "backends": ["worker", "base"],
-    "formats": ["diagnosis", "files", "base", "rows"],
+    "formats": ["diagnosis", "files", "low_rank", "base", "rows", "safetensors", "adapters", "merged"],
     "nn": ["tiles", "integers", "fp8", "lookups", "planes", "ops", "products", "stored", "cuda", "linear"],
     "runtime": ["skeleton", "mapping", "stored", "head", "model", "passes", "loading"],
     "tokenizer": [
@@ -45,7 +45,7 @@ STACKED = {
     ],
     "recipes": ["presets", "recipe", "linears"],
     "calibration": ["overlap", "corpus", "importance", "gather"],
-    "conversion": ["contents", "options", "plan", "library", "tiles", "moments", "blockwise", "run", "convert"],
+    "conversion": ["contents", "options", "plan", "adapter", "library", "tiles", "moments", "blockwise", "run", "convert"],
     "evaluation": ["report", "metrics", "answers", "tasks", "comparison", "run", "scorecard"],
     "cli": ["shared"],
 }  # modules that others of their package may import, if those do not stand before them here

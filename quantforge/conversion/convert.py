@@ -12,11 +12,12 @@ from ..backends import Library
 from ..calibration.importance import Importance
 from ..calibration.importance import read as read_importance
 from ..errors import RecipeError
-from ..formats import Format, Source
+from ..formats import Adapters, Format, Source
 from ..layouts import Layout
 from ..methods import Method
 from ..recipes import Recipe
 from ..recipes.linears import Scheme
+from .adapter import adapter_alone
 from .library import decide_with
 from .options import Calibration, Options
 from .plan import Plan, decide
@@ -39,6 +40,8 @@ def convert(
     max_shard_size: int | str | None = None,
     pre_tokenizer: str | None = None,
     allow_requantize: bool = False,
+    lora: Adapters = (),
+    base: str | Path | None = None,
     device: str = "cpu",
     threads: int | None = None,
     force: bool = False,
@@ -76,6 +79,9 @@ def convert(
     - max_shard_size: bytes, or text like "5GB": the largest weight file of a directory.
     - pre_tokenizer: tokenizer.ggml.pre, where the tokenizer's is not recognised.
     - allow_requantize: quantize tensors that are quantized already.
+    - lora: adapters of PEFT (LoRA, DoRA) that are merged into the model while it is read, in order: directories,
+      "DIR:SCALE", or (directory, scale).
+    - base: the model that `model` is an adapter of: a GGUF file of the adapter alone is written.
 
     How it runs:
 
@@ -117,6 +123,8 @@ def convert(
         max_shard_size=max_shard_size,
         pre_tokenizer=pre_tokenizer,
         allow_requantize=allow_requantize,
+        lora=lora,
+        base=base,
         device=device,
         bits=bits,
         group_size=group_size,
@@ -153,6 +161,8 @@ def plan(
     max_shard_size: int | str | None = None,
     pre_tokenizer: str | None = None,
     allow_requantize: bool = False,
+    lora: Adapters = (),
+    base: str | Path | None = None,
     device: str = "cpu",
     bits: int | None = None,
     group_size: int | None = None,
@@ -192,7 +202,11 @@ def plan(
         allow_requantize=allow_requantize,
         device=device,
     )
-    source = model if isinstance(model, Source) else formats.open_path(model)
+    if base is not None:
+        source = adapter_alone(model, base, lora, options.target()[0])
+        options = replace(options, recipe="F32" if recipe is None and options.scheme == Scheme() else recipe)
+    else:
+        source = formats.merged(model if isinstance(model, Source) else formats.open_path(model), lora)
     return decide_with(how, source, options) if isinstance(how, Library) else decide(source, options)
 
 

@@ -53,6 +53,13 @@ class Source(ABC):
     """Tensors that say nothing where the model has no place for them: biases of zero."""
     gguf_names: bool = False
     """True: tensors and metadata are called as in GGUF; false: as in a checkpoint."""
+    adapters: tuple[Path, ...] = ()
+    """What is merged into it while it is read."""
+
+    @property
+    def tokenizer_directory(self) -> Path:
+        """Where a checkpoint's tokenizer files are."""
+        return self.directory
 
     @property
     def directory(self) -> Path:
@@ -79,11 +86,12 @@ class Source(ABC):
         if ends is None:
             return False
         a, b = map(self.read, ends)
-        return a.shape != b.shape or a.codec is not b.codec or not all(_equal(a.parts[k], b.parts[k]) for k in a.parts)
+        return a.shape != b.shape or a.codec is not b.codec or not all(equal(a.parts[k], b.parts[k]) for k in a.parts)
 
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer, that runs. Raises FormatError, UnsupportedError."""
-        return Tokenizer(self.path, self.config, gguf_metadata=self.gguf_names)
+        path = self.path if self.gguf_names else self.tokenizer_directory
+        return Tokenizer(path, self.config, gguf_metadata=self.gguf_names)
 
     @property
     @abstractmethod
@@ -107,7 +115,7 @@ class Source(ABC):
         self.close()
 
 
-def _equal(a: Array, b: Array, step: int = 1 << 24) -> bool:
+def equal(a: Array, b: Array, step: int = 1 << 24) -> bool:
     """Are the bytes the same? Compared a piece at a time."""
     x, y = (np.ascontiguousarray(w).reshape(-1).view(np.uint8) for w in (a, b))
     return x.nbytes == y.nbytes and all(np.array_equal(x[i : i + step], y[i : i + step]) for i in range(0, x.nbytes, step))

@@ -78,7 +78,8 @@ def _parse(path: Path, data: bytes, base: int = 0) -> dict[str, Any]:
     return found
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A file that holds a JSON object. Raises FormatError."""
     file = MappedFile(path)
     try:
         if file.size > _MAX_CONFIG:
@@ -88,7 +89,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         file.close()
 
 
-def _read_header(file: MappedFile) -> dict[str, Place]:
+def read_header(file: MappedFile) -> dict[str, Place]:
     """The tensors of one file in the order of their bytes, everything checked."""
 
     def fail(message: str, offset: int = 0) -> NoReturn:
@@ -167,7 +168,7 @@ def _files(directory: Path) -> tuple[list[Path], dict[str, str]]:
     if (directory / _SINGLE).exists():
         return [directory / _SINGLE], {}
     if (directory / _INDEX).exists():
-        index = _read_json(directory / _INDEX).get("weight_map")
+        index = read_json(directory / _INDEX).get("weight_map")
         if not isinstance(index, dict) or not index or not all(isinstance(v, str) for v in index.values()):
             raise FormatError(directory / _INDEX, "weight_map is not a map from tensors to file names")
         paths = []
@@ -217,7 +218,7 @@ class SafetensorsSource(MappedSource):
         self._files = [MappedFile(p) for p in paths]
         tensors: dict[str, Place] = {}
         for file in self._files:
-            for tensor, place in _read_header(file).items():
+            for tensor, place in read_header(file).items():
                 if (other := tensors.get(tensor)) is not None and not _same(other, place):
                     where = other.file.path.name
                     raise FormatError(file.path, f"tensor {tensor} is also in {where}, with other bytes", place.offset)
@@ -227,14 +228,14 @@ class SafetensorsSource(MappedSource):
             if tensor not in tensors or tensors[tensor].file.path.name != shard:
                 raise FormatError(directory / shard, f"has no tensor {tensor}, which {_INDEX} promises; fetch it again")
         config = directory / _CONFIG
-        self.config = _read_json(config) if config.exists() else {}
+        self.config = read_json(config) if config.exists() else {}
         self._places = {k: {"data": v} for k, v in tensors.items()}
         plain = {dtype: codecs.get(dtype_name) for dtype_name, dtype in SAFETENSORS_DTYPES.items()}
         self.weights = {k: Stored(plain[v.info.dtype], v.info.shape) for k, v in tensors.items()}
         self._layout_tensors: dict[str, layouts.Gathered] = {}
         self._unpacked: OrderedDict[str, Encoded] = OrderedDict()
         self._lock = threading.Lock()
-        own = layouts.stated(self.config, lambda name: _read_json(p) if (p := directory / name).is_file() else None)
+        own = layouts.stated(self.config, lambda name: read_json(p) if (p := directory / name).is_file() else None)
         if own is not None and own["quant_method"] == "quantforge":
             self._gather(config, own, tensors)
         elif own is not None and (layouts.find(own) is not None or not all(v.info.dtype in _FLOATS for v in tensors.values())):

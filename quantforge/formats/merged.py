@@ -106,16 +106,23 @@ class Names:
     @cached_property
     def _gguf(self) -> tuple[dict[str, Shape], dict[str, Weight]]:
         """GGUF's tensors, and what each is made of in this model, where that is a checkpoint."""
-        shapes = {**self.shapes, **({self.head: self.shapes[self.embedding]} if self.head else {})}
+        shapes = {**self.shapes, **({self.head: self.shapes[self.embedding]} if self._two else {})}
         if self.source.gguf_names:
             return shapes, {}
         if self.arch is None:
             raise UnsupportedError("its architecture is not known here")
-        made = {w.name: w for w in self.arch.weights(self._untied, shapes, self.source.optional, graph=False)}
+        made = {w.name: w for w in self.arch.weights(self._settings, shapes, self.source.optional, graph=False)}
         return {n: w.shape for n, w in made.items()}, made
 
+    @cached_property
+    def _two(self) -> bool:
+        """Does the adapter name a head that the model has not by itself?"""
+        return bool(self.head) and any(n.endswith((self.head, "lm_head.weight")) for n in self.wanted)
+
     @property
-    def _untied(self) -> dict[str, Any]:
+    def _settings(self) -> dict[str, Any]:
+        if not self._two:
+            return self.config
         text = self.config.get("text_config")
         return {**self.config, _TIED: False} | ({"text_config": {**text, _TIED: False}} if isinstance(text, Mapping) else {})
 
@@ -123,14 +130,14 @@ class Names:
     def spelled(self) -> dict[str, Shape]:
         """The model's tensors as the adapter calls them, with their shapes."""
         assert self.arch is not None
-        made = self.arch.checkpoint(self._untied, self._gguf[0], self.wanted)
+        made = self.arch.checkpoint(self._settings, self._gguf[0], self.wanted)
         return {n: w.shape for n, w in made.items()}
 
     @cached_property
     def to_gguf(self) -> dict[str, Weight]:
         """What each of GGUF's tensors is made of, in the adapter's names."""
         assert self.arch is not None
-        weights = self.arch.weights(self._untied, self.spelled, graph=False)
+        weights = self.arch.weights(self._settings, self.spelled, graph=False)
         return {w.name: w for w in weights if w.pieces}
 
     @cached_property
@@ -139,7 +146,7 @@ class Names:
         if self.source.gguf_names:
             return {n: Weight.of(n, s) for n, s in self._gguf[0].items()}
         assert self.arch is not None
-        made = self.arch.checkpoint(self._untied, self._gguf[0], list(self.shapes))
+        made = self.arch.checkpoint(self._settings, self._gguf[0], list(self.shapes))
         actual = {c: n for n, c in canonical(self.shapes, made).items()}
         return {actual[n]: w for n, w in made.items() if n in actual}
 
@@ -162,7 +169,13 @@ class Names:
             made = self._gguf[1].values()
         except QuantForgeError:
             return None
-        return any(p.groups for w in made for p in w.pieces if p.source == name)
+        return _crosswise(name, made)
+
+
+def _crosswise(name: str, made: Iterable[Weight]) -> bool:
+    """Is all that GGUF has of a tensor transposed there?"""
+    pieces = [p for w in made for p in w.pieces if p.source == name]
+    return bool(pieces) and all(p.groups for p in pieces)
 
 
 class Route:
@@ -186,7 +199,7 @@ class Route:
         """By the names of `Names.spelled`."""
         self.touched = {g: w for g, w in names.to_gguf.items() if any(s in self.updates for s in w.sources)}
         """GGUF's tensors that are made of those, and of what."""
-        self._crosswise = {p.source for w in self.touched.values() for p in w.pieces if p.groups}
+        self._crosswise = {t for t in self.updates if _crosswise(t, self.touched.values())}
         adapter.orient({u.name: names.spelled[t] for t, u in self.updates.items()})
         for t, u in self.updates.items():
             if u.low_rank:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -11,33 +12,40 @@ from typing import Any
 import gguf
 import numpy as np
 
-from .. import codecs, formats
+from .. import codecs, formats, recipes
 from ..archs.weight import Shape
 from ..arrays import F32
 from ..codecs import Encoded
 from ..errors import RecipeError, UnsupportedError
-from ..formats import Adapters, Format, Source, Stored
+from ..formats import Adapters, Source, Stored
 from ..formats.adapters import Adapter
 from ..formats.low_rank import Change
 from ..formats.merged import Names, Route
+from ..recipes import presets
+from ..recipes.linears import Scheme
+from .options import Options
 
 _KEPT = 2
 EMBEDDING = "token_embd.weight"
 
 
-def adapter_alone(path: str | Path | Source, base: str | Path, lora: Adapters, target: Format) -> Source:
-    """An adapter of PEFT, open as what its GGUF file will hold; base: the model that it is one of.
+def adapter_alone(path: str | Path | Source, base: str | Path, lora: Adapters, options: Options) -> tuple[Source, Options]:
+    """An adapter of PEFT, open as what its GGUF file will hold, and how that is written; base: the model that it is one of.
 
     Raises FormatError, UnsupportedError for what llama.cpp does not apply, RecipeError.
     """
     if isinstance(path, Source) or lora:
         raise RecipeError("--base writes one adapter by itself: give its directory, and no --lora")
-    if not target.gguf_names:
+    if not options.target()[0].gguf_names:
         raise RecipeError(f"{path}: an adapter by itself is written as a GGUF file, for llama.cpp: name the output *.gguf")
+    recipe = recipes.get("F32" if options.recipe is None else options.recipe)
+    if recipe.name not in presets.FLOATS or options.scheme != Scheme() or options.method or options.importance:
+        raise RecipeError(f"{path}: an adapter by itself is kept in F32 (default), F16 or BF16: give one of them as --type alone")
+    options = replace(options, recipe=recipe)
     adapter = Adapter.open(path)
     try:
         with formats.open_path(base) as model:
-            return AdapterSource(adapter, model)
+            return AdapterSource(adapter, model), options
     except BaseException:
         adapter.close()
         raise
@@ -144,7 +152,7 @@ class AdapterSource(Source):
         why = None
         if names.head and g in (EMBEDDING, "output.weight"):
             why = "head and embedding of this model are one, which llama.cpp's adapters cannot change"
-        elif weight.role in _NOT_APPLIED.get(names.arch.name, ()):
+        elif weight.role in _NOT_APPLIED.get(names.arch.name, _LOOKED_UP) | _LOOKED_UP or weight.role.endswith("_norm"):
             why = f"llama.cpp's {names.arch.name} graph takes no adapter there"
         if why is not None:
             name = next(s for s in weight.sources if s in self._route.updates)
@@ -167,8 +175,15 @@ class AdapterSource(Source):
         return metadata
 
 
-_NOT_APPLIED: dict[str, frozenset[str]] = {}
-"""Matrices that llama.cpp multiplies with by themselves, by graph: an adapter's change of them would be left out."""
+_NOT_APPLIED: dict[str, set[str]] = {
+    "deepseek2": {"attn_q", "attn_q_a", "attn_q_b", "attn_kv_a_mqa", "attn_kv_b", "attn_k_b", "attn_v_b", "output"},
+    "minicpm3": {"attn_q_a", "attn_q_b", "attn_kv_a_mqa", "attn_kv_b"},
+    "nemotron_h_moe": {"ffn_latent_down", "ffn_latent_up"},
+    "gemma4": {"per_layer_model_proj"},
+}
+"""Matrices that llama.cpp multiplies with without a look at adapters, by graph: a change of them would be left out."""
+_LOOKED_UP = {"position_embd", "token_types", "per_layer_token_embd"}
+"""Tables other than the token embedding: llama.cpp takes rows of them as they are."""
 
 
 def _pair(change: Change, scale: float) -> tuple[F32, F32]:

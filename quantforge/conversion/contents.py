@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,7 +63,7 @@ def contents(source: Source, target: Format, pre_tokenizer: str | None) -> Conte
             weights = [Weight.of(name, shape) for name, shape in shapes.items()]
         files = {
             f.name: f.read_bytes()
-            for f in sorted(directory.iterdir())
+            for f in _beside(source)
             if f.suffix in (".json", ".model", ".jinja", ".txt", ".md")
             and f.name not in ("config.json", "quantize_config.json")
             and ".safetensors" not in f.name
@@ -78,9 +79,20 @@ def contents(source: Source, target: Format, pre_tokenizer: str | None) -> Conte
     metadata = {
         **arch.metadata(config, read_json(directory / "generation_config.json"), shapes),
         **_general(directory, weights),
-        **tokenizer.metadata(directory, config, pre_tokenizer=pre_tokenizer),
+        **tokenizer.metadata(source.tokenizer_directory, config, pre_tokenizer=pre_tokenizer),
     }
     return Contents(weights, {w.name: [(w.name, w)] for w in weights}, metadata)
+
+
+_OF_TOKENIZERS = re.compile(r"(tokenizer|special_tokens|added_tokens|vocab|merges|chat_template|spiece|sentencepiece|tekken)")
+"""How names of a tokenizer's files begin."""
+
+
+def _beside(source: Source) -> list[Path]:
+    """The files in the checkpoint's directory; a tokenizer's from where the model's is."""
+    own, other = source.directory, source.tokenizer_directory
+    files = [f for f in own.iterdir() if own == other or not _OF_TOKENIZERS.match(f.name)]
+    return sorted(files + [f for f in other.iterdir() if own != other and _OF_TOKENIZERS.match(f.name)])
 
 
 def _from_gguf(source: Source, weights: Sequence[Weight], pre_tokenizer: str | None) -> Contents:

@@ -203,8 +203,7 @@ def plan(
         device=device,
     )
     if base is not None:
-        source = adapter_alone(model, base, lora, options.target()[0])
-        options = replace(options, recipe="F32" if recipe is None and options.scheme == Scheme() else recipe)
+        source, options = adapter_alone(model, base, lora, options)
     else:
         source = formats.merged(model if isinstance(model, Source) else formats.open_path(model), lora)
     return decide_with(how, source, options) if isinstance(how, Library) else decide(source, options)

@@ -266,6 +266,13 @@ class MergedSource(Source):
         """Size on disk of the model's weight files."""
         return self.inner.total_bytes
 
+    def checkpoint_config(self) -> dict[str, Any]:
+        """config.json of the model as a checkpoint, with the adapter."""
+        if not self.gguf_names:
+            return super().checkpoint_config()
+        config = self.inner.checkpoint_config()
+        return config | ({_TIED: False} if self._names.head in self.weights else {})
+
     def read(self, name: str) -> Encoded:
         """The tensor as it is with the adapter; rows are computed when they are decoded."""
         if name not in self._edits:

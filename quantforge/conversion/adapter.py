@@ -179,9 +179,10 @@ _NOT_APPLIED: dict[str, set[str]] = {
     "deepseek2": {"attn_q", "attn_q_a", "attn_q_b", "attn_kv_a_mqa", "attn_kv_b", "attn_k_b", "attn_v_b", "output"},
     "minicpm3": {"attn_q_a", "attn_q_b", "attn_kv_a_mqa", "attn_kv_b"},
     "nemotron_h_moe": {"ffn_latent_down", "ffn_latent_up"},
-    "gemma4": {"per_layer_model_proj"},
+    "gemma4": {"per_layer_model_proj", "ffn_down_exps"},
 }
-"""Matrices that llama.cpp multiplies with without a look at adapters, by graph: a change of them would be left out."""
+"""Matrices that llama.cpp multiplies with without a look at adapters, by graph, or, gemma4's experts, scales before it adds
+an adapter's part: a change of them would be left out, or another one."""
 _LOOKED_UP = {"position_embd", "token_types", "per_layer_token_embd"}
 """Tables other than the token embedding: llama.cpp takes rows of them as they are."""
 

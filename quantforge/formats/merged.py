@@ -111,7 +111,9 @@ class Names:
             return shapes, {}
         if self.arch is None:
             raise UnsupportedError("its architecture is not known here")
-        made = {w.name: w for w in self.arch.weights(self._settings, shapes, self.source.optional, graph=False)}
+        others = self.arch.others  # parts of the model that its GGUF leaves out
+        text = {n: s for n, s in shapes.items() if others is None or not others.search(n)}
+        made = {w.name: w for w in self.arch.weights(self._settings, text, self.source.optional, graph=False)}
         return {n: w.shape for n, w in made.items()}, made
 
     @cached_property
@@ -128,9 +130,12 @@ class Names:
 
     @cached_property
     def spelled(self) -> dict[str, Shape]:
-        """The model's tensors as the adapter calls them, with their shapes."""
+        """The model's tensors as the adapter calls them, but for the root of all names, with their shapes."""
         assert self.arch is not None
-        made = self.arch.checkpoint(self._settings, self._gguf[0], self.wanted)
+        made = self.arch.checkpoint(self._settings, self._gguf[0])
+        roots = {"": ""} | _roots(canonical(self.shapes, made)) | _roots(canonical(self.wanted, made))
+        wanted = [own + n.removeprefix(theirs) for n in self.wanted for theirs, own in roots.items() if n.startswith(theirs)]
+        made = self.arch.checkpoint(self._settings, self._gguf[0], wanted)
         return {n: w.shape for n, w in made.items()}
 
     @cached_property
@@ -170,6 +175,15 @@ class Names:
         except QuantForgeError:
             return None
         return _crosswise(name, made)
+
+
+def _roots(called: Mapping[str, str]) -> dict[str, str]:
+    """What names begin with, and what the same names begin with elsewhere."""
+    roots = {}
+    for theirs, own in called.items():
+        n = len(os.path.commonprefix((theirs[::-1], own[::-1])))
+        roots[theirs[: len(theirs) - n]] = own[: len(own) - n]
+    return roots
 
 
 def _crosswise(name: str, made: Iterable[Weight]) -> bool:

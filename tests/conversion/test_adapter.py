@@ -46,7 +46,7 @@ def logits(model: Path, adapter: Path | None = None) -> Any:
         ("LlamaForCausalLM", {"use_rslora": True, "alpha_pattern": {"q_proj": 3}}),  # rows of q and k in another order
         ("GPT2LMHeadModel", {}),  # stored crosswise
         ("Qwen3MoeForCausalLM", {}),  # experts stacked
-        ("FalconForCausalLM", {}),  # fused and reordered
+        ("Qwen3NextForCausalLM", {}),  # fused, and reordered
     ],
 )
 def test_llama_cpp_with_it_is_the_merged_model(tmp_path: Path, name: str, config: dict[str, Any]) -> None:

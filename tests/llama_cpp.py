@@ -105,6 +105,8 @@ def library() -> ctypes.CDLL:
         ("llama_get_embeddings", ctypes.POINTER(ctypes.c_float), [pointer]),
         ("llama_set_embeddings", None, [pointer, ctypes.c_bool]),
         ("llama_model_n_embd", int32, [pointer]),
+        ("llama_adapter_lora_init", pointer, [pointer, ctypes.c_char_p]),
+        ("llama_set_adapters_lora", int32, [pointer, pointer, ctypes.c_size_t, pointer]),
         ("llama_free", None, [pointer]),
         ("llama_model_free", None, [pointer]),
     ):
@@ -144,10 +146,19 @@ class Llama:
         flags[72] = vocab_only
         _errors.clear()
         self._context = None
+        self._adapter = None
         self._model = library().llama_model_load_from_file(str(path).encode(), params)
         if not self._model:
             raise RuntimeError(f"llama.cpp does not load {path}: {' | '.join(_errors)}")
         self._vocab = library().llama_model_get_vocab(self._model)
+
+    def adapt(self, path: str | Path) -> Llama:
+        """Apply an adapter from now on."""
+        _errors.clear()
+        self._adapter = library().llama_adapter_lora_init(self._model, str(path).encode())
+        if not self._adapter:
+            raise RuntimeError(f"llama.cpp does not apply {path}: {' | '.join(_errors)}")
+        return self
 
     @property
     def n_vocab(self) -> int:
@@ -229,6 +240,9 @@ class Llama:
         lib = library()
         context = lib.llama_init_from_model(self._model, _context_params(max(256, len(tokens)), see))
         assert context, f"no context: {_errors}"
+        if self._adapter:
+            adapters, scales = (ctypes.c_void_p * 1)(self._adapter), (ctypes.c_float * 1)(1.0)
+            assert lib.llama_set_adapters_lora(context, adapters, 1, scales) == 0
         batch = lib.llama_batch_init(len(tokens), 0, 1)
         try:
             n = len(tokens)

@@ -36,7 +36,7 @@ FREE = {"errors", "extras"}
 STACKED = {
     "codecs": ["spoken", "grid", "base", "integers", "lattice"],
     "backends": ["worker", "base"],
-    "formats": ["diagnosis", "files", "base", "rows"],
+    "formats": ["diagnosis", "files", "low_rank", "base", "rows", "safetensors", "adapters", "merged"],
     "nn": ["tiles", "integers", "fp8", "lookups", "planes", "ops", "products", "stored", "cuda", "linear"],
     "runtime": ["skeleton", "mapping", "stored", "matrices", "head", "model", "passes", "loading"],
     "tokenizer": [
@@ -51,6 +51,7 @@ STACKED = {
         "options",
         "lattices",
         "plan",
+        "adapter",
         "library",
         "tiles",
         "moments",

@@ -638,34 +638,41 @@ ATTENTION_SCALE_GROUPS = DECODER_SCALE_GROUPS[:2]
 
 
 def experts(
-    mlp: str = "model.layers.{bid}.mlp", where: str = "", router: str = "gate", words: str = "gate up down"
+    mlp: str = "model.layers.{bid}.mlp", where: str = "", router: str = "gate", words: str = "gate up down", module: str = ""
 ) -> dict[str, Tensor]:
     """A router and the stacked experts, which releases have one by one or, as transformers holds them, joined.
 
-    words: what gate, up and down are called; "gate_proj" and so on by default.
+    words: what gate, up and down are called; "gate_proj" and so on by default. module: what transformers calls `mlp`.
     """
     gate, up, down = (f"{w}_proj" if w in ("gate", "up", "down") else w for w in words.split())
-    joined = f"{mlp}.experts.gate_up_proj"
     both: Dims = ("experts", "2*expert_ff", "embd")
+    joined = [f"{m}.experts" for m in dict.fromkeys((mlp, module or mlp))]
+
+    def half(which: int) -> tuple[From, ...]:
+        rows = part(which, "expert_ff", "expert_ff", per="experts")
+        return tuple(From(f"{m}.gate_up_proj", both, rows, suffix="") for m in joined)
+
     return {
-        "ffn_gate_inp": Tensor(("experts", "embd"), f"{mlp}.{router}", where=where),
+        "ffn_gate_inp": Tensor(
+            ("experts", "embd"), f"{mlp}.{router}", where=where, also=(f"{module}.{router}",) if module else ()
+        ),
         "ffn_gate_exps": Tensor(
             ("experts", "expert_ff", "embd"),
             f"{mlp}.experts.{{eid}}.{gate}",
             where=where,
-            also=(From(joined, both, part(0, "expert_ff", "expert_ff", per="experts"), suffix=""),),
+            also=half(0),
         ),
         "ffn_up_exps": Tensor(
             ("experts", "expert_ff", "embd"),
             f"{mlp}.experts.{{eid}}.{up}",
             where=where,
-            also=(From(joined, both, part(1, "expert_ff", "expert_ff", per="experts"), suffix=""),),
+            also=half(1),
         ),
         "ffn_down_exps": Tensor(
             ("experts", "embd", "expert_ff"),
             f"{mlp}.experts.{{eid}}.{down}",
             where=where,
-            also=(From(f"{mlp}.experts.down_proj", suffix=""),),
+            also=tuple(From(f"{m}.down_proj", suffix="") for m in joined),
         ),
     }
 

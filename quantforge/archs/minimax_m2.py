@@ -36,7 +36,7 @@ ARCH = Arch(
     name="minimax-m2",
     model_type="minimax_m2",
     tensors=_dense
-    | experts(_MOE, words="w1 w3 w2")
+    | experts(_MOE, words="w1 w3 w2", module="model.layers.{bid}.mlp")
     | {
         "attn_q_norm": Tensor(("q",), _LAYER + "self_attn.q_norm"),
         "attn_k_norm": Tensor(("kv",), _LAYER + "self_attn.k_norm"),

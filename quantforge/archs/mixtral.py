@@ -8,7 +8,9 @@ ARCH = Arch(
     hf=("MixtralForCausalLM",),
     name="llama",
     model_type="mixtral",
-    tensors=ATTENTION_ONLY | PAIRED | experts("model.layers.{bid}.block_sparse_moe", words="w1 w3 w2"),
+    tensors=ATTENTION_ONLY
+    | PAIRED
+    | experts("model.layers.{bid}.block_sparse_moe", words="w1 w3 w2", module="model.layers.{bid}.mlp"),
     scale_groups=ATTENTION_SCALE_GROUPS,
     defaults={
         "max_position_embeddings": 131072,

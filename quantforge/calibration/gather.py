@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from .. import codecs, formats
 from ..arrays import F32
 from ..errors import CalibrationError, FormatError, NonFiniteError, OutputError, RecipeError
-from ..formats import Header, Stored, open_path
+from ..formats import Adapters, Header, Stored, merged, open_path
 from ..runtime import Model, advance
 from ..runtime.matrices import runs
 from ..tokenizer import Tokenizer
@@ -250,6 +250,7 @@ def calibrate(
     chunks: int | None = None,
     device: str = "cpu",
     force: bool = False,
+    lora: Adapters = (),
     progress: Stages | None = None,
 ) -> CalibrationReport:
     """Write the importance matrix of a model in llama-imatrix's GGUF layout.
@@ -257,6 +258,7 @@ def calibrate(
     model: anything `quantforge.open` reads. out: *.gguf. text: a UTF-8 file, or "builtin". ctx: tokens per window, default
     min(512, the model's); chunks: windows, default all. Per matrix: `NAME.in_sum2` f32[in] (experts: [experts, in]) and
     `NAME.counts`, tokens; of an expert, those that were routed to it.
+    lora: adapters to merge, as in `convert`.
     progress: called with (what, done, of).  Raises CalibrationError, FormatError, NonFiniteError (names the layer), OutputError.
     """
     out, began = Path(os.path.expanduser(out)), time.perf_counter()
@@ -264,7 +266,7 @@ def calibrate(
         raise RecipeError(f"{out}: the importance matrix is a GGUF file; name it *.gguf")
     if out.exists() and not force:
         raise OutputError(out, "exists already; --force overwrites it")
-    with open_path(Path(model)) as source:
+    with merged(open_path(Path(model)), lora) as source:
         runner = Model(source, Path(model).resolve().name, device=device)
         if not runner.gguf:
             raise CalibrationError(

@@ -17,6 +17,7 @@ from .shared import stages
 @click.option("--ctx", metavar="N", type=click.IntRange(4), help="Tokens per window; default: 512, or less if the model's is.")
 @click.option("--chunks", metavar="N", type=click.IntRange(1), help="At most N windows; default: the whole text.")
 @click.option("--device", metavar="D", default="cpu", show_default=True, help="cpu or cuda.")
+@click.option("--lora", metavar="DIR[:SCALE]", multiple=True, help="Merge an adapter of PEFT into MODEL; repeatable.")
 @click.option("--force", is_flag=True, help="Overwrite an existing output.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def calibrate(model: str, out: str, as_json: bool, **options: Any) -> None:

@@ -18,6 +18,7 @@ from .shared import evaluation_options, listed
 @click.option("--memory", metavar="SIZE", help="Name the best type that fits into this memory, e.g. 6GB.")
 @click.option("--context", metavar="N", type=click.IntRange(1), help="Tokens of context for --memory; default: the model's.")
 @click.option("--out", metavar="DIR", help="Keep the converted files in DIR.")
+@click.option("--lora", metavar="DIR[:SCALE]", multiple=True, help="Merge an adapter of PEFT into MODEL; repeatable.")
 @evaluation_options
 def compare(model: str, types: str | None, imatrix: str, **options: Any) -> Any:
     """Convert MODEL to several types, evaluate and rank them."""

@@ -109,6 +109,10 @@ def _print_notes(tensors: Iterable[PlannedTensor | TensorReport]) -> None:
 )
 @click.option("--fallback-type", metavar="T", help="Type of tensors whose values or shape the wanted one cannot hold.")
 @click.option("--allow-requantize", is_flag=True, help="Quantize tensors that are quantized already.")
+@click.option(
+    "--lora", metavar="DIR[:SCALE]", multiple=True, help="Merge an adapter of PEFT (LoRA, DoRA) into MODEL; repeatable, in order."
+)
+@click.option("--base", metavar="MODEL", type=click.Path(), help="MODEL is an adapter of this one: write it alone, as GGUF.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and the exact size; write nothing, read a few rows of each tensor.")
 @click.option("--force", is_flag=True, help="Overwrite an existing output.")
 @click.option("--report", metavar="FILE.json", type=click.Path(dir_okay=False), help="Write a report with each tensor's error.")

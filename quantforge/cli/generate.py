@@ -25,6 +25,7 @@ import click
     help="Draw from the likeliest tokens that together have this probability.",
 )  # fmt: skip
 @click.option("--seed", metavar="N", type=click.IntRange(0), help="The same draws every time.")
+@click.option("--lora", metavar="DIR[:SCALE]", multiple=True, help="Merge an adapter of PEFT into MODEL; repeatable.")
 @click.option("--device", metavar="D", default="cpu", show_default=True, help="cpu or cuda.")
 @click.option(
     "--activations", type=click.Choice(["int8", "float"]), default="int8", show_default=True, help="Precision on the CPU."

@@ -85,6 +85,8 @@ class Codec(ABC):
     shared: frozenset[str] = frozenset()
     """Of a codec that is not row-local: the parts that all rows need, if the others have the
     tensor's leading axes, so that rows can be decoded alone."""
+    virtual: bool = False
+    """True of numbers that are computed while they are read: neither files nor layers hold them so."""
     integers: IntegerGrid | None = None
     """The evenly spaced numbers that are stored, if that is what this codec stores."""
 

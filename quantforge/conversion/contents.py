@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -82,7 +83,7 @@ def _contents(source: Source, target: Format, pre_tokenizer: str | None, mtp: bo
             weights = [Weight.of(name, shape) for name, shape in shapes.items()]
         files = {
             f.name: f.read_bytes()
-            for f in sorted(directory.iterdir())
+            for f in _beside(source)
             if f.suffix in (".json", ".model", ".jinja", ".txt", ".md")
             and f.name not in ("config.json", "quantize_config.json")
             and ".safetensors" not in f.name
@@ -102,9 +103,20 @@ def _contents(source: Source, target: Format, pre_tokenizer: str | None, mtp: bo
         **arch.metadata(config, read_json(directory / "generation_config.json"), shapes),
         **(pooling_metadata(directory, arch.name) if arch.pooled else {}),
         **_general(directory, config, weights),
-        **tokenizer.metadata(directory, config, pre_tokenizer=pre_tokenizer),
+        **tokenizer.metadata(source.tokenizer_directory, config, pre_tokenizer=pre_tokenizer),
     }
     return Contents(weights, {w.name: [(w.name, w)] for w in weights}, metadata)
+
+
+_OF_TOKENIZERS = re.compile(r"(tokenizer|special_tokens|added_tokens|vocab|merges|chat_template|spiece|sentencepiece|tekken)")
+"""How names of a tokenizer's files begin."""
+
+
+def _beside(source: Source) -> list[Path]:
+    """The files in the checkpoint's directory; a tokenizer's from where the model's is."""
+    own, other = source.directory, source.tokenizer_directory
+    files = [f for f in own.iterdir() if own == other or not _OF_TOKENIZERS.match(f.name)]
+    return sorted(files + [f for f in other.iterdir() if own != other and _OF_TOKENIZERS.match(f.name)])
 
 
 def _layers(source: Source) -> int:

@@ -13,11 +13,12 @@ from ..backends import Library
 from ..calibration.importance import Importance
 from ..calibration.importance import read as read_importance
 from ..errors import RecipeError
-from ..formats import Format, Source
+from ..formats import Adapters, Format, Source
 from ..layouts import Layout
 from ..methods import Method
 from ..recipes import Recipe
 from ..recipes.linears import Scheme
+from .adapter import adapter_alone
 from .library import decide_with
 from .options import Calibration, Options
 from .plan import Plan, decide
@@ -44,6 +45,8 @@ def convert(
     allow_requantize: bool = False,
     fallback: str | None = None,
     fallback_type: str | None = None,
+    lora: Adapters = (),
+    base: str | Path | None = None,
     device: str = "cpu",
     threads: int | None = None,
     force: bool = False,
@@ -87,6 +90,9 @@ def convert(
     - fallback: what takes rows that no block of the wanted type divides: "llama-quantize" (the default), its choice, or
       "nearest", the type closest in size.
     - fallback_type: the type of a tensor whose values or shape the wanted type cannot hold, which is an error otherwise.
+    - lora: adapters of PEFT (LoRA, DoRA) that are merged into the model while it is read, in order: directories,
+      "DIR:SCALE", or (directory, scale).
+    - base: the model that `model` is an adapter of: a GGUF file of the adapter alone is written.
 
     How it runs:
 
@@ -133,6 +139,8 @@ def convert(
         allow_requantize=allow_requantize,
         fallback=fallback,
         fallback_type=fallback_type,
+        lora=lora,
+        base=base,
         device=device,
         bits=bits,
         group_size=group_size,
@@ -174,6 +182,8 @@ def plan(
     allow_requantize: bool = False,
     fallback: str | None = None,
     fallback_type: str | None = None,
+    lora: Adapters = (),
+    base: str | Path | None = None,
     device: str = "cpu",
     bits: int | None = None,
     group_size: int | None = None,
@@ -218,7 +228,11 @@ def plan(
         fallback_type=fallback_type,
         device=device,
     )
-    source = model if isinstance(model, Source) else formats.open_path(model, weights=not vocab_only)
+    if base is not None:
+        source, options = adapter_alone(model, base, lora, options)
+    else:
+        opened = model if isinstance(model, Source) else formats.open_path(model, weights=not vocab_only)
+        source = formats.merged(opened, lora)
     return decide_with(how, source, options) if isinstance(how, Library) else decide(source, options)
 
 

@@ -26,6 +26,11 @@ def decide_with(library: Library, source: Source, options: Options) -> Plan:
             f"{source.path}: --backend needs a checkpoint directory as transformers loads it; "
             "`quantforge convert MODEL DIR --type BF16` makes one"
         )
+    if source.adapters:
+        raise UnsupportedError(
+            f"{source.path}: --backend reads MODEL itself, without --lora; `quantforge convert MODEL DIR --type BF16 --lora ...` "
+            "makes one model of both"
+        )
     if not all_floats(s.codec for s in source.weights.values()):
         raise UnsupportedError(f"{source.path}: quantized already; --backend quantizes the original model")
     recipe, scheme, format = options.recipe, options.scheme, options.format_name

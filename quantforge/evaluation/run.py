@@ -27,7 +27,7 @@ from ..calibration import overlap
 from ..calibration.corpus import BUILTIN, Corpus, Stages, Windows, cut
 from ..device import available
 from ..errors import RecipeError, ShapeError, UnsupportedError
-from ..formats import open_path
+from ..formats import Adapters, merged, open_path
 from . import answers as asking
 from . import metrics as registry
 from . import tasks as harness
@@ -69,6 +69,7 @@ def evaluate(
     task_limit: int | None = None,
     device: str = "cpu",
     noise_floor: bool = True,
+    lora: Adapters = (),
     report: PathLike | Sequence[PathLike] = (),
     progress: Stages | None = None,
 ) -> Evaluation:
@@ -82,7 +83,8 @@ def evaluate(
     `evaluation.metrics`; ppl is always measured.
     prompts: a file with one prompt on each line, or the prompts. embedder: a sentence-transformers model;
     default: mean hidden state of the reference. tasks: of lm-evaluation-harness; task_path: a directory
-    with task files of one's own; task_limit: examples of each. report: .json, .md or .html files to write.
+    with task files of one's own; task_limit: examples of each. lora: adapters that are merged into the reference, as in
+    `convert`. report: .json, .md or .html files to write.
     progress: called with (what, done, of).
     Raises RecipeError for options, FormatError, ShapeError (vocabularies differ), NonFiniteError.
     """
@@ -103,7 +105,7 @@ def evaluate(
     began = time.perf_counter()
     device = str(available(device))
     with ExitStack() as stack:
-        party = _Party(stack, named, reference, device, floor=noise_floor and asked_for > {"ppl"})
+        party = _Party(stack, named, reference, device, floor=noise_floor and asked_for > {"ppl"}, lora=lora)
         asked = asking.ask(questions, party.tokenizer, answer_tokens, _max_context(party.reference), embedder)
         corpus = Corpus.read(text, party.tokenizer)
         party.check_text(corpus)
@@ -164,12 +166,20 @@ def _named(paths: Iterable[PathLike]) -> dict[str, PathLike]:
 class _Party:
     """The reference, the candidates and the tokenizer, opened and checked against each other."""
 
-    def __init__(self, stack: ExitStack, named: Mapping[str, PathLike], reference: PathLike, device: str, floor: bool) -> None:
+    def __init__(
+        self,
+        stack: ExitStack,
+        named: Mapping[str, PathLike],
+        reference: PathLike,
+        device: str,
+        floor: bool,
+        lora: Adapters = (),
+    ) -> None:
         import torch
 
         from ..runtime import Model
 
-        source = stack.enter_context(open_path(Path(reference)))
+        source = stack.enter_context(merged(open_path(Path(reference)), lora))
         path = Path(reference)
         name = path.resolve().name.removesuffix(".gguf")
         self.reference = Model(source, name, device=device)

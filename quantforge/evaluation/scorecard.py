@@ -16,6 +16,7 @@ from ..calibration.corpus import Stages
 from ..calibration.gather import calibrate
 from ..conversion.convert import convert
 from ..errors import CalibrationError, RecipeError
+from ..formats import Adapters
 from .report import Evaluation, ModelResult, Recommendation
 from .report.base import check_path
 from .run import PathLike, evaluate
@@ -34,6 +35,7 @@ def compare(
     memory: int | str | None = None,
     context: int | None = None,
     out: PathLike | None = None,
+    lora: Adapters = (),
     report: PathLike | Sequence[PathLike] = (),
     progress: Stages | None = None,
     **options: Any,
@@ -43,7 +45,8 @@ def compare(
     types: presets, types or recipe files. imatrix: importance for the conversion; "auto": a file with "imatrix" in its
     name beside the model, else gathered from the shipped calibration text. memory: bytes, or text like "6GB", into
     which weights and the KV cache (f16) of `context` tokens (default: the model's) must fit. out: keep the GGUF files in
-    this directory. report, progress and other options: as for `evaluate`.
+    this directory. lora: adapters to merge into the checkpoint, as in `convert`. report, progress and other options: as for
+    `evaluate`.
     """
     limit = None if memory is None else sizes.parse(memory, "--memory")
     reports = [report] if isinstance(report, (str, os.PathLike)) else list(report)
@@ -56,15 +59,15 @@ def compare(
         scratch = tempfile.TemporaryDirectory(prefix="quantforge-")
         where = Path(stack.enter_context(scratch) if out is None else os.path.expanduser(out))
         where.mkdir(parents=True, exist_ok=True)
-        weights, origin = _imatrix(Path(os.path.expanduser(model)), imatrix, where, progress)
+        weights, origin = _imatrix(Path(os.path.expanduser(model)), imatrix, where, lora, progress)
         paths: dict[str, Path] = {}
         for i, kind in enumerate(names):
             if progress:
                 progress(f"converting to {kind}", i, len(names))
             name = Path(kind).stem
             paths[name] = where / f"{name}.gguf"
-            convert(Path(model), paths[name], kind, weights, force=True)
-        evaluation = evaluate(paths, reference=model, progress=progress, **options)
+            convert(Path(model), paths[name], kind, weights, lora=lora, force=True)
+        evaluation = evaluate(paths, reference=model, lora=lora, progress=progress, **options)
     if limit is not None:
         evaluation.choice = choose(evaluation, limit, context)
     evaluation.run["imatrix"] = origin
@@ -98,7 +101,9 @@ def choose(evaluation: Evaluation, limit: int, context: int | None) -> Recommend
     return Recommendation(limit, context, kv, best.name, why, needs)
 
 
-def _imatrix(model: Path, imatrix: Any, scratch: Path, progress: Stages | None) -> tuple[importance.Importance | None, str]:
+def _imatrix(
+    model: Path, imatrix: Any, scratch: Path, lora: Adapters, progress: Stages | None
+) -> tuple[importance.Importance | None, str]:
     """The importance to convert with, and where it is from."""
     if imatrix is None or isinstance(imatrix, importance.Importance):
         return imatrix, "none" if imatrix is None else "given"
@@ -110,7 +115,7 @@ def _imatrix(model: Path, imatrix: Any, scratch: Path, progress: Stages | None) 
         return importance.read(beside[0]), beside[0].name
     path = scratch / "imatrix.gguf"
     try:
-        made = calibrate(model, path, chunks=_CALIBRATION_CHUNKS, force=True, progress=progress)
+        made = calibrate(model, path, chunks=_CALIBRATION_CHUNKS, lora=lora, force=True, progress=progress)
     except CalibrationError as e:
         logger.warning("no importance: %s", e)
         return None, "none"

@@ -2,8 +2,10 @@
 
 from .base import Format, Header, Sink, Source, Stored, by_suffix, get, names, open_path, register
 from .files import adopt
+from .merged import Adapters, merged
 
 __all__ = [
+    "Adapters",
     "Format",
     "Header",
     "Sink",
@@ -12,6 +14,7 @@ __all__ = [
     "adopt",
     "by_suffix",
     "get",
+    "merged",
     "names",
     "open_path",
     "register",

@@ -58,6 +58,13 @@ class Source(ABC):
     """Tensors that say nothing where the model has no place for them: biases of zero."""
     gguf_names: bool = False
     """True: tensors and metadata are called as in GGUF; false: as in a checkpoint."""
+    adapters: tuple[Path, ...] = ()
+    """What is merged into it while it is read."""
+
+    @property
+    def tokenizer_directory(self) -> Path:
+        """Where a checkpoint's tokenizer files are."""
+        return self.directory
 
     @property
     def directory(self) -> Path:
@@ -95,12 +102,12 @@ class Source(ABC):
 
     def _differ(self, one: str, other: str) -> bool:
         a, b = map(self.read, (one, other))
-        return a.shape != b.shape or a.codec is not b.codec or not all(_equal(a.parts[k], b.parts[k]) for k in a.parts)
+        return a.shape != b.shape or a.codec is not b.codec or not all(equal(a.parts[k], b.parts[k]) for k in a.parts)
 
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer, that runs. Raises FormatError, UnsupportedError."""
-        config = self.config if self.gguf_names else self.checkpoint_config()
-        return Tokenizer(self.path, config, gguf_metadata=self.gguf_names)
+        path, config = (self.path, self.config) if self.gguf_names else (self.tokenizer_directory, self.checkpoint_config())
+        return Tokenizer(path, config, gguf_metadata=self.gguf_names)
 
     @property
     @abstractmethod
@@ -146,7 +153,7 @@ class Bare(Source):
         raise KeyError(name)
 
 
-def _equal(a: Array, b: Array, step: int = 1 << 24) -> bool:
+def equal(a: Array, b: Array, step: int = 1 << 24) -> bool:
     """Are the bytes the same? Compared a piece at a time."""
     x, y = (np.ascontiguousarray(w).reshape(-1).view(np.uint8) for w in (a, b))
     return x.nbytes == y.nbytes and all(np.array_equal(x[i : i + step], y[i : i + step]) for i in range(0, x.nbytes, step))

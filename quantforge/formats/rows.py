@@ -41,11 +41,13 @@ def read_rows(source: Source, weight: Weight, a: int = 0, b: int | None = None) 
 
 def read_encoded(source: Source, weight: Weight) -> Encoded | None:
     """The whole of a matrix as it is stored; None where only its numbers can be had."""
+    e: Encoded | F32 | None
     if weight.plain:
         e = source.read(weight.sources[0])
-        return e if e.shape == weight.shape else None
-    e_or_w = read_rows(source, weight) if len(weight.shape) == 2 else None
-    return e_or_w if isinstance(e_or_w, Encoded) else None
+        e = e if e.shape == weight.shape else None
+    else:
+        e = read_rows(source, weight) if len(weight.shape) == 2 else None
+    return e if isinstance(e, Encoded) and not e.codec.virtual else None
 
 
 def decoded(x: Encoded | F32, threads: int = 1) -> F32:

@@ -85,7 +85,8 @@ def _parse(path: Path, data: bytes, base: int = 0) -> dict[str, Any]:
     return found
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A file that holds a JSON object. Raises FormatError."""
     file = MappedFile(path)
     try:
         if file.size > _MAX_CONFIG:
@@ -95,7 +96,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         file.close()
 
 
-def _read_header(file: MappedFile) -> tuple[dict[str, Place], dict[str, str]]:
+def read_header(file: MappedFile) -> tuple[dict[str, Place], dict[str, str]]:
     """The tensors of one file in the order of their bytes, everything checked, and what it says beside them."""
 
     def fail(message: str, offset: int = 0) -> NoReturn:
@@ -174,7 +175,7 @@ def _files(directory: Path) -> tuple[list[Path], dict[str, str]]:
     if (directory / _SINGLE).exists():
         return [directory / _SINGLE], {}
     if (directory / _INDEX).exists():
-        index = _read_json(directory / _INDEX).get("weight_map")
+        index = read_json(directory / _INDEX).get("weight_map")
         if not isinstance(index, dict) or not index or not all(isinstance(v, str) for v in index.values()):
             raise FormatError(directory / _INDEX, "weight_map is not a map from tensors to file names")
         paths = []
@@ -225,7 +226,7 @@ class SafetensorsSource(MappedSource):
         tensors: dict[str, Place] = {}
         metadata: dict[str, str] = {}
         for file in self._files:
-            here, said = _read_header(file)
+            here, said = read_header(file)
             metadata |= said
             for tensor, place in here.items():
                 if (other := tensors.get(tensor)) is not None and not _same(other, place):
@@ -237,14 +238,14 @@ class SafetensorsSource(MappedSource):
             if tensor not in tensors or tensors[tensor].file.path.name != shard:
                 raise FormatError(directory / shard, f"has no tensor {tensor}, which {_INDEX} promises; fetch it again")
         config = directory / _CONFIG
-        self.config = _read_json(config) if config.exists() else {}
+        self.config = read_json(config) if config.exists() else {}
         self._places = {k: {"data": v} for k, v in tensors.items()}
         plain = {dtype: codecs.get(dtype_name) for dtype_name, dtype in SAFETENSORS_DTYPES.items()}
         self.weights = {k: Stored(plain[v.info.dtype], v.info.shape) for k, v in tensors.items()}
         self._layout_tensors: dict[str, layouts.Gathered] = {}
         self._unpacked: OrderedDict[str, Encoded] = OrderedDict()
         self._lock = threading.Lock()
-        own = layouts.stated(self.config, lambda name: _read_json(p) if (p := directory / name).is_file() else None)
+        own = layouts.stated(self.config, lambda name: read_json(p) if (p := directory / name).is_file() else None)
         floats = all(v.info.dtype in _FLOATS for v in tensors.values())
         if own is None and not floats:
             own = self._by_arrays(tensors)

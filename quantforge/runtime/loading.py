@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..device import available
 from ..errors import FormatError, RecipeError, UnsupportedError
-from ..formats import Source, open_path
+from ..formats import Adapters, Source, merged, open_path
 from ..tokenizer import Tokenizer
 from ..tokenizer.files import read_json
 
@@ -26,15 +26,17 @@ def load(
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype | None = None,
     activations: str = "float",
+    lora: Adapters = (),
 ) -> Any:
     """A transformers model, ready to `generate`, whose matrices stay as the file has them, in any format that is read.
 
     Linear layers are `quantforge.nn.QuantLinear`, embeddings `QuantEmbedding`; both hold the stored bytes, so that the
     weights take the file's size in memory. dtype: of hidden states, norms and biases, "float32", "bfloat16" or
     "float16"; default float32 on the CPU, bfloat16 on CUDA. activations: "float", or "int8", which is faster on the CPU
-    and less exact (see `QuantLinear`). `model.tokenizer` is the file's tokenizer, None if it has none. No code of a model
-    repository runs.  Raises FormatError, UnsupportedError (not a causal language model of transformers), RecipeError
-    (device, dtype), ShapeError.
+    and less exact (see `QuantLinear`). lora: adapters to merge, as in `convert`; the tensors that they change are decoded.
+    `model.tokenizer` is the file's tokenizer, None if it has none. No code of a model repository runs.
+    Raises FormatError, UnsupportedError (not a causal language model of transformers), RecipeError (device, dtype),
+    ShapeError.
     """
     import torch
 
@@ -49,7 +51,7 @@ def load(
     if kind is None:
         raise RecipeError(f"dtype {dtype}: {', '.join(kinds)}")
     path = Path(path)
-    with open_path(path) as source:
+    with merged(open_path(path), lora) as source:
         model = Model(source, path.resolve().name, device=device, dtype=kind, packed=True, activations=activations)
         model.load(model.module, "")
         module = model.module
@@ -80,6 +82,7 @@ def answer(
     top_k: int = 0,
     top_p: float = 1,
     seed: int | None = None,
+    lora: Adapters = (),
 ) -> Iterator[str]:
     """What a model says after a prompt, in pieces as they come.
 
@@ -91,10 +94,10 @@ def answer(
 
     if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
         raise RecipeError(f"temperature {temperature:g}, top_k {top_k}, top_p {top_p:g}: from 0 on; from 0 on; above 0, up to 1")
-    model = load(path, device=device, activations=activations)
+    model = load(path, device=device, activations=activations, lora=lora)
     if model.tokenizer is None:
         raise RecipeError(f"{path}: no tokenizer, so that a text cannot be read; see `quantforge -v generate`")
-    with open_path(Path(path)) as source:
+    with merged(open_path(Path(path)), lora) as source:
         tokenizer = source.tokenizer()
     ids, _ = tokenizer.encode(prompt)
     ids = [tokenizer.bos, *ids] if tokenizer.adds_bos and tokenizer.bos is not None else ids

@@ -170,7 +170,7 @@ class Model(StoredModel):
                     e = read_encoded(self.source, whole)
                 else:
                     some = read_rows(self.source, whole, int(skip) + a - begin, int(skip) + b - begin)
-                    e = some if isinstance(some, Encoded) and some.codec.row_local else None
+                    e = some if isinstance(some, Encoded) and some.codec.row_local and not some.codec.virtual else None
                 if e is None or FLOATS.get(e.codec.name) == self.dtype:
                     return None
                 stacked[i].append(e)

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .evaluation.run import evaluate
     from .evaluation.scorecard import compare
     from .formats import open_path as open
+    from .formats.splitting import merge, split
     from .recipes import Recipe
     from .recipes.linears import Scheme
     from .runtime.loading import load
@@ -71,11 +72,13 @@ __all__ = [
     "convert",
     "evaluate",
     "load",
+    "merge",
     "open",
     "plan",
     "quantize",
     "read_importance",
     "register",
+    "split",
 ]
 
 # Names are looked up when first used: `quantforge --help` loads neither NumPy nor gguf.
@@ -96,6 +99,7 @@ _HOMES = {
     "evaluate": ("evaluation.run", ""),
     "load": ("runtime.loading", ""),
     "open": ("formats", "open_path"),
+    **dict.fromkeys(("merge", "split"), ("formats.splitting", "")),
     "read_importance": ("calibration.importance", "read"),
 }
 

@@ -36,7 +36,7 @@ FREE = {"errors"}
 STACKED = {
     "codecs": ["grid", "base"],
     "backends": ["worker", "base"],
-    "formats": ["diagnosis", "files", "base", "rows"],
+    "formats": ["diagnosis", "files", "base", "rows", "gguf"],
     "nn": ["tiles", "integers", "fp8", "lookups", "planes", "ops", "products", "stored", "cuda", "linear"],
     "runtime": ["skeleton", "mapping", "stored", "head", "model", "passes", "loading"],
     "tokenizer": [

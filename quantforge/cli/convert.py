@@ -68,7 +68,13 @@ def _print_plan(plan: Plan) -> None:
 @click.option(
     "--int8-threshold", "threshold", metavar="X", type=float, help="bitsandbytes int8: activations kept in floats; default 6."
 )
-@click.option("--max-shard-size", metavar="SIZE", help="Largest weight file, as 5GB or 500MB; default 5GB.")
+@click.option(
+    "--max-shard-size",
+    "--split-max-size",
+    "max_shard_size",
+    metavar="SIZE",
+    help="Largest weight file, as 5GB or 500MB; default: of a directory 5GB, a GGUF file is not split.",
+)
 @click.option(
     "--imatrix",
     "importance",

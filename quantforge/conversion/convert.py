@@ -73,7 +73,8 @@ def convert(
     - method: how codes of the blocks' matrices are chosen: by name ("gptq"), an object such as `methods.GPTQ(damping=0.05)`,
       or another library, `Library("gptqmodel", python="...")`; default "rtn".
     - calibration: what the method sees: a text file, "builtin", or Calibration(text, chunks, ctx).
-    - max_shard_size: bytes, or text like "5GB": the largest weight file of a directory.
+    - max_shard_size: bytes, or text like "5GB": the largest weight file. A directory has files of 5GB where nothing is said;
+      a GGUF file is split into OUT-00001-of-0000N.gguf only where this is given and it is larger.
     - pre_tokenizer: tokenizer.ggml.pre, where the tokenizer's is not recognised.
     - allow_requantize: quantize tensors that are quantized already.
 

@@ -192,9 +192,8 @@ def decide(source: Source, options: Options) -> Plan:
         metadata |= stated_dtype(metadata, source, ((t.codec, t.shape) for t in tensors))
     seen_text = options.calibration.text if how and how.method.needs else None
     metadata |= provenance(source, options.importance, how.method.name if how else None, seen_text)
-    header = Header(metadata, {t.name: Stored(t.codec, t.shape) for t in tensors}, held.files, layout)
-    if options.max_shard_size is not None:
-        header = replace(header, max_shard_size=options.max_shard_size)
+    stored_as = {t.name: Stored(t.codec, t.shape) for t in tensors}
+    header = Header(metadata, stored_as, held.files, layout, options.max_shard_size)
     importance = _by_output(table, weights, outputs)
     return Plan(source, target, header, tensors, importance, chosen.recipe, warnings, how, options.device)
 

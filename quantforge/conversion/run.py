@@ -63,6 +63,7 @@ class Report:
     """What a conversion did and what it cost."""
 
     path: str
+    """Where the output is: of several files beside each other, the first."""
     recipe: str
     total_bytes: int
     bpw: float
@@ -112,8 +113,9 @@ def run(
     BackendError.
     """
     out = Path(out)
-    if out.exists() and not force:
-        raise OutputError(out, "exists already; --force overwrites it")
+    written = job.format.paths(out, job.header)
+    if not force and (there := next((p for p in written if p.exists()), None)):
+        raise OutputError(there, "exists already; --force overwrites it")
     threads = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) or 1
     began, cpu = time.perf_counter(), time.process_time()
     total_bytes = job.total_bytes
@@ -127,7 +129,7 @@ def run(
     for warning in warnings:
         log.warning("%s", warning)
     return Report(
-        path=str(out),
+        path=str(written[0]),
         recipe=job.recipe,
         total_bytes=total_bytes,
         bpw=job.bpw,

@@ -125,8 +125,8 @@ class Header:
     """Extra files beside the weights, for directory formats (single-file formats ignore them): tokenizer.json, ..."""
     layout: Layout | None = None
     """How a checkpoint directory holds tensors that are not plain; None: in quantforge's own way."""
-    max_shard_size: int = 5_000_000_000
-    """Bytes of tensors in each file of a checkpoint directory; one tensor may exceed it."""
+    max_shard_size: int | None = None
+    """Bytes in each file, where the model becomes several; one tensor may exceed it. None: what the format usually has."""
 
 
 class Sink(ABC):
@@ -169,7 +169,7 @@ class Placement:
     """Where every byte of an output goes, known before any data."""
 
     heads: Mapping[str, bytes]
-    """The first bytes of each file. A single-file format has one file, named ""."""
+    """The first bytes of each file. A single file is named ""; others stand beside it, or in the output's directory."""
     sizes: Mapping[str, int]
     """Total bytes of each file; what neither head nor slots cover is zero."""
     slots: Mapping[str, Mapping[str, Slot]]
@@ -182,7 +182,7 @@ class Placement:
 
 
 class FileSink(Sink):
-    """A sink whose parts have fixed places in one file, or in the files of a directory; see `NewFiles`. Raises OutputError."""
+    """A sink whose parts have fixed places in files, which may be those of a directory; see `NewFiles`. Raises OutputError."""
 
     def __init__(self, path: Path, tensors: Mapping[str, Stored], placement: Placement, *, directory: bool = False) -> None:
         self._path, self._tensors, self._placement = path.absolute(), tensors, placement
@@ -294,6 +294,11 @@ class MappedSource(Source):
 _SHARD = re.compile(r"(?P<stem>.*)-(?P<no>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)", re.DOTALL)
 
 
+def shard_name(stem: str, no: int, count: int, suffix: str) -> str:
+    """The name of file number `no`, from 1, of a set."""
+    return f"{stem}-{no:05}-of-{count:05}{suffix}"
+
+
 def shards(path: Path, count: int | None = None) -> list[Path]:
     """All files of the set that `path` (NAME-00001-of-00003.EXT) belongs to, in order; [path] if it has no such name.
 
@@ -309,7 +314,7 @@ def shards(path: Path, count: int | None = None) -> list[Path]:
         raise FormatError(path, f"the name says file {int(match['no'])} of {n}" + (f", the file {count}" if count else ""))
     files = []
     for i in range(1, n + 1):
-        files.append(path.with_name(f"{match['stem']}-{i:05}-of-{n:05}{match['suffix']}"))
+        files.append(path.with_name(shard_name(match["stem"], i, n, match["suffix"])))
         if not files[-1].exists():
             raise FormatError(files[-1], f"missing: file {i} of {n}; fetch the whole set")
     return files
@@ -340,6 +345,10 @@ class Format(ABC):
     def size(self, header: Header) -> int:
         """Total bytes of what `create` would write for this header. Raises UnsupportedError."""
         raise UnsupportedError(f"{self.name} files are read, not written")
+
+    def paths(self, path: Path, header: Header) -> list[Path]:
+        """What `create` would write: `path`, or a set of files beside it, the first one first. Raises UnsupportedError."""
+        return [path]
 
     def create(self, path: Path, header: Header) -> Sink:
         """Begin a new file or directory that will appear at `path` on commit. Raises UnsupportedError, OutputError."""

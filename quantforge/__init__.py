@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from .recipes import Recipe
     from .recipes.linears import Scheme
     from .runtime.loading import load
+    from .verification.report import Verification
+    from .verification.run import verify
 
 __version__ = "0.1.0"
 
@@ -66,6 +68,7 @@ __all__ = [
     "Scheme",
     "ShapeError",
     "UnsupportedError",
+    "Verification",
     "__version__",
     "calibrate",
     "compare",
@@ -79,6 +82,7 @@ __all__ = [
     "read_importance",
     "register",
     "split",
+    "verify",
 ]
 
 # Names are looked up when first used: `quantforge --help` loads neither NumPy nor gguf.
@@ -100,6 +104,8 @@ _HOMES = {
     "load": ("runtime.loading", ""),
     "open": ("formats", "open_path"),
     **dict.fromkeys(("merge", "split"), ("formats.splitting", "")),
+    "Verification": ("verification.report", ""),
+    "verify": ("verification.run", ""),
     "read_importance": ("calibration.importance", "read"),
 }
 

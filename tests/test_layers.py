@@ -26,7 +26,7 @@ LAYERS = [
     {"backends"},
     {"conversion"},
     {"evaluation"},
-    {"inspection"},
+    {"inspection", "verification"},
     {"__init__"},
     {"demo"},
     {"cli"},
@@ -47,6 +47,7 @@ STACKED = {
     "calibration": ["overlap", "corpus", "importance", "gather"],
     "conversion": ["contents", "options", "plan", "library", "tiles", "moments", "blockwise", "run", "convert"],
     "evaluation": ["report", "metrics", "answers", "tasks", "comparison", "run", "scorecard"],
+    "verification": ["report", "pairs", "tensors", "logits"],
     "cli": ["shared"],
 }  # modules that others of their package may import, if those do not stand before them here
 FREELY = {"archs"}  # families build on each other's tables; Python itself refuses circles

@@ -87,6 +87,12 @@ def _print_plan(plan: Plan) -> None:
 )
 @click.option("--pre-tokenizer", metavar="NAME", help="Value of tokenizer.ggml.pre where the tokenizer's is not recognised.")
 @click.option("--allow-requantize", is_flag=True, help="Quantize tensors that are quantized already.")
+@click.option(
+    "--provenance/--no-provenance",
+    default=True,
+    show_default=True,
+    help="Say in the metadata what made OUT, and from what: quantforge.*",
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan and the exact size; read no tensor data, write nothing.")
 @click.option("--force", is_flag=True, help="Overwrite an existing output.")
 @click.option("--report", metavar="FILE.json", type=click.Path(dir_okay=False), help="Write a report with each tensor's error.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 
 import gguf
 
-from .. import archs, tokenizer
+from .. import __version__, archs, tokenizer
 from ..archs import from_gguf
 from ..archs.weight import Shape, Weight
 from ..calibration import overlap
@@ -45,21 +46,16 @@ def contents(source: Source, target: Format, pre_tokenizer: str | None) -> Conte
 
     pre_tokenizer: as in `tokenizer.metadata`. Raises FormatError, ShapeError, UnsupportedError.
     """
-    shapes = {name: stored.shape for name, stored in source.weights.items()}
+    weights, outputs = matched(source, target)
+    config = source.config if source.gguf_names and target.gguf_names else source.checkpoint_config()
     if source.gguf_names:
-        weights = [Weight.of(name, shape) for name, shape in shapes.items()]
         if target.gguf_names:
-            metadata = {k: v for k, v in source.config.items() if not k.startswith("split.")}
-            return Contents(weights, {w.name: [(w.name, w)] for w in weights}, metadata)
-        return _from_gguf(source, weights, pre_tokenizer)
-
-    directory, config = source.directory, source.checkpoint_config()
+            metadata = {k: v for k, v in config.items() if not k.startswith("split.")}
+            return Contents(weights, outputs, metadata)
+        metadata = {**source.config, **({gguf.Keys.Tokenizer.PRE: pre_tokenizer} if pre_tokenizer else {})}
+        return Contents(weights, outputs, config, tokenizer.files(metadata, config, source.path))
+    directory = source.directory
     if not target.gguf_names:
-        try:
-            weights = archs.find(config).weights(config, shapes, source.optional, graph=False)
-        except UnsupportedError as e:
-            log.warning("%s; every tensor keeps its name and only --type and --tensor-type decide", e)
-            weights = [Weight.of(name, shape) for name, shape in shapes.items()]
         files = {
             f.name: f.read_bytes()
             for f in sorted(directory.iterdir())
@@ -67,32 +63,59 @@ def contents(source: Source, target: Format, pre_tokenizer: str | None) -> Conte
             and f.name not in ("config.json", "quantize_config.json")
             and ".safetensors" not in f.name
         }
-        outputs: dict[str, list[tuple[str, Weight]]] = {w.name: [] for w in weights}
-        taken: set[str] = set()
-        for w in weights:  # a tensor that several are made of goes by the first one
-            outputs[w.name] = [(s, Weight.of(w.name, shapes[s], s)) for s in w.sources if s not in taken]
-            taken.update(w.sources)
         return Contents(weights, outputs, config, files)
-    arch = archs.find(config)
-    weights = arch.weights(config, shapes, source.optional)
     metadata = {
-        **arch.metadata(config, read_json(directory / "generation_config.json"), shapes),
+        **settings(source),
         **_general(directory, weights),
         **tokenizer.metadata(directory, config, pre_tokenizer=pre_tokenizer),
     }
-    return Contents(weights, {w.name: [(w.name, w)] for w in weights}, metadata)
+    return Contents(weights, outputs, metadata)
 
 
-def _from_gguf(source: Source, weights: Sequence[Weight], pre_tokenizer: str | None) -> Contents:
-    """A GGUF file as a from_gguf."""
-    shapes = {w.name: w.shape for w in weights}
-    config = source.checkpoint_config()
+def matched(source: Source, target: Format) -> tuple[list[Weight], dict[str, list[tuple[str, Weight]]]]:
+    """`weights` and `outputs` of `Contents`: which tensors there are, and what each is made of.
+
+    Raises FormatError, ShapeError, UnsupportedError.
+    """
+    shapes = {name: stored.shape for name, stored in source.weights.items()}
     outputs: dict[str, list[tuple[str, Weight]]] = {}
-    for name, made in from_gguf.find_arch(source.config, source.path, shapes).checkpoint(config, shapes).items():
-        outputs.setdefault(made.name, []).append((name, made))
-    metadata = {**source.config, **({gguf.Keys.Tokenizer.PRE: pre_tokenizer} if pre_tokenizer else {})}
-    files = tokenizer.files(metadata, config, source.path)
-    return Contents([w for w in weights if w.name in outputs], outputs, config, files)
+    if source.gguf_names:
+        weights = [Weight.of(name, shape) for name, shape in shapes.items()]
+        if target.gguf_names:
+            return weights, {w.name: [(w.name, w)] for w in weights}
+        config = source.checkpoint_config()
+        for name, made in from_gguf.find_arch(source.config, source.path, shapes).checkpoint(config, shapes).items():
+            outputs.setdefault(made.name, []).append((name, made))
+        return [w for w in weights if w.name in outputs], outputs
+    config = source.checkpoint_config()
+    if target.gguf_names:
+        weights = archs.find(config).weights(config, shapes, source.optional)
+        return weights, {w.name: [(w.name, w)] for w in weights}
+    try:
+        weights = archs.find(config).weights(config, shapes, source.optional, graph=False)
+    except UnsupportedError as e:
+        log.warning("%s; every tensor keeps its name and only --type and --tensor-type decide", e)
+        weights = [Weight.of(name, shape) for name, shape in shapes.items()]
+    outputs = {w.name: [] for w in weights}
+    taken: set[str] = set()
+    for w in weights:  # a tensor that several are made of goes by the first one
+        outputs[w.name] = [(s, Weight.of(w.name, shapes[s], s)) for s in w.sources if s not in taken]
+        taken.update(w.sources)
+    return weights, outputs
+
+
+def settings(source: Source) -> dict[str, Any]:
+    """GGUF's metadata that follow from a model's config: the architecture's hyperparameters, and how to sample.
+
+    Raises FormatError, UnsupportedError.
+    """
+    shapes = {name: stored.shape for name, stored in source.weights.items()}
+    config = source.checkpoint_config()
+    if source.gguf_names:
+        arch = from_gguf.find_arch(source.config, source.path, shapes)
+        said = {k: v for k, v in source.config.items() if k.startswith(f"{arch.name}.")}
+        return {**arch.metadata(config), **said}
+    return archs.find(config).metadata(config, read_json(source.directory / "generation_config.json"), shapes)
 
 
 def _general(directory: Path, weights: Sequence[Weight]) -> dict[str, Any]:
@@ -125,21 +148,49 @@ def quantization_metadata(file_type: int, imatrix: Importance | None) -> dict[st
     return values
 
 
+VERSION, RECIPE, METHOD = "quantforge.version", "quantforge.recipe", "quantforge.method"
+SOURCE_NAME, SOURCE_DIGEST = "quantforge.source.name", "quantforge.source.sha256"
+IMATRIX_DIGEST = "quantforge.imatrix.sha256"
+_OF_ONE_RUN = (VERSION, RECIPE, SOURCE_NAME, SOURCE_DIGEST, IMATRIX_DIGEST)
+PENDING = "0" * 64
+"""In a plan, which reads no tensors, the place of `Source.digest`."""
+
+
+def origin(source: Source, recipe: str, imatrix: Importance | None, first_hand: bool) -> dict[str, Any]:
+    """What a file says of the model and the recipe that made it: names and digests, no paths and no times.
+
+    first_hand: no tensor is quantized in the source and changed here. A source that says where it is from is then only on the
+    way: the file is of the model that it names, and the same as if it had been made of that at once.
+    """
+    values = {VERSION: __version__, RECIPE: recipe, SOURCE_NAME: source.path.absolute().name, SOURCE_DIGEST: PENDING}
+    before = {k: source.config[k] for k in (SOURCE_NAME, SOURCE_DIGEST) if isinstance(source.config.get(k), str)}
+    if first_hand and len(before) == 2:
+        values |= before
+    if imatrix is not None and imatrix.path.is_file():
+        values[IMATRIX_DIGEST] = hashlib.sha256(imatrix.path.read_bytes()).hexdigest()
+    return values
+
+
 def provenance(source: Source, imatrix: Importance | None, method: str | None, text: str | Path | None) -> dict[str, Any]:
     """What a file says of the method and of all texts that it, its importance or its source was calibrated with.
 
     text: what the method saw; None: nothing.
     """
     texts = {s.sha256: s for s in (*overlap.remembered(source.config), *(imatrix.texts if imatrix else ()))}
-    values = {}
+    values: dict[str, Any] = {}
     if method is not None:
-        values["quantforge.method"] = method
+        values[METHOD] = method
     if text is not None:
         from ..calibration.gather import sketch
 
         mine = sketch(text)
         texts[mine.sha256] = mine
     return values | overlap.metadata(list(texts.values()))
+
+
+def without_history(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Metadata without what the source says of the run that made it."""
+    return {k: v for k, v in metadata.items() if k not in _OF_ONE_RUN}
 
 
 _DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}

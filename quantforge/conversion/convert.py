@@ -39,6 +39,7 @@ def convert(
     max_shard_size: int | str | None = None,
     pre_tokenizer: str | None = None,
     allow_requantize: bool = False,
+    provenance: bool = True,
     device: str = "cpu",
     threads: int | None = None,
     force: bool = False,
@@ -77,6 +78,7 @@ def convert(
       a GGUF file is split into OUT-00001-of-0000N.gguf only where this is given and it is larger.
     - pre_tokenizer: tokenizer.ggml.pre, where the tokenizer's is not recognised.
     - allow_requantize: quantize tensors that are quantized already.
+    - provenance: write what made the output, and from what (`quantforge.*`), into its metadata.
 
     How it runs:
 
@@ -118,6 +120,7 @@ def convert(
         max_shard_size=max_shard_size,
         pre_tokenizer=pre_tokenizer,
         allow_requantize=allow_requantize,
+        provenance=provenance,
         device=device,
         bits=bits,
         group_size=group_size,
@@ -154,6 +157,7 @@ def plan(
     max_shard_size: int | str | None = None,
     pre_tokenizer: str | None = None,
     allow_requantize: bool = False,
+    provenance: bool = True,
     device: str = "cpu",
     bits: int | None = None,
     group_size: int | None = None,
@@ -191,6 +195,7 @@ def plan(
         max_shard_size=None if max_shard_size is None else sizes.parse(max_shard_size, "--max-shard-size", least=1),
         pre_tokenizer=pre_tokenizer,
         allow_requantize=allow_requantize,
+        provenance=provenance,
         device=device,
     )
     source = model if isinstance(model, Source) else formats.open_path(model)

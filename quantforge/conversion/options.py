@@ -52,6 +52,7 @@ class Options:
     max_shard_size: int | None = None
     pre_tokenizer: str | None = None
     allow_requantize: bool = False
+    provenance: bool = True
     device: str = "cpu"
 
     @property

@@ -24,6 +24,7 @@ from ..codecs.plain import PlainCodec
 from ..errors import OutputError
 from ..formats import Sink, Source
 from . import tiles
+from .contents import PENDING, SOURCE_DIGEST
 from .options import Calibration
 from .plan import Calibrated, Plan
 from .tiles import Tiles
@@ -119,6 +120,9 @@ def run(
     threads = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) or 1
     began, cpu = time.perf_counter(), time.process_time()
     total_bytes = job.total_bytes
+    if job.header.metadata.get(SOURCE_DIGEST) == PENDING:
+        metadata = {**job.header.metadata, SOURCE_DIGEST: job.source.digest()}
+        job = replace(job, header=replace(job.header, metadata=metadata))
     if job.finish is not None:
         work, total_bytes = _through_library(job, out, threads, measure, progress)
     else:

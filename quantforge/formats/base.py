@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import stat
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -94,6 +96,24 @@ class Source(ABC):
     def read(self, name: str) -> Encoded:
         """The stored tensor; parts are views of a memory map where the format allows."""
 
+    def digest(self) -> str:
+        """sha256 of what this model is: its config, and each tensor's name, type, shape and `samples`, in file order.
+
+        A look at every tensor, not all of its bytes: that would take as long as a conversion.
+        """
+        whole = hashlib.sha256(json.dumps(dict(self.config), sort_keys=True, default=_hashable).encode())
+        for name, stored in self.weights.items():
+            whole.update(f"{name}\0{stored.codec.name}{list(stored.shape)}".encode("utf-8", "surrogateescape"))
+            for sample in self.samples(name):
+                whole.update(sample)
+        return whole.hexdigest()
+
+    def samples(self, name: str) -> Iterator[bytes]:
+        """Of each part of a tensor the first, middle and last 4096 bytes."""
+        for part in self.read(name).parts.values():
+            octets = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
+            yield from (octets[a:b].tobytes() for a, b in _ends_and_middle(octets.nbytes))
+
     def release(self, name: str) -> None:  # noqa: B027 - optional to override
         """Tell the system that this tensor's pages are not needed any more."""
 
@@ -105,6 +125,24 @@ class Source(ABC):
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+_SAMPLE = 4096
+
+
+def _ends_and_middle(n: int) -> list[tuple[int, int]]:
+    """Where in n bytes samples are taken."""
+    if n <= 3 * _SAMPLE:
+        return [(0, n)]
+    middle = n // 2 - _SAMPLE // 2
+    return [(a, a + _SAMPLE) for a in (0, middle, n - _SAMPLE)]
+
+
+def _hashable(value: Any) -> Any:
+    """Arrays in GGUF's metadata, a vocabulary's scores among them, by their bytes."""
+    if isinstance(value, np.ndarray):
+        return [value.dtype.str, hashlib.sha256(np.ascontiguousarray(value)).hexdigest()]
+    return value.item() if isinstance(value, np.generic) else list(value)
 
 
 def _equal(a: Array, b: Array, step: int = 1 << 24) -> bool:
@@ -272,6 +310,12 @@ class MappedSource(Source):
             place = self._places[name].get(part)
             parts[part] = np.ones(info.shape, info.dtype) if place is None else place.file.array(place.offset, info)
         return Encoded(stored.codec, stored.shape, parts)
+
+    def samples(self, name: str) -> Iterator[bytes]:
+        """See `Source.samples`: of the bytes in the files."""
+        for place in self._places[name].values():
+            for a, b in _ends_and_middle(place.info.nbytes):
+                yield place.file.bytes[place.offset + a : place.offset + b]
 
     def release(self, name: str) -> None:
         """Tell the system that this tensor's pages are not needed any more."""

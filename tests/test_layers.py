@@ -41,11 +41,11 @@ STACKED = {
     "runtime": ["skeleton", "mapping", "stored", "head", "model", "passes", "loading"],
     "tokenizer": [
         *("spm_file", "files", "pretokenizers", "vocabulary", "special", "base", "byte_level", "sentencepiece", "raw_bpe"),
-        *("unigram", "wordpiece", "models", "to_gguf", "from_gguf", "to_files", "engine"),
+        *("unigram", "wordpiece", "models", "to_gguf", "from_gguf", "to_files", "engine", "chat"),
     ],
     "recipes": ["presets", "recipe", "linears"],
     "calibration": ["overlap", "corpus", "importance", "gather"],
-    "conversion": ["contents", "options", "plan", "library", "tiles", "moments", "blockwise", "run", "convert"],
+    "conversion": ["contents", "options", "plan", "library", "tiles", "moments", "blockwise", "run", "modelfile", "convert"],
     "evaluation": ["report", "metrics", "answers", "tasks", "comparison", "run", "scorecard"],
     "verification": ["report", "pairs", "tensors", "logits"],
     "cli": ["shared"],

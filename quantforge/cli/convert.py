@@ -95,6 +95,7 @@ def _print_plan(plan: Plan) -> None:
 )
 @click.option("--dry-run", is_flag=True, help="Print the plan and the exact size; read no tensor data, write nothing.")
 @click.option("--force", is_flag=True, help="Overwrite an existing output.")
+@click.option("--modelfile", is_flag=True, help="Also write a Modelfile for Ollama beside OUT.")
 @click.option("--report", metavar="FILE.json", type=click.Path(dir_okay=False), help="Write a report with each tensor's error.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan or the report as JSON.")
 @click.option(
@@ -128,6 +129,7 @@ def convert(
     threads: int | None,
     dry_run: bool,
     force: bool,
+    modelfile: bool,
     report: str | None,
     as_json: bool,
     **options: Any,
@@ -152,6 +154,7 @@ def convert(
             out,
             threads=threads,
             force=force,
+            modelfile=modelfile,
             measure=bool(report or as_json),
             progress=progress,
             **options,

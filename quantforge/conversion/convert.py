@@ -13,11 +13,14 @@ from ..calibration.importance import Importance
 from ..calibration.importance import read as read_importance
 from ..errors import RecipeError
 from ..formats import Format, Source
+from ..formats.files import write_file
 from ..layouts import Layout
 from ..methods import Method
 from ..recipes import Recipe
 from ..recipes.linears import Scheme
 from .library import decide_with
+from .modelfile import NAME as MODELFILE
+from .modelfile import with_modelfile
 from .options import Calibration, Options
 from .plan import Plan, decide
 from .run import Report, Status, run
@@ -43,6 +46,7 @@ def convert(
     device: str = "cpu",
     threads: int | None = None,
     force: bool = False,
+    modelfile: bool = False,
     measure: bool = False,
     progress: Callable[[Status], None] | None = None,
     bits: int | None = None,
@@ -85,6 +89,7 @@ def convert(
     - device: where tensors are encoded and methods run, "cpu" or "cuda".
     - threads: all CPUs by default; the output does not depend on it.
     - force: overwrite an existing output.
+    - modelfile: also write `Modelfile` beside a GGUF output: what Ollama needs to know beside the file.
     - measure: also decode what was written, and report each tensor's error.
     - progress: called after each tile of rows.
 
@@ -137,7 +142,11 @@ def convert(
         threshold=threshold,
     )
     try:
-        return run(job, out, threads=threads, force=force, measure=measure, progress=progress)
+        beside = with_modelfile(job, Path(out), force) if modelfile else None
+        report = run(job, out, threads=threads, force=force, measure=measure, progress=progress)
+        if beside is not None:
+            write_file(Path(out).with_name(MODELFILE), beside.encode())
+        return report
     finally:
         if not isinstance(model, Source):
             job.source.close()

@@ -230,6 +230,12 @@ class NewFiles:
         return OutputError(self._path, f"cannot write: {e.strerror or e}")
 
 
+def write_file(path: Path, data: bytes) -> None:
+    """Write a small file as `NewFiles` does. Raises OutputError."""
+    files = NewFiles(path, {"": data}, {"": len(data)})
+    files.commit()
+
+
 def adopt(directory: Path, path: Path) -> None:
     """Put the files of a finished directory on `path`'s file system in place as `NewFiles` would. Raises OutputError."""
     files = NewFiles(path, {}, {}, directory=True)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from .. import codecs
 from ..codecs import Codec, Encoded
-from ..codecs.plain import PlainCodec
 from ..errors import ShapeError
 from ..formats import Source, Stored
 
@@ -73,7 +72,7 @@ def distances(out: Source, model: Source, types: Mapping[str, Codec], ids: list[
     from ..runtime import Model, advance, finish, rows_at_once
 
     sources: list[Source] = [model, out]
-    lossy = {k: c for k, c in types.items() if not isinstance(c, PlainCodec)}
+    lossy = {k: c for k, c in types.items() if c is not model.weights[k].codec and c.name != "F32"}
     if lossy:
         sources.append(Rounded(model, lossy))
     models = [Model(s, n) for s, n in zip(sources, ("the model", "the output", "the model, rounded"), strict=False)]

@@ -18,10 +18,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from ..arrays import F32, Array
+from ..codecs.plain import PlainCodec
 from ..conversion.plan import PlannedTensor
 from ..conversion.tiles import Tiles
 from ..errors import QuantForgeError
@@ -30,8 +32,10 @@ from ..formats.rows import decoded, read_rows
 from .report import TensorCheck
 
 ERROR, COSINE, ROW, WHOLE = 6.0, 0.5, 6.0, 2.0
-_ROUNDING = {"F32": 2.0**-20, "F16": 2.0**-10, "BF16": 2.0**-7}
-"""What floats may be off where they were scaled, or went through another type of their kind."""
+_TWICE = {"F32": 2.0**-20, "F16": 2.0**-11, "BF16": 2.0**-8}
+"""Relative error of floats that were rounded twice: scaled in between, or changed and changed back."""
+_TRADED = 6.25
+"""How many times plain rounding's squared error a tensor of GPTQ's has."""
 _SUMMED = 1e-5
 """Relative error that sums in f32 may have."""
 _SMALL = 1e-4
@@ -109,15 +113,15 @@ class Comparer:
         if w.shape[1] < 32:  # rows too short to say anything one by one
             w, d, r = w.reshape(1, -1), d.reshape(1, -1), r.reshape(1, -1)
         patches = _Patches.of(w, d, r, min(256, max(32, patch)))
-        floor = _ROUNDING.get(t.codec.name, 0.0) if scaled or t.source_codec.name != t.codec.name else 0.0
-        return patches.judged(a, floor)
+        kept = not scaled and t.source_codec is t.codec and t.codec.name != "F32"
+        return patches.judged(a, 0.0 if kept else _TWICE.get(t.codec.name, 0.0), plain=isinstance(t.codec, PlainCodec))
 
     def check(self, t: PlannedTensor, sums: Sums, note: str = "") -> TensorCheck:
         """What all tiles of a tensor come to."""
         faults = list(sums.faults)
         norm = sums.norm or 1.0
         if not sums.equal and sums.norm and not faults:
-            e = max(sums.error, sums.rounding) / norm
+            e = float(_off(sums.error / norm, sums.rounding / norm))
             off = (sums.product - sums.rounded_product) / norm
             chance = WHOLE * (e / t.shape[-1]) ** 0.5 + _SUMMED
             if off > e / 2 + chance or off < -e - chance:
@@ -135,6 +139,11 @@ class Comparer:
             (sums.error / norm) ** 0.5,
             (sums.rounding / norm) ** 0.5 if t.codec.encodes else None,
         )
+
+
+def _off(error: Any, rounding: Any) -> Any:
+    """Squared relative error that methods can be held to, who trade it for less error of the outputs."""
+    return np.clip(error, rounding, _TRADED * rounding)
 
 
 def _same(a: Array, b: Array) -> bool:
@@ -175,15 +184,18 @@ class _Patches:
             sums(w, w), sums(d, d), sums(r, r), sums(d, w), sums(r, w), sums(off, off), sums(rounding, rounding), size, w.shape[1]
         )
 
-    def judged(self, first: int, floor: float) -> Sums:
-        """The sums, and what is wrong. first: the first row's number; floor: relative error that floats may have."""
+    def judged(self, first: int, floor: float, plain: bool) -> Sums:
+        """The sums, and what is wrong. first: the first row's number; floor: relative error that floats may have.
+
+        plain: floats, whose rounding leaves nothing to choose.
+        """
         ww, total = self.ww, float(self.ww.sum())
         mean = total / max(1, ww.size)
         usual = float(self.rounding.sum()) / total if total else 0.0
-        bound = self.rounding + usual * (ww + 0.05 * mean) + floor**2 * ww
+        bound = self.rounding + usual * (ww + 0.05 * mean) + (floor / ERROR) ** 2 * ww
         sums = Sums(False, float(self.error.sum()), float(self.rounding.sum()), total, float(self.dw.sum()), float(self.rw.sum()))
 
-        bad = self.error > ERROR**2 * bound
+        bad = self.error > (2 * self.rounding + floor**2 * ww if plain else ERROR**2 * bound)
         if bad.any():
             row, patch = self._worst(np.where(bad, self.error / np.maximum(ww, 1e-30), -1))
             e, n = self.error[row, patch], max(float(ww[row, patch]), 1e-30)
@@ -209,7 +221,7 @@ class _Patches:
         norms = ww.sum(1)
         large = norms > _SMALL * norms.mean()
         with np.errstate(invalid="ignore", divide="ignore"):
-            e = np.maximum(self.error.sum(1), self.rounding.sum(1)) / norms
+            e = _off(self.error.sum(1) / norms, self.rounding.sum(1) / norms)
             gain, usual_gain = self.dw.sum(1) / norms, self.rw.sum(1) / norms
             above, chance = gain - usual_gain, ROW * np.sqrt(e / self.width) + floor + _SUMMED
             off = large & ((above > e / 2 + chance) | (above < -e - chance))

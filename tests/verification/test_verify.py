@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def test_from_gguf_and_from_what_is_quantized(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["gptq", "awq", "awq+gptq"])
 @pytest.mark.parametrize("format", ["gguf", "gptq"])
 def test_chosen_codes_and_moved_scales_are_right(method: str, format: str, tmp_path: Path) -> None:
-    model = models.make(tmp_path / "model", "Gemma2ForCausalLM")  # whose norms add 1, with two heads to each of values
+    model = models.make(tmp_path / "model", "LlamaForCausalLM")  # two heads of queries to each of values
     out = tmp_path / ("m.gguf" if format == "gguf" else "m")
     options: dict[str, Any] = {"recipe": "Q4_0"} if format == "gguf" else {"format": "gptq", "group_size": 32}
     qf.convert(model, out, method=method, calibration_chunks=4, calibration_ctx=32, **options)
@@ -111,9 +112,10 @@ def test_architectures_that_change_order_and_numbers(name: str, tmp_path: Path) 
     model = models.make(tmp_path / "model", name)
     qf.convert(model, tmp_path / "m.gguf", "Q8_0")
     qf.convert(tmp_path / "m.gguf", tmp_path / "back")
-    for out, base in (("m.gguf", model), ("back", tmp_path / "m.gguf"), ("back", model)):
+    for out, base in (("m.gguf", model), ("back", tmp_path / "m.gguf")):
         v = qf.verify(tmp_path / out, base, fast=name == "GPT2LMHeadModel")
-        assert v.code == 0 if base != model or out != "back" else wrong(v), v.checks  # Q8_0's numbers are not bf16's
+        assert v.code == 0, v.checks
+    assert status(qf.verify(tmp_path / "back", model, fast=True))["tensors"] == "differs"  # Q8_0's numbers are not bf16's
 
 
 # ---- what is wrong
@@ -190,8 +192,15 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return make
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize("recipe", ["Q8_0", "Q4_0", "Q4_K", "Q3_K", "Q2_K", "IQ2_S", "TQ2_0"])
+def seen(recipe: str, damage: str) -> bool:
+    """Ternary rounding of numbers that are not ternary is off by nearly their size: no factor can be told from that."""
+    return not (recipe == "TQ2_0" and damage.startswith("scale"))
+
+
+RECIPES = ["Q8_0", "Q4_0", "Q4_K", "Q3_K", "Q2_K", "IQ2_S", "TQ2_0"]
+
+
+@pytest.mark.parametrize(("recipe", "damage"), [(r, d) for r in RECIPES for d in DAMAGE if seen(r, d)])
 def test_damage_is_found(recipe: str, damage: str, made: Callable[[str], Path], tmp_path: Path) -> None:
     change, names = DAMAGE[damage]
     v = qf.verify(rewritten(made(recipe), tmp_path / "m.gguf", change), MODEL, fast=True)
@@ -216,13 +225,14 @@ def test_not_finite_missing_and_foreign(made: Callable[[str], Path], tmp_path: P
 
 def test_numbers_that_are_kept_have_to_be_equal(made: Callable[[str], Path], tmp_path: Path) -> None:
     norm = "blk.3.ffn_norm.weight"
-    for factor in (2.0, 1.0001):
-        v = qf.verify(
-            rewritten(made("Q8_0"), tmp_path / "m.gguf", changed(norm, data(lambda d: np.multiply(d, factor, out=d)))),
-            MODEL,
-            fast=True,
-        )
+    for factor in (2, 1.0001):
+        change = changed(norm, data(partial(_multiply, factor=factor)))
+        v = qf.verify(rewritten(made("Q8_0"), tmp_path / "m.gguf", change), MODEL, fast=True)
         assert wrong(v) == [norm]
+
+
+def _multiply(d: np.ndarray, factor: float) -> None:
+    d *= np.float32(factor)
 
 
 def test_settings_and_tokenizer(made: Callable[[str], Path], tmp_path: Path) -> None:

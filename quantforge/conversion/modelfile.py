@@ -99,7 +99,8 @@ def _quoted(text: str) -> str | None:
         return None
     if '"""' not in text and not text.endswith('"'):
         return f'"""{text}"""' if "\n" in text or '"' in text else f'"{text}"'
-    return f'"{text}"' if "\n" not in text and not text.startswith('""') else None
+    quoted = f'"{text}"'
+    return quoted if "\n" not in text and not quoted.startswith('"""') else None
 
 
 def _parameters(metadata: Mapping[str, Any], source: Source) -> Iterator[str]:

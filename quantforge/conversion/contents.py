@@ -188,6 +188,22 @@ def provenance(source: Source, imatrix: Importance | None, method: str | None, t
     return values | overlap.metadata(list(texts.values()))
 
 
+def history(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file says of how it came about, by short names; empty where it says nothing."""
+    keys = {
+        "version": VERSION,
+        "source": SOURCE_NAME,
+        "source_sha256": SOURCE_DIGEST,
+        "recipe": RECIPE,
+        "method": METHOD,
+        "imatrix": "quantize.imatrix.file",
+        "imatrix_sha256": IMATRIX_DIGEST,
+    }
+    said = {name: str(metadata[key]) for name, key in keys.items() if key in metadata}
+    texts = [{"name": s.name, "sha256": s.sha256} for s in overlap.remembered(metadata)]
+    return said | ({"calibration": texts} if texts else {})
+
+
 def without_history(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Metadata without what the source says of the run that made it."""
     return {k: v for k, v in metadata.items() if k not in _OF_ONE_RUN}

@@ -39,9 +39,12 @@ if TYPE_CHECKING:
     from .evaluation.run import evaluate
     from .evaluation.scorecard import compare
     from .formats import open_path as open
+    from .formats.splitting import merge, split
     from .recipes import Recipe
     from .recipes.linears import Scheme
     from .runtime.loading import load
+    from .verification.report import Verification
+    from .verification.run import verify
 
 __version__ = "0.1.0"
 
@@ -69,17 +72,21 @@ __all__ = [
     "Scheme",
     "ShapeError",
     "UnsupportedError",
+    "Verification",
     "__version__",
     "calibrate",
     "compare",
     "convert",
     "evaluate",
     "load",
+    "merge",
     "open",
     "plan",
     "quantize",
     "read_importance",
     "register",
+    "split",
+    "verify",
 ]
 
 # Names are looked up when first used: `quantforge --help` loads neither NumPy nor gguf.
@@ -100,6 +107,9 @@ _HOMES = {
     "evaluate": ("evaluation.run", ""),
     "load": ("runtime.loading", ""),
     "open": ("formats", "open_path"),
+    **dict.fromkeys(("merge", "split"), ("formats.splitting", "")),
+    "Verification": ("verification.report", ""),
+    "verify": ("verification.run", ""),
     "read_importance": ("calibration.importance", "read"),
 }
 

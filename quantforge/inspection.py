@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from . import codecs, formats
+from .conversion.contents import history
 from .conversion.plan import plain
 from .errors import ShapeError
 
 
 def describe(path: str | Path, *, hashes: bool = False) -> dict[str, Any]:
-    """{"metadata", "total_bytes", "bpw", "types", "tensors": [{"name", "type", "shape", "bytes"}]} of a model.
+    """{"metadata", "provenance", "total_bytes", "bpw", "types", "tensors": [{"name", "type", "shape", "bytes"}]} of a model.
 
+    provenance: what it says of how it came about: version, source, source_sha256, recipe, method, imatrix, calibration.
     total_bytes: size on disk of the weight files. hashes: also the sha256 of each tensor's bytes. Raises FormatError.
     """
     with formats.open_path(path) as source:
@@ -33,6 +35,7 @@ def describe(path: str | Path, *, hashes: bool = False) -> dict[str, Any]:
         return {
             "format": source.format,
             "metadata": {k: plain(v) for k, v in source.config.items()},
+            "provenance": history(source.config),
             "total_bytes": source.total_bytes,
             "bpw": 8 * sum(t["bytes"] for t in tensors) / max(1, weights),
             "types": types,

@@ -26,7 +26,7 @@ LAYERS = [
     {"backends"},
     {"conversion"},
     {"evaluation"},
-    {"inspection"},
+    {"inspection", "verification"},
     {"__init__"},
     {"demo"},
     {"cli"},
@@ -36,12 +36,12 @@ FREE = {"errors", "extras"}
 STACKED = {
     "codecs": ["spoken", "grid", "base", "integers", "lattice"],
     "backends": ["worker", "base"],
-    "formats": ["diagnosis", "files", "low_rank", "base", "rows", "safetensors", "adapters", "merged"],
+    "formats": ["diagnosis", "files", "low_rank", "base", "rows", "safetensors", "gguf", "adapters", "merged"],
     "nn": ["tiles", "integers", "fp8", "lookups", "planes", "ops", "products", "stored", "cuda", "linear"],
     "runtime": ["skeleton", "mapping", "stored", "matrices", "head", "model", "passes", "loading"],
     "tokenizer": [
         *("spm_file", "files", "pretokenizers", "vocabulary", "special", "base", "byte_level", "sentencepiece", "raw_bpe"),
-        *("unigram", "wordpiece", "models", "to_gguf", "from_gguf", "to_files", "engine"),
+        *("unigram", "wordpiece", "models", "to_gguf", "from_gguf", "to_files", "engine", "chat"),
     ],
     "recipes": ["presets", "recipe", "linears"],
     "calibration": ["overlap", "corpus", "importance", "gather"],
@@ -57,9 +57,11 @@ STACKED = {
         "moments",
         "blockwise",
         "run",
+        "modelfile",
         "convert",
     ],
     "evaluation": ["report", "metrics", "answers", "tasks", "comparison", "run", "scorecard"],
+    "verification": ["report", "pairs", "tensors", "logits"],
     "cli": ["shared"],
 }  # modules that others of their package may import, if those do not stand before them here
 FREELY = {"archs"}  # families build on each other's tables; Python itself refuses circles

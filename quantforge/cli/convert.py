@@ -84,7 +84,13 @@ def _print_notes(tensors: Iterable[PlannedTensor | TensorReport]) -> None:
 @click.option(
     "--int8-threshold", "threshold", metavar="X", type=float, help="bitsandbytes int8: activations kept in floats; default 6."
 )
-@click.option("--max-shard-size", metavar="SIZE", help="Largest weight file, as 5GB or 500MB; default 5GB.")
+@click.option(
+    "--max-shard-size",
+    "--split-max-size",
+    "max_shard_size",
+    metavar="SIZE",
+    help="Largest weight file, as 5GB or 500MB; default: of a directory 5GB, a GGUF file is not split.",
+)
 @click.option(
     "--imatrix",
     "importance",
@@ -113,8 +119,15 @@ def _print_notes(tensors: Iterable[PlannedTensor | TensorReport]) -> None:
     "--lora", metavar="DIR[:SCALE]", multiple=True, help="Merge an adapter of PEFT (LoRA, DoRA) into MODEL; repeatable, in order."
 )
 @click.option("--base", metavar="MODEL", type=click.Path(), help="MODEL is an adapter of this one: write it alone, as GGUF.")
+@click.option(
+    "--provenance/--no-provenance",
+    default=True,
+    show_default=True,
+    help="Say in the metadata what made OUT, and from what: quantforge.*",
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan and the exact size; write nothing, read a few rows of each tensor.")
 @click.option("--force", is_flag=True, help="Overwrite an existing output.")
+@click.option("--modelfile", is_flag=True, help="Also write a Modelfile for Ollama beside OUT.")
 @click.option("--report", metavar="FILE.json", type=click.Path(dir_okay=False), help="Write a report with each tensor's error.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan or the report as JSON.")
 @click.option(
@@ -153,6 +166,7 @@ def convert(
     threads: int | None,
     dry_run: bool,
     force: bool,
+    modelfile: bool,
     report: str | None,
     as_json: bool,
     **options: Any,
@@ -177,6 +191,7 @@ def convert(
             out,
             threads=threads,
             force=force,
+            modelfile=modelfile,
             measure=bool(report or as_json),
             progress=progress,
             **options,

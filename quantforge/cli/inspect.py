@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import click
 
@@ -32,9 +34,19 @@ def inspect(path: str, as_json: bool, tensors: bool, hashes: bool) -> None:
         for t in found["tensors"]:
             digest = f"  {t['sha256']}" if hashes else ""
             click.echo(f"{t['name']:<{width}}  {'×'.join(map(str, t['shape'])):>14}  {t['type']:<8} {t['bytes']:>14,}{digest}")
+    if made := found["provenance"]:
+        click.echo("made by quantforge: " + ", ".join(_told(made)))
     for kind, row in found["types"].items():
         click.echo(f"{kind:<10} {row['tensors']:>5} tensors  {row['bytes']:>16,} bytes")
     click.echo(f"{len(found['tensors'])} tensors, {found['total_bytes']:,} bytes, {found['bpw']:.3f} bits per weight")
+
+
+def _told(made: Mapping[str, Any]) -> Iterator[str]:
+    for key, value in made.items():
+        if key == "calibration":
+            yield from (f"calibrated with {text['name']} (sha256 {text['sha256'][:12]}...)" for text in value)
+        else:
+            yield f"{key} {value[:12]}..." if key.endswith("sha256") else f"{key} {value}"
 
 
 COMMAND = inspect

@@ -15,6 +15,8 @@ from .. import sizes
 from ..errors import RecipeError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ..conversion.run import Status
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -34,6 +36,12 @@ class Listing(click.Option):
         """See click."""
         self.help = (self.help or "").replace("{}", ", ".join(self._listing()))
         return super().get_help_record(context)
+
+
+def print_files(paths: Iterable[Path]) -> None:
+    """What was written."""
+    for path in paths:
+        click.echo(f"{path}: {sizes.show(path.stat().st_size)}")
 
 
 def split_rule(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> list[tuple[str, str]]:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 
-from .. import archs, tokenizer
+from .. import __version__, archs, tokenizer
 from ..archs import from_gguf, nextn
 from ..archs.weight import Shape, Weight
 from ..calibration import overlap
@@ -55,32 +56,16 @@ def contents(
     pre_tokenizer: as in `tokenizer.metadata`; mtp: with the layers that predict further tokens; vocab_only: without tensors.
     Raises FormatError, ShapeError, UnsupportedError.
     """
-    held = _contents(source, target, pre_tokenizer, mtp, vocab_only)
-    return replace(held, weights=[], outputs={}) if vocab_only else held
-
-
-def _contents(source: Source, target: Format, pre_tokenizer: str | None, mtp: bool, vocab_only: bool) -> Contents:
-    shapes = {name: stored.shape for name, stored in source.weights.items()}
-    if not mtp:
-        for name in nextn.predicting(_layers(source), shapes):
-            del shapes[name]
-    if source.gguf_names:
-        weights = [Weight.of(name, shape) for name, shape in shapes.items()]
-        if target.gguf_names:
-            metadata = {k: v for k, v in source.config.items() if not k.startswith("split.")}
-            metadata = metadata if mtp else _without_prediction(metadata)
-            return Contents(weights, {w.name: [(w.name, w)] for w in weights}, metadata)
-        return _from_gguf(source, weights, pre_tokenizer, mtp)
-
-    directory, config = source.directory, source.checkpoint_config()
+    weights, outputs, joined = ([], {}, {}) if vocab_only else matched(source, target, mtp=mtp)
+    if source.gguf_names and target.gguf_names:
+        metadata = {k: v for k, v in source.config.items() if not k.startswith("split.")}
+        return Contents(weights, outputs, metadata if mtp else _without_prediction(metadata))
+    config = source.checkpoint_config()
     config = config if mtp else _uncounted(config)
+    if source.gguf_names:
+        metadata = {**source.config, **({gguf.Keys.Tokenizer.PRE: pre_tokenizer} if pre_tokenizer else {})}
+        return Contents(weights, outputs, config, tokenizer.files(metadata, config, source.path), joined)
     if not target.gguf_names:
-        try:
-            weights = archs.find(config).weights(config, shapes, source.optional, graph=False)
-            check_numbers(source, weights)
-        except UnsupportedError as e:
-            log.warning("%s; every tensor keeps its name and only --type and --tensor-type decide", e)
-            weights = [Weight.of(name, shape) for name, shape in shapes.items()]
         files = {
             f.name: f.read_bytes()
             for f in _beside(source)
@@ -88,24 +73,85 @@ def _contents(source: Source, target: Format, pre_tokenizer: str | None, mtp: bo
             and f.name not in ("config.json", "quantize_config.json")
             and ".safetensors" not in f.name
         }
-        outputs: dict[str, list[tuple[str, Weight]]] = {w.name: [] for w in weights}
-        parts: dict[str, list[str]] = {}
-        for w in weights:
-            for s in w.sources:
-                if s not in parts:  # where several are made of it, it is the first one's
-                    outputs[w.name].append((s, Weight.of(w.name, shapes[s], s)))
-                parts.setdefault(s, []).append(w.name)
-        return Contents(weights, outputs, config, files, _several(parts.values()))
-    arch = archs.find(config)
-    weights = [] if vocab_only else arch.weights(config, shapes, source.optional)
-    check_numbers(source, weights)
+        return Contents(weights, outputs, config, files, joined)
     metadata = {
-        **arch.metadata(config, read_json(directory / "generation_config.json"), shapes),
-        **(pooling_metadata(directory, arch.name) if arch.pooled else {}),
-        **_general(directory, config, weights),
+        **settings(source, mtp=mtp),
+        **_general(source.directory, config, weights),
         **tokenizer.metadata(source.tokenizer_directory, config, pre_tokenizer=pre_tokenizer),
     }
-    return Contents(weights, {w.name: [(w.name, w)] for w in weights}, metadata)
+    return Contents(weights, outputs, metadata)
+
+
+def _shapes(source: Source, mtp: bool) -> dict[str, Shape]:
+    """The tensors that are wanted."""
+    shapes = {name: stored.shape for name, stored in source.weights.items()}
+    without = nextn.predicting(_layers(source), shapes) if not mtp else ()
+    return {name: shape for name, shape in shapes.items() if name not in without}
+
+
+def matched(
+    source: Source, target: Format, *, mtp: bool = True
+) -> tuple[list[Weight], dict[str, list[tuple[str, Weight]]], dict[str, Sequence[str]]]:
+    """`weights`, `outputs` and `joined` of `Contents`: which tensors there are, and what each is made of.
+
+    Raises FormatError, ShapeError, UnsupportedError.
+    """
+    shapes = _shapes(source, mtp)
+    if source.gguf_names and target.gguf_names:
+        weights = [Weight.of(name, shape) for name, shape in shapes.items()]
+        return weights, {w.name: [(w.name, w)] for w in weights}, {}
+    config = source.checkpoint_config()
+    config = config if mtp else _uncounted(config)
+    if source.gguf_names:
+        return _from_gguf(source, config, shapes)
+    if target.gguf_names:
+        weights = archs.find(config).weights(config, shapes, source.optional)
+        check_numbers(source, weights)
+        return weights, {w.name: [(w.name, w)] for w in weights}, {}
+    try:
+        weights = archs.find(config).weights(config, shapes, source.optional, graph=False)
+        check_numbers(source, weights)
+    except UnsupportedError as e:
+        log.warning("%s; every tensor keeps its name and only --type and --tensor-type decide", e)
+        weights = [Weight.of(name, shape) for name, shape in shapes.items()]
+    outputs: dict[str, list[tuple[str, Weight]]] = {w.name: [] for w in weights}
+    parts: dict[str, list[str]] = {}
+    for w in weights:
+        for s in w.sources:
+            if s not in parts:  # where several are made of it, it is the first one's
+                outputs[w.name].append((s, Weight.of(w.name, shapes[s], s)))
+            parts.setdefault(s, []).append(w.name)
+    return weights, outputs, _several(parts.values())
+
+
+def _from_gguf(
+    source: Source, config: Mapping[str, Any], shapes: Mapping[str, Shape]
+) -> tuple[list[Weight], dict[str, list[tuple[str, Weight]]], dict[str, Sequence[str]]]:
+    """A GGUF file as a checkpoint."""
+    outputs: dict[str, list[tuple[str, Weight]]] = {}
+    parts = []
+    for name, made in from_gguf.find_arch(source.config, source.path, shapes).checkpoint(config, shapes).items():
+        outputs.setdefault(made.name, []).append((name, made))
+        parts.append(made.sources)
+    used = {p for some in parts for p in some}
+    weights = [Weight.of(name, shape) for name, shape in shapes.items() if name in used]
+    return weights, {w.name: outputs.get(w.name, []) for w in weights}, _several(parts)
+
+
+def settings(source: Source, *, mtp: bool = True) -> dict[str, Any]:
+    """GGUF's metadata that follow from a model's config: the architecture's hyperparameters, and how to sample.
+
+    Raises FormatError, UnsupportedError.
+    """
+    shapes, config = _shapes(source, mtp), source.checkpoint_config()
+    config = config if mtp else _uncounted(config)
+    if source.gguf_names:
+        arch = from_gguf.find_arch(source.config, source.path, shapes)
+        said = {k: v for k, v in source.config.items() if k.startswith(f"{arch.name}.")}
+        return {**arch.metadata(config), **said}
+    arch, directory = archs.find(config), source.directory
+    pooling = pooling_metadata(directory, arch.name) if arch.pooled else {}
+    return {**arch.metadata(config, read_json(directory / "generation_config.json"), shapes), **pooling}
 
 
 _OF_TOKENIZERS = re.compile(r"(tokenizer|special_tokens|added_tokens|vocab|merges|chat_template|spiece|sentencepiece|tekken)")
@@ -150,23 +196,6 @@ def _uncounted(config: Mapping[str, Any]) -> dict[str, Any]:
     inner = config.get("text_config")
     found = {k: 0 if k in nextn.COUNTS else v for k, v in config.items()}
     return found | ({"text_config": _uncounted(inner)} if isinstance(inner, Mapping) else {})
-
-
-def _from_gguf(source: Source, weights: Sequence[Weight], pre_tokenizer: str | None, mtp: bool) -> Contents:
-    """A GGUF file as a checkpoint."""
-    shapes = {w.name: w.shape for w in weights}
-    config = source.checkpoint_config()
-    config = config if mtp else _uncounted(config)
-    outputs: dict[str, list[tuple[str, Weight]]] = {}
-    parts = []
-    for name, made in from_gguf.find_arch(source.config, source.path, shapes).checkpoint(config, shapes).items():
-        outputs.setdefault(made.name, []).append((name, made))
-        parts.append(made.sources)
-    metadata = {**source.config, **({gguf.Keys.Tokenizer.PRE: pre_tokenizer} if pre_tokenizer else {})}
-    files = tokenizer.files(metadata, config, source.path)
-    used = {p for some in parts for p in some}
-    weights = [w for w in weights if w.name in used]
-    return Contents(weights, {w.name: outputs.get(w.name, []) for w in weights}, config, files, _several(parts))
 
 
 def _several(parts: Iterable[Sequence[str]]) -> dict[str, Sequence[str]]:
@@ -227,21 +256,65 @@ def quantization_metadata(file_type: int, imatrix: Importance | None) -> dict[st
     return values
 
 
+VERSION, RECIPE, METHOD = "quantforge.version", "quantforge.recipe", "quantforge.method"
+SOURCE_NAME, SOURCE_DIGEST = "quantforge.source.name", "quantforge.source.sha256"
+IMATRIX_DIGEST = "quantforge.imatrix.sha256"
+_OF_ONE_RUN = (VERSION, RECIPE, SOURCE_NAME, SOURCE_DIGEST, IMATRIX_DIGEST)
+PENDING = "0" * 64
+"""In a plan, which reads no tensors, the place of `Source.digest`."""
+
+
+def origin(source: Source, recipe: str, imatrix: Importance | None, first_hand: bool) -> dict[str, Any]:
+    """What a file says of the model and the recipe that made it: names and digests, no paths and no times.
+
+    first_hand: no tensor is quantized in the source and changed here. A source that says where it is from is then only on the
+    way: the file is of the model that it names, and the same as if it had been made of that at once.
+    """
+    values = {VERSION: __version__, RECIPE: recipe, SOURCE_NAME: source.path.absolute().name, SOURCE_DIGEST: PENDING}
+    before = {k: source.config[k] for k in (SOURCE_NAME, SOURCE_DIGEST) if isinstance(source.config.get(k), str)}
+    if first_hand and len(before) == 2:
+        values |= before
+    if imatrix is not None and imatrix.path.is_file():
+        values[IMATRIX_DIGEST] = hashlib.sha256(imatrix.path.read_bytes()).hexdigest()
+    return values
+
+
 def provenance(source: Source, imatrix: Importance | None, method: str | None, text: str | Path | None) -> dict[str, Any]:
     """What a file says of the method and of all texts that it, its importance or its source was calibrated with.
 
     text: what the method saw; None: nothing.
     """
     texts = {s.sha256: s for s in (*overlap.remembered(source.config), *(imatrix.texts if imatrix else ()))}
-    values = {}
+    values: dict[str, Any] = {}
     if method is not None:
-        values["quantforge.method"] = method
+        values[METHOD] = method
     if text is not None:
         from ..calibration.gather import sketch
 
         mine = sketch(text)
         texts[mine.sha256] = mine
     return values | overlap.metadata(list(texts.values()))
+
+
+def history(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file says of how it came about, by short names; empty where it says nothing."""
+    keys = {
+        "version": VERSION,
+        "source": SOURCE_NAME,
+        "source_sha256": SOURCE_DIGEST,
+        "recipe": RECIPE,
+        "method": METHOD,
+        "imatrix": "quantize.imatrix.file",
+        "imatrix_sha256": IMATRIX_DIGEST,
+    }
+    said = {name: str(metadata[key]) for name, key in keys.items() if key in metadata}
+    texts = [{"name": s.name, "sha256": s.sha256} for s in overlap.remembered(metadata)]
+    return said | ({"calibration": texts} if texts else {})
+
+
+def without_history(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Metadata without what the source says of the run that made it."""
+    return {k: v for k, v in metadata.items() if k not in _OF_ONE_RUN}
 
 
 _DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}

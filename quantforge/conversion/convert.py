@@ -14,12 +14,15 @@ from ..calibration.importance import Importance
 from ..calibration.importance import read as read_importance
 from ..errors import RecipeError
 from ..formats import Adapters, Format, Source
+from ..formats.files import write_file
 from ..layouts import Layout
 from ..methods import Method
 from ..recipes import Recipe
 from ..recipes.linears import Scheme
 from .adapter import adapter_alone
 from .library import decide_with
+from .modelfile import NAME as MODELFILE
+from .modelfile import with_modelfile
 from .options import Calibration, Options
 from .plan import Plan, decide
 from .run import Report, Status, run
@@ -47,9 +50,11 @@ def convert(
     fallback_type: str | None = None,
     lora: Adapters = (),
     base: str | Path | None = None,
+    provenance: bool = True,
     device: str = "cpu",
     threads: int | None = None,
     force: bool = False,
+    modelfile: bool = False,
     measure: bool = False,
     progress: Callable[[Status], None] | None = None,
     bits: int | None = None,
@@ -82,7 +87,8 @@ def convert(
     - method: how codes of the blocks' matrices are chosen: by name ("gptq"), an object such as `methods.GPTQ(damping=0.05)`,
       or another library, `Library("gptqmodel", python="...")`; default "rtn".
     - calibration: what the method sees: a text file, "builtin", or Calibration(text, chunks, ctx).
-    - max_shard_size: bytes, or text like "5GB": the largest weight file of a directory.
+    - max_shard_size: bytes, or text like "5GB": the largest weight file. A directory has files of 5GB where nothing is said;
+      a GGUF file is split into OUT-00001-of-0000N.gguf only where this is given and it is larger.
     - pre_tokenizer: tokenizer.ggml.pre, where the tokenizer's is not recognised.
     - vocab_only: a GGUF file with the metadata and the tokenizer, without tensors; the model needs none either.
     - mtp: False leaves out the layers that predict further tokens.
@@ -93,12 +99,14 @@ def convert(
     - lora: adapters of PEFT (LoRA, DoRA) that are merged into the model while it is read, in order: directories,
       "DIR:SCALE", or (directory, scale).
     - base: the model that `model` is an adapter of: a GGUF file of the adapter alone is written.
+    - provenance: write what made the output, and from what (`quantforge.*`), into its metadata.
 
     How it runs:
 
     - device: where tensors are encoded and methods run, "cpu" or "cuda".
     - threads: all CPUs by default; the output does not depend on it.
     - force: overwrite an existing output.
+    - modelfile: also write `Modelfile` beside a GGUF output: what Ollama needs to know beside the file.
     - measure: also decode what was written, and report each tensor's error.
     - progress: called after each tile of rows.
 
@@ -141,6 +149,7 @@ def convert(
         fallback_type=fallback_type,
         lora=lora,
         base=base,
+        provenance=provenance,
         device=device,
         bits=bits,
         group_size=group_size,
@@ -158,7 +167,12 @@ def convert(
         threshold=threshold,
     )
     try:
-        return run(job, os.path.expanduser(out), threads=threads, force=force, measure=measure, progress=progress)
+        out = Path(os.path.expanduser(out))
+        beside = with_modelfile(job, out, force) if modelfile else None
+        report = run(job, out, threads=threads, force=force, measure=measure, progress=progress)
+        if beside is not None:
+            write_file(out.with_name(MODELFILE), beside.encode())
+        return report
     finally:
         if not isinstance(model, Source):
             job.source.close()
@@ -184,6 +198,7 @@ def plan(
     fallback_type: str | None = None,
     lora: Adapters = (),
     base: str | Path | None = None,
+    provenance: bool = True,
     device: str = "cpu",
     bits: int | None = None,
     group_size: int | None = None,
@@ -226,6 +241,7 @@ def plan(
         allow_requantize=allow_requantize,
         fallback=fallback,
         fallback_type=fallback_type,
+        provenance=provenance,
         device=device,
     )
     if base is not None:

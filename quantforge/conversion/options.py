@@ -59,6 +59,7 @@ class Options:
     """Of `recipes.presets.FALLBACKS`; None: the recipe's."""
     fallback_type: str | None = None
     """Instead of an error where a type cannot hold a tensor's values or shape."""
+    provenance: bool = True
     device: str = "cpu"
 
     @property

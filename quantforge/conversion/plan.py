@@ -28,7 +28,7 @@ from ..methods import Method
 from ..recipes import linears
 from ..recipes.linears import Scheme, choose_scheme
 from . import lattices
-from .contents import Contents, contents, provenance, quantization_metadata, stated_dtype
+from .contents import Contents, contents, origin, provenance, quantization_metadata, stated_dtype, without_history
 from .options import Calibration, Options
 
 
@@ -211,16 +211,18 @@ def decide(source: Source, options: Options) -> Plan:
     if how:
         inside = {choices[w.name].codec for w in weights if w.layer is not None}
         warnings += _check_method(how.method, {c for c in inside if not isinstance(c, PlainCodec)})
-    metadata = dict(held.metadata)
+    metadata = without_history(held.metadata)
     if target.gguf_names:
         metadata |= quantization_metadata(chosen.file_type, options.importance)
     else:
         metadata |= stated_dtype(metadata, source, ((t.codec, t.shape) for t in tensors))
     seen_text = options.calibration.text if how and how.method.needs else None
     metadata |= provenance(source, options.importance, how.method.name if how else None, seen_text)
-    header = Header(metadata, {t.name: Stored(t.codec, t.shape) for t in tensors}, held.files, layout)
-    if options.max_shard_size is not None:
-        header = replace(header, max_shard_size=options.max_shard_size)
+    if options.provenance:
+        rounded_here = all(isinstance(t.source_codec, PlainCodec) or t.source_codec is t.codec for t in tensors)
+        metadata |= origin(source, chosen.recipe, options.importance, rounded_here)
+    stored_as = {t.name: Stored(t.codec, t.shape) for t in tensors}
+    header = Header(metadata, stored_as, held.files, layout, options.max_shard_size)
     warnings += target.warnings(header)
     importance, unused = _as_encoded(_by_output(table, weights, outputs), tensors)
     told, name = [*warnings, *unused], chosen.recipe
@@ -416,6 +418,13 @@ def _check_importance(imatrix: Importance | None, weights: Sequence[Weight]) -> 
         first = next(iter(imatrix), "it is empty")
         raise CalibrationError(f"{imatrix.path}: no entry is named like a tensor of this model ({first}, ...)")
     return table
+
+
+def importance_of(
+    imatrix: Importance | None, weights: Sequence[Weight], outputs: Mapping[str, Sequence[tuple[str, Weight]]]
+) -> dict[str, F32]:
+    """`Plan.importance`. Raises CalibrationError where the imatrix is another model's."""
+    return _by_output(_check_importance(imatrix, weights), weights, outputs)
 
 
 def _by_output(

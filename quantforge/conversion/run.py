@@ -24,6 +24,7 @@ from ..codecs.plain import PlainCodec
 from ..errors import OutputError, RangeError
 from ..formats import Sink, Source
 from . import tiles
+from .contents import PENDING, SOURCE_DIGEST
 from .options import Calibration
 from .plan import Calibrated, Plan
 from .tiles import Tiles
@@ -63,6 +64,7 @@ class Report:
     """What a conversion did and what it cost."""
 
     path: str
+    """Where the output is: of several files beside each other, the first."""
     recipe: str
     total_bytes: int
     bpw: float
@@ -112,10 +114,15 @@ def run(
     BackendError.
     """
     out = Path(out)
-    if out.exists() and not force:
-        raise OutputError(out, "exists already; --force overwrites it")
+    written = job.format.paths(out, job.header)
+    if not force and (there := next((p for p in written if p.exists()), None)):
+        raise OutputError(there, "exists already; --force overwrites it")
     threads = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) or 1
     began, cpu = time.perf_counter(), time.process_time()
+    total_bytes = job.total_bytes
+    if job.header.metadata.get(SOURCE_DIGEST) == PENDING:
+        metadata = {**job.header.metadata, SOURCE_DIGEST: job.source.digest()}
+        job = replace(job, header=replace(job.header, metadata=metadata))
     if job.finish is not None:
         work, total_bytes = _through_library(job, out, threads, measure, progress)
     else:
@@ -126,7 +133,7 @@ def run(
     for warning in warnings:
         log.warning("%s", warning)
     return Report(
-        path=str(out),
+        path=str(written[0]),
         recipe=job.recipe,
         total_bytes=total_bytes,
         bpw=job.bpw,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import re
 import stat
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -118,6 +120,24 @@ class Source(ABC):
     def read(self, name: str) -> Encoded:
         """The stored tensor; parts are views of a memory map where the format allows."""
 
+    def digest(self) -> str:
+        """sha256 of what this model is: its config, and each tensor's name, type, shape and `samples`, in file order.
+
+        A look at every tensor, not all of its bytes: that would take as long as a conversion.
+        """
+        whole = hashlib.sha256(json.dumps(dict(self.config), sort_keys=True, default=_hashable).encode())
+        for name, stored in self.weights.items():
+            whole.update(f"{name}\0{stored.codec.name}{list(stored.shape)}".encode("utf-8", "surrogateescape"))
+            for sample in self.samples(name):
+                whole.update(sample)
+        return whole.hexdigest()
+
+    def samples(self, name: str) -> Iterator[bytes]:
+        """Of each part of a tensor the first, middle and last 4096 bytes."""
+        for part in self.read(name).parts.values():
+            octets = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
+            yield from (octets[a:b].tobytes() for a, b in _ends_and_middle(octets.nbytes))
+
     def release(self, name: str) -> None:  # noqa: B027 - optional to override
         """Tell the system that this tensor's pages are not needed any more."""
 
@@ -153,6 +173,24 @@ class Bare(Source):
         raise KeyError(name)
 
 
+_SAMPLE = 4096
+
+
+def _ends_and_middle(n: int) -> list[tuple[int, int]]:
+    """Where in n bytes samples are taken."""
+    if n <= 3 * _SAMPLE:
+        return [(0, n)]
+    middle = n // 2 - _SAMPLE // 2
+    return [(a, a + _SAMPLE) for a in (0, middle, n - _SAMPLE)]
+
+
+def _hashable(value: Any) -> Any:
+    """Arrays in GGUF's metadata, a vocabulary's scores among them, by their bytes."""
+    if isinstance(value, np.ndarray):
+        return [value.dtype.str, hashlib.sha256(np.ascontiguousarray(value)).hexdigest()]
+    return value.item() if isinstance(value, np.generic) else list(value)
+
+
 def equal(a: Array, b: Array, step: int = 1 << 24) -> bool:
     """Are the bytes the same? Compared a piece at a time."""
     x, y = (np.ascontiguousarray(w).reshape(-1).view(np.uint8) for w in (a, b))
@@ -171,8 +209,8 @@ class Header:
     """Extra files beside the weights, for directory formats (single-file formats ignore them): tokenizer.json, ..."""
     layout: Layout | None = None
     """How a checkpoint directory holds tensors that are not plain; None: in quantforge's own way."""
-    max_shard_size: int = 5_000_000_000
-    """Bytes of tensors in each file of a checkpoint directory; one tensor may exceed it."""
+    max_shard_size: int | None = None
+    """Bytes in each file, where the model becomes several; one tensor may exceed it. None: what the format usually has."""
 
 
 class Sink(ABC):
@@ -215,7 +253,7 @@ class Placement:
     """Where every byte of an output goes, known before any data."""
 
     heads: Mapping[str, bytes]
-    """The first bytes of each file. A single-file format has one file, named ""."""
+    """The first bytes of each file. A single file is named ""; others stand beside it, or in the output's directory."""
     sizes: Mapping[str, int]
     """Total bytes of each file; what neither head nor slots cover is zero."""
     slots: Mapping[str, Mapping[str, Slot]]
@@ -228,7 +266,7 @@ class Placement:
 
 
 class FileSink(Sink):
-    """A sink whose parts have fixed places in one file, or in the files of a directory; see `NewFiles`. Raises OutputError."""
+    """A sink whose parts have fixed places in files, which may be those of a directory; see `NewFiles`. Raises OutputError."""
 
     def __init__(self, path: Path, tensors: Mapping[str, Stored], placement: Placement, *, directory: bool = False) -> None:
         self._path, self._tensors, self._placement = path.absolute(), tensors, placement
@@ -319,6 +357,12 @@ class MappedSource(Source):
             parts[part] = np.ones(info.shape, info.dtype) if place is None else place.file.array(place.offset, info)
         return Encoded(stored.codec, stored.shape, parts)
 
+    def samples(self, name: str) -> Iterator[bytes]:
+        """See `Source.samples`: of the bytes in the files."""
+        for place in self._places[name].values():
+            for a, b in _ends_and_middle(place.info.nbytes):
+                yield place.file.bytes[place.offset + a : place.offset + b]
+
     def release(self, name: str) -> None:
         """Tell the system that this tensor's pages are not needed any more."""
         self._stored(name)
@@ -340,6 +384,11 @@ class MappedSource(Source):
 _SHARD = re.compile(r"(?P<stem>.*)-(?P<no>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)", re.DOTALL)
 
 
+def shard_name(stem: str, no: int, count: int, suffix: str) -> str:
+    """The name of file number `no`, from 1, of a set."""
+    return f"{stem}-{no:05}-of-{count:05}{suffix}"
+
+
 def shards(path: Path, count: int | None = None) -> list[Path]:
     """All files of the set that `path` (NAME-00001-of-00003.EXT) belongs to, in order; [path] if it has no such name.
 
@@ -355,7 +404,7 @@ def shards(path: Path, count: int | None = None) -> list[Path]:
         raise FormatError(path, f"the name says file {int(match['no'])} of {n}" + (f", the file {count}" if count else ""))
     files = []
     for i in range(1, n + 1):
-        files.append(path.with_name(f"{match['stem']}-{i:05}-of-{n:05}{match['suffix']}"))
+        files.append(path.with_name(shard_name(match["stem"], i, n, match["suffix"])))
         if not files[-1].exists():
             raise FormatError(files[-1], f"missing: file {i} of {n}; fetch the whole set")
     return files
@@ -386,6 +435,10 @@ class Format(ABC):
     def size(self, header: Header) -> int:
         """Total bytes of what `create` would write for this header. Raises UnsupportedError."""
         raise UnsupportedError(f"{self.name} files are read, not written")
+
+    def paths(self, path: Path, header: Header) -> list[Path]:
+        """What `create` would write: `path`, or a set of files beside it, the first one first. Raises UnsupportedError."""
+        return [path]
 
     def create(self, path: Path, header: Header) -> Sink:
         """Begin a new file or directory that will appear at `path` on commit. Raises UnsupportedError, OutputError."""

@@ -61,11 +61,12 @@ class MappedFile:
 
 
 class NewFiles:
-    """A file, or a directory of files, that appears at `path` complete or not at all.
+    """A file, a set of files, or a directory of files, that appears at `path` complete or not at all.
 
-    heads: the first bytes of each file; sizes: all of its bytes. A single file is named "". Everything is written to a
-    temporary file or directory beside `path`; `commit` flushes it to disk and renames it, replacing what stands at
-    `path`. An existing directory is replaced only if it holds nothing but files and one of them is a .safetensors file.
+    heads: the first bytes of each file; sizes: all of its bytes. A single file is named ""; those of a set have names of
+    their own, beside `path`. Everything is written to temporary files, or a temporary directory, beside `path`; `commit`
+    flushes it to disk and renames it, replacing what stands there; of a set the first file comes last. An existing
+    directory is replaced only if it holds nothing but files and one of them is a .safetensors file.
     Thread-safe. Raises OutputError.
     """
 
@@ -78,7 +79,10 @@ class NewFiles:
         self._fds: dict[str, int] = {}
         parent = self._path.parent
         self._temporary = parent / f".quantforge-{secrets.token_hex(6)}.tmp"
-        self._check_target()
+        self._written: dict[Path, Path] = {}
+        """Temporary file -> the name it will have, where no directory is written."""
+        for target in [self._path] if directory else map(self._final, heads):
+            self._check_target(target)
         with self._or_nothing():
             space, needed = os.statvfs(parent), sum(sizes.values())
             if space.f_blocks and space.f_bavail * space.f_frsize < needed:
@@ -87,8 +91,10 @@ class NewFiles:
                 )
             if directory:
                 self._temporary.mkdir()
-            for name, head in heads.items():
-                target = self._temporary / name if directory else self._temporary
+            for i, (name, head) in enumerate(heads.items()):
+                target = self._temporary / name if directory else self._temporary.with_suffix(f".{i}.tmp")
+                if not directory:
+                    self._written[target] = self._final(name)
                 fd = self._fds[name] = os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
                 os.ftruncate(fd, sizes[name])
                 _pwrite(fd, memoryview(head), 0)
@@ -140,7 +146,7 @@ class NewFiles:
                 _fsync_directory(self._temporary)
                 self._replace_directory()
             else:
-                os.replace(self._temporary, self._path)
+                self._rename()
         with suppress(OSError):  # the file is whole and in place; not every directory can be opened or synced
             _fsync_directory(self._path.parent)
 
@@ -151,8 +157,8 @@ class NewFiles:
         with suppress(OSError):
             if self._directory:
                 shutil.rmtree(self._temporary)
-            else:
-                self._temporary.unlink()
+            for file in self._written:
+                file.unlink(missing_ok=True)
 
     @contextmanager
     def _or_nothing(self) -> Iterator[None]:
@@ -170,17 +176,33 @@ class NewFiles:
         while self._fds:
             os.close(self._fds.popitem()[1])
 
-    def _check_target(self) -> None:
+    def _final(self, name: str) -> Path:
+        """Where a file will stand that is in no directory of its own."""
+        return self._path.with_name(name) if name else self._path
+
+    def _rename(self) -> None:
+        """Give the files their names. A set whose first file is not there yet is not taken for whole."""
+        done: list[Path] = []
         try:
-            mode = self._path.stat().st_mode
+            for temporary, final in reversed(self._written.items()):
+                os.replace(temporary, final)
+                done.append(final)
+        except BaseException:
+            for file in done:
+                file.unlink(missing_ok=True)
+            raise
+
+    def _check_target(self, target: Path) -> None:
+        try:
+            mode = target.stat().st_mode
         except FileNotFoundError:
-            if not self._path.parent.is_dir():
-                raise OutputError(self._path, f"the directory {self._path.parent} does not exist") from None
+            if not target.parent.is_dir():
+                raise OutputError(target, f"the directory {target.parent} does not exist") from None
             return
         except OSError as e:
             raise self._cannot_write(e) from None
         if not self._directory and not stat.S_ISREG(mode):
-            raise OutputError(self._path, "exists and is not a regular file; choose another name")
+            raise OutputError(target, "exists and is not a regular file; choose another name")
         if self._directory:
             if not stat.S_ISDIR(mode):
                 raise OutputError(self._path, "exists and is not a directory; choose another name")
@@ -206,6 +228,12 @@ class NewFiles:
 
     def _cannot_write(self, e: OSError) -> OutputError:
         return OutputError(self._path, f"cannot write: {e.strerror or e}")
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a small file as `NewFiles` does. Raises OutputError."""
+    files = NewFiles(path, {"": data}, {"": len(data)})
+    files.commit()
 
 
 def adopt(directory: Path, path: Path) -> None:

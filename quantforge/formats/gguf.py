@@ -18,7 +18,8 @@ is the tensor; further parts are sibling tensors, `blk.0.ffn_up.scale` beside `b
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
@@ -32,7 +33,7 @@ from ..archs.rope import ROPE_FACTORS
 from ..arrays import SAFETENSORS_DTYPES, Array, TensorInfo
 from ..codecs import Codec
 from ..errors import FormatError, ShapeError, UnsupportedError
-from .base import FileSink, Format, Header, MappedSource, Place, Placement, Sink, Slot, Source, Stored, shards
+from .base import FileSink, Format, Header, MappedSource, Place, Placement, Sink, Slot, Source, Stored, shard_name, shards
 from .files import MappedFile
 
 _MAGIC = b"GGUF"
@@ -47,6 +48,7 @@ _MAX_ELEMENTS = 1 << 23  # array elements of all metadata
 _ARRAY_COST = 64  # an array within an array counts as so many elements: that is its memory
 _MAX_DEPTH = 4  # arrays within arrays
 _MAX_DIMS = 4
+_MOST_FILES = (1 << 16) - 1  # of a set: split.count is u16
 _GGML_NAME = 63  # bytes of a tensor's name that ggml stores; longer ones it refuses
 
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
@@ -291,6 +293,10 @@ class GgufSource(MappedSource):
         if count is not None and count > 1:
             first, tensors = self._open_splits(shards(path, count))
         self.config = {k: v for k, v in first.items() if not k.startswith("split.")}
+        self.files = count
+        """How many files the model says it consists of; None: it says nothing."""
+        self.held = tensors
+        """The tensors as the files have them: a codec's further parts are tensors of their own."""
         self._places = _gather(tensors)
         self.weights = {k: tensors[k][0] for k in self._places}
 
@@ -424,44 +430,108 @@ def _value(value: Any, key: str) -> bytes:
     return _U32.pack(kind) + scalar.astype(_DTYPES[kind]).tobytes()
 
 
-def _place(header: Header) -> Placement:
-    alignment = _check_alignment(header.metadata.get("general.alignment", _ALIGNMENT))
-    if alignment is None:
-        raise UnsupportedError(f"general.alignment must be a power of two from 8 to {_MAX_ALIGNMENT}")
-    slots: dict[str, dict[str, Slot]] = {}
-    infos: dict[str, bytes] = {}
-    relative: list[tuple[str, str, int, TensorInfo]] = []
-    offset = 0
-    for tensor, stored in header.tensors.items():
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A tensor as the file has it: a part of one that is written."""
+
+    name: str
+    kind: int
+    """Its ggml type."""
+    shape: tuple[int, ...]
+    tensor: str
+    part: str
+    info: TensorInfo
+
+
+def _entries(tensors: Mapping[str, Stored]) -> list[Entry]:
+    """What tensors are in a file, parts beside them. Raises UnsupportedError for what GGUF cannot hold."""
+    entries: dict[str, Entry] = {}
+    for tensor, stored in tensors.items():
         if stored.codec.ggml_type is None:
             raise UnsupportedError(f"tensor {tensor}: GGUF files cannot hold {stored.codec.name}; choose a ggml type")
-        layout = stored.codec.layout(stored.shape)
-        for part, info in layout.items():
+        for part, info in stored.codec.layout(stored.shape).items():
             own, kind, shape = tensor, stored.codec.ggml_type, stored.shape
             if part != "data":
                 plain = _plain(info.dtype)
                 if plain is None or plain.ggml_type is None:
                     raise UnsupportedError(f"tensor {tensor}: GGUF has no type for {stored.codec.name}'s {part} ({info.dtype})")
                 own, kind, shape = _sibling(tensor, part), plain.ggml_type, info.shape
-            if own in infos or (part != "data" and own in header.tensors):
+            if own in entries or (part != "data" and own in tensors):
                 raise UnsupportedError(f"tensor {own} is both a tensor and {stored.codec.name}'s {part} of {tensor}")
-            infos[own] = _info(own, shape, kind, offset)
-            relative.append((tensor, part, offset, info))
-            offset += _padded(info.nbytes, alignment)
+            entries[own] = Entry(own, kind, shape, tensor, part, info)
+    return list(entries.values())
+
+
+def whole(metadata: Mapping[str, Any], entries: Sequence[Entry]) -> Placement:
+    """Where everything stands in one file. Raises UnsupportedError."""
+    head, size, starts = _file(metadata, entries)
+    return Placement({"": head}, {"": size}, _slots({"": (entries, starts)}))
+
+
+def split(metadata: Mapping[str, Any], entries: Sequence[Entry], limit: int, stem: str) -> Placement:
+    """Where everything stands in files STEM-00001-of-0000N.gguf of at most `limit` bytes; one tensor may exceed it.
+
+    Raises UnsupportedError.
+    """
+    fields: Mapping[str, Any] = {**metadata, **_split_fields(0, 0, 0)}
+    groups: list[list[Entry]] = [[]]
+    head, data = len(_file(fields, [])[0]), 0
+    for e in entries:
+        alignment = _alignment(fields)
+        more, n = len(_info(e.name, e.shape, e.kind, 0)), _padded(e.info.nbytes, alignment)
+        if groups[-1] and _padded(head + more, alignment) + data + n > limit:
+            groups.append([])
+            fields = _split_fields(0, 0, 0)
+            head, data, n = len(_file(fields, [])[0]), 0, _padded(e.info.nbytes, _alignment(fields))
+        groups[-1].append(e)
+        head, data = head + more, data + n
+    if len(groups) > _MOST_FILES:
+        raise UnsupportedError(f"{len(groups)} files of at most {limit} bytes; {_MOST_FILES} are possible: choose a larger size")
+    heads, sizes, files = {}, {}, {}
+    for i, group in enumerate(groups):
+        fields = _split_fields(i, len(groups), len(entries))
+        name = shard_name(stem, i + 1, len(groups), ".gguf")
+        heads[name], sizes[name], starts = _file({**metadata, **fields} if i == 0 else fields, group)
+        files[name] = (group, starts)
+    return Placement(heads, sizes, _slots(files))
+
+
+def _split_fields(no: int, count: int, tensors: int) -> dict[str, Any]:
+    """What each file of a set says of itself, as gguf-split writes it."""
+    return {"split.no": np.uint16(no), "split.count": np.uint16(count), "split.tensors.count": np.int32(tensors)}
+
+
+def _alignment(metadata: Mapping[str, Any]) -> int:
+    alignment = _check_alignment(metadata.get("general.alignment", _ALIGNMENT))
+    if alignment is None:
+        raise UnsupportedError(f"general.alignment must be a power of two from 8 to {_MAX_ALIGNMENT}")
+    return alignment
+
+
+def _file(metadata: Mapping[str, Any], entries: Sequence[Entry]) -> tuple[bytes, int, list[int]]:
+    """One file: the bytes before the data, all of its bytes, and where each entry begins."""
+    alignment = _alignment(metadata)
+    ends = np.cumsum([0, *(_padded(e.info.nbytes, alignment) for e in entries)], dtype=object)
     head = b"".join(
         (
             _MAGIC,
             _U32.pack(_VERSIONS[-1]),
-            _U64.pack(len(infos)),
-            _U64.pack(len(header.metadata)),
-            *(_string(k, k) + _value(v, k) for k, v in header.metadata.items()),
-            *infos.values(),
+            _U64.pack(len(entries)),
+            _U64.pack(len(metadata)),
+            *(_string(k, k) + _value(v, k) for k, v in metadata.items()),
+            *(_info(e.name, e.shape, e.kind, at) for e, at in zip(entries, ends, strict=False)),
         )
     )
     data = _padded(len(head), alignment)
-    for tensor, part, at, info in relative:
-        slots.setdefault(tensor, {})[part] = Slot("", data + at, info)
-    return Placement({"": head}, {"": data + offset}, slots)
+    return head, data + ends[-1], [data + at for at in ends[:-1]]
+
+
+def _slots(files: Mapping[str, tuple[Sequence[Entry], Sequence[int]]]) -> dict[str, dict[str, Slot]]:
+    slots: dict[str, dict[str, Slot]] = {}
+    for file, (entries, starts) in files.items():
+        for e, at in zip(entries, starts, strict=True):
+            slots.setdefault(e.tensor, {})[e.part] = Slot(file, at, e.info)
+    return slots
 
 
 def _info(tensor: str, shape: tuple[int, ...], kind: int, offset: int) -> bytes:
@@ -496,12 +566,22 @@ class Gguf(Format):
         return GgufSource(path)
 
     def size(self, header: Header) -> int:
-        """The exact bytes of the file that `create` would write."""
-        return _place(header).nbytes
+        """The exact bytes of the file, or files, that `create` would write."""
+        return self._placement(header, Path("m.gguf")).nbytes
+
+    def paths(self, path: Path, header: Header) -> list[Path]:
+        """`path`, or PATH-00001-of-0000N.gguf where more than `header.max_shard_size` would stand there."""
+        return [path.with_name(name) if name else path for name in self._placement(header, path).heads]
 
     def create(self, path: Path, header: Header) -> Sink:
-        """Begin a GGUF version 3 file. Raises UnsupportedError for what GGUF cannot hold, OutputError."""
-        return FileSink(path, header.tensors, _place(header))
+        """Begin a GGUF version 3 file, or a set of them. Raises UnsupportedError for what GGUF cannot hold, OutputError."""
+        return FileSink(path, header.tensors, self._placement(header, path))
+
+    @staticmethod
+    def _placement(header: Header, path: Path) -> Placement:
+        entries, limit = _entries(header.tensors), header.max_shard_size
+        one = whole(header.metadata, entries)
+        return one if limit is None or one.nbytes <= limit else split(header.metadata, entries, limit, path.stem)
 
 
 FORMAT = Gguf()

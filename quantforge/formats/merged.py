@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -181,7 +182,7 @@ def _roots(called: Mapping[str, str]) -> dict[str, str]:
     """What names begin with, and what the same names begin with elsewhere."""
     roots = {}
     for theirs, own in called.items():
-        n = len(os.path.commonprefix((theirs[::-1], own[::-1])))
+        n = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(reversed(theirs), reversed(own), strict=False)))
         roots[theirs[: len(theirs) - n]] = own[: len(own) - n]
     return roots
 

@@ -29,7 +29,7 @@ from .. import codecs, layouts
 from ..arrays import SAFETENSORS_DTYPES, Array, Parts, TensorInfo
 from ..codecs import Encoded
 from ..errors import FormatError, OutputError, QuantForgeError, ShapeError, UnsupportedError
-from .base import FileSink, Format, Header, MappedSource, Place, Placement, Sink, Slot, Source, Stored, shards
+from .base import FileSink, Format, Header, MappedSource, Place, Placement, Sink, Slot, Source, Stored, shard_name, shards
 from .diagnosis import ADAPTER
 from .files import MappedFile
 
@@ -39,6 +39,7 @@ _MAX_HEADER = 100_000_000  # bytes; the reference's limit
 _MAX_CONFIG = 1 << 26  # bytes of a config.json or an index
 _MAX_DIMS = 64  # NumPy's limit
 _MAX_DIM = (1 << 63) - 1
+_SHARD_SIZE = 5_000_000_000  # bytes of tensors in a file, where nothing else is asked for
 _VERSION = 1
 _UNPACKED = 4  # tensors of a layout that are kept in memory: rows are read in tiles, by a few threads
 _SINGLE, _INDEX, _CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
@@ -427,7 +428,8 @@ def _shard(entries: Mapping[str, Mapping[str, TensorInfo]]) -> tuple[bytes, dict
     return len(text).to_bytes(8, "little") + text, {k: data + v for k, v in relative.items()}, data + end
 
 
-def _place(header: Header, max_shard_size: int) -> Placement:
+def _place(header: Header) -> Placement:
+    max_shard_size = header.max_shard_size or _SHARD_SIZE
     entries: dict[str, dict[str, TensorInfo]] = {}  # tensor -> name in the file -> dtype and shape
     parts_of: dict[str, dict[str, str]] = {}  # tensor -> part -> name in the file
     quantized: dict[str, Stored] = {}
@@ -462,7 +464,7 @@ def _place(header: Header, max_shard_size: int) -> Placement:
     slots: dict[str, dict[str, Slot]] = {}
     weight_map: dict[str, str] = {}
     for i, group in enumerate(groups, 1):
-        file = _SINGLE if len(groups) == 1 else f"model-{i:05}-of-{len(groups):05}.safetensors"
+        file = _SINGLE if len(groups) == 1 else shard_name("model", i, len(groups), ".safetensors")
         heads[file], offsets, sizes[file] = _shard(group)
         for tensor, parts in group.items():
             slots[tensor] = {part: Slot(file, offsets[k], parts[k]) for part, k in parts_of[tensor].items()}
@@ -502,7 +504,7 @@ class _LayoutSink(FileSink):
         self._layout = layout
         self._gathered: dict[str, tuple[Parts, list[int]]] = {}
         self._gathering = threading.Lock()
-        super().__init__(path, header.tensors, _place(header, header.max_shard_size), directory=True)
+        super().__init__(path, header.tensors, _place(header), directory=True)
 
     def write(self, name: str, parts: Parts, row: int = 0) -> None:
         """See `Sink.write`."""
@@ -552,7 +554,7 @@ class Safetensors(Format):
 
     def size(self, header: Header) -> int:
         """The exact bytes of all files that `create` would write."""
-        return _place(header, header.max_shard_size).nbytes
+        return _place(header).nbytes
 
     def warnings(self, header: Header) -> list[str]:
         """Who reads a directory with codecs of no layout."""
@@ -560,7 +562,7 @@ class Safetensors(Format):
         return [f"such a directory is {_READERS}"] if own else []
 
     def create(self, path: Path, header: Header) -> Sink:
-        """Begin a checkpoint directory with files of at most `header.max_shard_size` bytes of tensors.
+        """Begin a checkpoint directory with files of at most `header.max_shard_size` bytes of tensors (5 GB).
 
         Raises UnsupportedError for what safetensors or the layout cannot hold, OutputError.
         """
@@ -570,7 +572,7 @@ class Safetensors(Format):
             )
         if header.layout is not None:
             return _LayoutSink(path, header, header.layout)
-        return FileSink(path, header.tensors, _place(header, header.max_shard_size), directory=True)
+        return FileSink(path, header.tensors, _place(header), directory=True)
 
 
 FORMAT = Safetensors()

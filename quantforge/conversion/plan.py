@@ -218,7 +218,7 @@ def decide(source: Source, options: Options) -> Plan:
         metadata |= stated_dtype(metadata, source, ((t.codec, t.shape) for t in tensors))
     seen_text = options.calibration.text if how and how.method.needs else None
     metadata |= provenance(source, options.importance, how.method.name if how else None, seen_text)
-    if options.provenance:
+    if options.provenance and tensors:
         rounded_here = all(isinstance(t.source_codec, PlainCodec) or t.source_codec is t.codec for t in tensors)
         metadata |= origin(source, chosen.recipe, options.importance, rounded_here)
     stored_as = {t.name: Stored(t.codec, t.shape) for t in tensors}

@@ -27,7 +27,7 @@ def test_the_file_has_all_but_tensors(model: Path, tmp_path: Path) -> None:
     plan = qf.plan(model, tmp_path / "vocab.gguf", vocab_only=True)
     report = qf.convert(model, tmp_path / "vocab.gguf", vocab_only=True)
     assert plan.total_bytes == report.total_bytes == (tmp_path / "vocab.gguf").stat().st_size and not report.tensors
-    qf.convert(model, tmp_path / "whole.gguf", "F16")
+    qf.convert(model, tmp_path / "whole.gguf", "F16", provenance=False)
     whole = metadata(tmp_path / "whole.gguf")
     del whole["general.size_label"]
     assert metadata(tmp_path / "vocab.gguf") == whole
@@ -43,14 +43,14 @@ def test_it_needs_no_weights(model: Path, tmp_path: Path) -> None:
 
 
 def test_from_gguf(model: Path, tmp_path: Path) -> None:
-    qf.convert(model, tmp_path / "whole.gguf", "F16")
+    qf.convert(model, tmp_path / "whole.gguf", "F16", provenance=False)
     qf.convert(tmp_path / "whole.gguf", tmp_path / "vocab.gguf", vocab_only=True)
     assert metadata(tmp_path / "vocab.gguf") == metadata(tmp_path / "whole.gguf")
 
 
 def test_llama_cpp_reads_its_tokenizer(model: Path, tmp_path: Path) -> None:
     qf.convert(model, tmp_path / "vocab.gguf", vocab_only=True)
-    qf.convert(model, tmp_path / "whole.gguf", "F16")
+    qf.convert(model, tmp_path / "whole.gguf", "F16", provenance=False)
     with Llama(tmp_path / "vocab.gguf", vocab_only=True) as vocab, Llama(tmp_path / "whole.gguf", vocab_only=True) as whole:
         assert vocab.tokenize(checkpoints.NASTY) == whole.tokenize(checkpoints.NASTY) != []
 

@@ -55,6 +55,7 @@ STACKED = {
         "library",
         "tiles",
         "moments",
+        "outputs",
         "blockwise",
         "run",
         "modelfile",

@@ -6,22 +6,20 @@ stages (those that share an input together): collect moments of the inputs, quan
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from itertools import chain
 from typing import Any, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from .. import codecs
-from ..archs.weight import Value, Weight
-from ..arrays import F32, Parts
+from ..archs.weight import Value
+from ..arrays import F32
 from ..calibration.corpus import Ints, Stages
 from ..calibration.gather import observing
 from ..codecs import Codec, Encoded
@@ -34,61 +32,13 @@ from ..formats.rows import decoded, read_rows
 from ..methods import Method, Stats, output_errors
 from ..methods import get as get_method
 from ..runtime import TOKENS_AT_ONCE, Model
-from ..runtime.matrices import runs
 from ..runtime.stored import Held, expert_of
 from .moments import Moments, lend
+from .outputs import Outcome, Output, Outputs, is_expert, role_of_experts
 from .plan import PlannedTensor
 
 HELD_OUT = 8
 """One window of so many only judges: the better of the method and rtn on it is kept."""
-_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.+)\.weight")
-"""A matrix of one expert, as `observing` names it where a checkpoint has them one by one."""
-
-
-@dataclass(frozen=True, slots=True)
-class Output:
-    """Where rows of a matrix of the model go."""
-
-    tensor: PlannedTensor
-    rows: NDArray[np.int64] | None = None
-    """Which of its rows, in the output's order; None: all, as they are."""
-    row: int = 0
-    """Where they begin in `tensor`: experts are stacked."""
-    columns: NDArray[np.int64] | None = None
-    """The order of its columns in the output, where it is another one."""
-
-    def take(self, w: torch.Tensor) -> torch.Tensor:
-        """These numbers of the matrix."""
-        w = w if self.rows is None else w[torch.from_numpy(self.rows).to(w.device)]
-        return w if self.columns is None else w[:, torch.from_numpy(self.columns).to(w.device)]
-
-    def put(self, w: torch.Tensor, numbers: torch.Tensor) -> None:
-        """The inverse of `take`, in place."""
-        if self.columns is not None:
-            numbers = numbers[:, torch.from_numpy(np.argsort(self.columns)).to(w.device)]
-        if self.rows is None:
-            w.copy_(numbers)
-        else:
-            w[torch.from_numpy(self.rows).to(w.device)] = numbers.to(w.dtype)
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """Rows of a tensor done."""
-
-    output: Output
-    parts: Parts
-    """As they are stored."""
-    weights: F32
-    """What they were, in the output's row order."""
-    method: str
-    """Which one was kept: the one that was asked for, or rtn."""
-    output_error: float | None = None
-    """Relative squared error of the outputs on held-out windows; see `methods.output_error`."""
-    rtn_error: float | None = None
-    tokens: int | None = None
-    """Calibration tokens that reached it; of an expert, those routed to it."""
-    expert: bool = False
 
 
 class _Enough(Exception):
@@ -141,54 +91,6 @@ def quantize_blocks(
         _Block(model, becoming, i, outputs, method, batch, full, hidden).run(write)
         if progress:
             progress("blocks", i + 1, len(model.layers))
-
-
-@dataclass(frozen=True, slots=True)
-class Outputs:
-    """The tensors of the output in terms of the model's own."""
-
-    made: Mapping[str, Weight]
-    """Tensor of the output -> what it is made of: checkpoint tensors."""
-    of: Mapping[str, Sequence[Output]]
-    """Matrix of the model, as `observing` names it -> where its rows go, unchanged but for their order."""
-    tensors: Mapping[str, PlannedTensor]
-
-    @classmethod
-    def find(cls, model: Model, tensors: Sequence[PlannedTensor]) -> Outputs:
-        """Those of a plan. Raises UnsupportedError for experts that cannot be stored one by one."""
-        forward = model.gguf if model.source.gguf_names else {}
-        made: dict[str, Weight] = {}
-        of: dict[str, list[Output]] = {}
-        for t in tensors:
-            if t.weight.constant is not None:
-                continue
-            if t.name != t.weight.name:  # a checkpoint's tensor: the model's own
-                made[t.name] = Weight.of(t.name, t.shape)
-            else:
-                made[t.name] = forward.get(t.weight.sources[0], t.weight) if t.weight.plain else t.weight
-            for matrix, output in _rows(model, t, made[t.name]):
-                of.setdefault(matrix, []).append(output)
-        return cls(made, of, {t.name: t for t in tensors})
-
-
-def _rows(model: Model, t: PlannedTensor, made: Weight) -> Iterator[tuple[str, Output]]:
-    """The model's matrices that a tensor has rows of; none where numbers change on the way, or rows are no rows there."""
-    parts = runs(model, made) if made.value is None else []
-    if len(parts) > 1 and not t.target.row_local and not isinstance(t.target, PlainCodec):
-        raise UnsupportedError(f"{t.name}: {t.target.name} cannot hold matrices that are quantized one by one; use method rtn")
-    for r in parts:
-        yield r.matrix, Output(t, r.rows, r.at, made.columns)
-
-
-def _role_of_experts(name: str) -> str:
-    """What all experts' matrices of a kind are called, with a star for the number; empty where it is no expert's."""
-    stem, e = expert_of(name)
-    match = _EXPERT.fullmatch(name)
-    return f"{stem}[*]" if e is not None else f"{match[1]}.*.{match[3]}" if match else ""
-
-
-def _is_expert(name: str) -> bool:
-    return _role_of_experts(name) != ""
 
 
 class _Block:
@@ -263,7 +165,7 @@ class _Block:
 
         def note(names: Sequence[str], x: torch.Tensor) -> None:
             held.append(x)
-            key = _role_of_experts(names[0]) or (x.data_ptr(), x.shape)
+            key = role_of_experts(names[0]) or (x.data_ptr(), x.shape)
             seen.setdefault(key, {})[tuple(names)] = None
 
         with observing(self.after, self.becoming, self.i, note):
@@ -294,7 +196,7 @@ class _Block:
         found = [Moments(needs) for _ in groups]
         if not groups or not needs:
             return found
-        routed = {n for n in firsts if _is_expert(n)}  # an expert's tokens differ between the two: nothing to compare
+        routed = {n for n in firsts if is_expert(n)}  # an expert's tokens differ between the two: nothing to compare
         first = 0
         for theirs, ours in zip(torch.split(self.full, self.batch), torch.split(self.hidden, self.batch), strict=True):
             windows, ctx = torch.arange(first, first + len(ours)), ours.shape[1]
@@ -307,8 +209,8 @@ class _Block:
                 tokens = torch.arange(len(x[name]))  # of experts, every eighth token judges
                 every = tokens % HELD_OUT == HELD_OUT - 1 if name in routed else judges.repeat_interleave(ctx)
                 moments.add(x[name], x0.get(name), every)
-        for role in sorted({_role_of_experts(n) for n in routed}):
-            lend([moments for n, moments in zip(firsts, found, strict=True) if _role_of_experts(n) == role])
+        for role in sorted({role_of_experts(n) for n in routed}):
+            lend([moments for n, moments in zip(firsts, found, strict=True) if role_of_experts(n) == role])
         return found
 
     # ---- what `Method.prepare` may change
@@ -398,7 +300,7 @@ class _Block:
             first += len(w)
             kept, encoded, result, error, rtn = self._better(name, w, codec, mine, stats, judge)
             output.put(self.matrix(self.after, name), result)
-            expert = bool(output.tensor.weight.experts) or _is_expert(name)
+            expert = bool(output.tensor.weight.experts) or is_expert(name)
             outcomes.append(Outcome(output, output.tensor.stored(encoded), w.cpu().numpy(), kept, error, rtn, expert=expert))
         return outcomes
 

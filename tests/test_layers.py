@@ -67,7 +67,10 @@ STACKED = {
 }  # modules that others of their package may import, if those do not stand before them here
 FREELY = {"archs"}  # families build on each other's tables; Python itself refuses circles
 HEAVY = {"torch", "transformers"}
-MAY_BE_HEAVY = {"methods/numerics", "runtime", "nn", "conversion/moments", "conversion/blockwise", "calibration/gather"}
+MAY_BE_HEAVY = {
+    *("methods/numerics", "runtime", "nn", "calibration/gather"),
+    *("conversion/moments", "conversion/outputs", "conversion/blockwise"),
+}
 
 MODULES = sorted(p.relative_to(PACKAGE) for p in PACKAGE.rglob("*.py") if "data" not in p.relative_to(PACKAGE).parts)
 

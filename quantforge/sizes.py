@@ -14,11 +14,13 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "
 def parse(text: int | str, what: str = "size", *, least: int = 0) -> int:
     """A number of bytes from text like "6GB", "512 MiB" or "1.5g"; a number is one already.
 
-    what: how the message calls it ("--memory"); least: the smallest that makes sense. Raises RecipeError.
+    what: how the message calls it ("--memory"); least: the smallest that makes sense. Raises RecipeError, also for a small
+    number as text without a unit: "6" was hardly meant to be six bytes.
     """
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kmgt]i?)?b?\s*", str(text).lower())
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kmgt]i?)?(b?)\s*", str(text).lower())
     size = int(float(match[1]) * _UNITS[match[2] or ""]) if match else -1
-    if size < least:
+    bare = match is not None and isinstance(text, str) and not (match[2] or match[3]) and 0 < size < 10**6
+    if size < least or bare:
         raise RecipeError(f"{what} {text!r}: write a size like 6GB, 800MB or 4GiB")
     return size
 

@@ -20,28 +20,43 @@ class _OneLineFormatter(logging.Formatter):
         return f"{record.levelname.lower()}: {record.getMessage()}"
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+ALIASES = {"quantize": "convert"}
+"""What other tools call a command."""
+
+
+class _Group(click.Group):
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        return super().get_command(ctx, ALIASES.get(cmd_name, cmd_name))
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, message="quantforge %(version)s")
 @click.option("-v", "--verbose", is_flag=True, help="Log what is done, and show tracebacks.")
-@click.pass_context
-def group(context: click.Context, verbose: bool) -> None:
+@click.option("-q", "--quiet", is_flag=True, help="Errors only, no warnings.")
+def group(verbose: bool, quiet: bool) -> None:
     """Convert any language-model checkpoint into any other, quantized as well as the science allows."""
-    context.obj = {"verbose": verbose}
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_OneLineFormatter())
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler], force=True)
+    level = logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING
+    logging.basicConfig(level=level, handlers=[handler], force=True)
 
 
 for _command in marked(__name__, "COMMAND"):
     group.add_command(_command)
 
 
+_EVERYWHERE = ("-v", "--verbose", "-q", "--quiet")
+
+
 def main() -> None:
     """Entry point: every failure is one line on stderr and an exit code other than 0."""
-    verbose = "-v" in sys.argv or "--verbose" in sys.argv
+    end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    everywhere = [a for a in sys.argv[1:end] if a in _EVERYWHERE]  # they may stand behind the command as well
+    arguments = [*everywhere, *(a for i, a in enumerate(sys.argv[1:], 1) if i >= end or a not in _EVERYWHERE)]
+    verbose = "-v" in everywhere or "--verbose" in everywhere
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended politely: temporary files go too
     try:
-        code = group.main(prog_name="quantforge", standalone_mode=False)
+        code = group.main(arguments, prog_name="quantforge", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as e:
         e.show()
         sys.exit(e.exit_code)

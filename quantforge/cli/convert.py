@@ -178,6 +178,8 @@ def convert(
     from .. import convert as run
     from .. import plan as make_plan
 
+    if report and Path(report).suffix.lower() != ".json":
+        raise click.UsageError(f"--report {report}: convert's report is JSON, *.json; evaluate writes HTML and Markdown")
     if dry_run:
         plan = make_plan(model, out, **options)
         if as_json:

@@ -58,7 +58,9 @@ def split_rule(context: click.Context, parameter: click.Parameter, values: tuple
 def recipe_options(command: F) -> F:
     """The options that choose which tensor gets which type."""
     options = [
-        click.option("--type", "-t", "kind", metavar="T", help="Preset (Q4_K_M, Q4_0, ...) or type; default Q4_K_M."),
+        click.option(
+            "--type", "-t", "--outtype", "kind", metavar="T", help="Preset (Q4_K_M, Q4_0, ...) or type; default Q4_K_M."
+        ),
         click.option("--recipe", metavar="FILE", type=click.Path(dir_okay=False), help="A recipe file (TOML)."),
         click.option(
             "--tensor-type",

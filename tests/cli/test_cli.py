@@ -76,6 +76,23 @@ def test_convert_and_inspect(tmp_path: Path) -> None:
     assert "[4096 values]" in text
 
 
+def test_what_other_tools_call_it(tmp_path: Path) -> None:
+    for i, arguments in enumerate((["quantize", "-t"], ["convert", "--outtype"])):
+        quantforge(arguments[0], MODEL, tmp_path / f"{i}.gguf", arguments[1], "q4_0")
+    assert (tmp_path / "0.gguf").read_bytes() == (tmp_path / "1.gguf").read_bytes()
+    both = quantforge("inspect", tmp_path / "0.gguf", tmp_path / "1.gguf")
+    assert "0.gguf:" in both.stdout and "1.gguf:" in both.stdout
+    assert len(json.loads(quantforge("inspect", tmp_path / "0.gguf", tmp_path / "1.gguf", "--json").stdout)) == 2
+
+
+@pytest.mark.parametrize("place", ["before", "behind"])
+def test_quiet_and_verbose_stand_where_they_are_put(place: str, tmp_path: Path) -> None:
+    """IQ2_XXS without an imatrix is worth a warning."""
+    command = ["convert", MODEL, tmp_path / "m.gguf", "-t", "IQ2_XXS", "--force"]
+    said = {flag: quantforge(*([flag, *command] if place == "before" else [*command, flag])).stderr for flag in ("-q", "-v")}
+    assert "warning" not in said["-q"] and "warning" in said["-v"] and "info" in said["-v"]
+
+
 def test_types_json() -> None:
     rows = {r["name"]: r for r in json.loads(quantforge("types", "--json").stdout)}
     assert rows["Q4_K"] == {
@@ -106,6 +123,8 @@ def test_user_rules(tmp_path: Path) -> None:
     [
         (["convert", "nowhere", "x.gguf"], ["nowhere", "No such file"]),
         (["convert", MODEL, "x.gguf", "--type", "Q4_KM"], ["Q4_KM", "Q4_K_M"]),
+        (["convert", MODEL, "x.gguf", "--report", "x.html"], ["x.html", "*.json"]),
+        (["compare", MODEL, "--memory", "6"], ["--memory '6'", "6GB"]),
         (["convert", MODEL, "x.gguf", "--tensor-type", "attn_x=Q8_0"], ["attn_x"]),
         (["convert", MODEL, "x.gguf", "--tensor-type", "attn_v=Q9"], ["Q9"]),
         (["convert", MODEL, "x.gguf", "--tensor-type", "attn_v"], ["REGEX=TYPE"]),

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..arrays import F32, Parts
-from .base import GgmlCodec, IntegerGrid, Integers, check_weights, raise_non_finite, raise_out_of_range, register
+from .base import GgmlCodec, IntegerGrid, Integers, Params, check_weights, raise_non_finite, raise_out_of_range, register
+from .grid import Spacing
 from .integers import IntegerCodec, pack_bits
 
 if TYPE_CHECKING:
@@ -59,6 +60,10 @@ class TernaryRows(IntegerCodec):
 
     def _nearest(self, w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | float) -> torch.Tensor:
         return super()._nearest(w, scale, zero).clamp_min_(1)
+
+    def spacing(self, params: Params, at: int, n: int) -> Spacing:
+        """See `GridCodec.spacing`."""
+        return super().spacing(params, at, n)._replace(lowest=1)
 
     def to_integers(self, parts: Parts, shape: tuple[int, ...]) -> Integers:
         """Codes 0, 1, 2 and the rows' scales."""

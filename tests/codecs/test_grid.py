@@ -16,6 +16,7 @@ from quantforge.codecs.base import GgmlCodec, Params
 from quantforge.errors import NonFiniteError, RangeError, ShapeError
 
 GRIDS = [c for c in map(codecs.get, codecs.names()) if isinstance(c, GridCodec)]
+GGML = [c for c in GRIDS if isinstance(c, GgmlCodec)]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -64,7 +65,7 @@ def test_all_affine_ggml_types_are_grids() -> None:
     assert affine <= {c.name for c in GRIDS}
 
 
-@pytest.mark.parametrize("codec", GRIDS, ids=repr)
+@pytest.mark.parametrize("codec", GGML, ids=repr)
 class TestStored:
     def random(self, codec: GridCodec) -> tuple[np.ndarray, tuple[int, int]]:
         shape = (7, 768)
@@ -106,7 +107,10 @@ class TestGrid:
         w = gaussian(9, 768).to(on(device))
         params = codec.fit(w, importance(768).to(device) if weighted else None)
         codes = codec.round(w, params)
-        expected = gguf.quants.dequantize(codec.pack(codes, params)["data"], gguf.GGMLQuantizationType(codec.ggml_type))
+        parts = codec.pack(codes, params)
+        expected = codec.decode(parts, (9, 768))
+        if codec in GGML:
+            expected = gguf.quants.dequantize(parts["data"], gguf.GGMLQuantizationType(codec.ggml_type))
         assert same_bits(codec.expand(codes, params), expected)
         codes2, params2 = codec.unpack(codec.pack(codes, params), (9, 768))
         assert torch.equal(codes.cpu(), codes2)
@@ -175,8 +179,9 @@ class TestGrid:
 
     def test_refuses(self, codec: GridCodec, device: str) -> None:
         w = gaussian(2, 512).to(on(device))
-        with pytest.raises(ShapeError):
-            codec.fit(w[:, :40])
+        if not codec.short_blocks:
+            with pytest.raises(ShapeError):
+                codec.fit(w[:, :40])
         with pytest.raises(ShapeError):
             codec.fit(w.reshape(2, 2, 256))
         with pytest.raises(ShapeError):

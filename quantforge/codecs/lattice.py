@@ -167,11 +167,11 @@ class LatticeCodec(AffineCodec):
             data[on] = self._written(codes[on], {k: p[on] for k, p in params.items()})
         return parts
 
-    def fit(self, w: torch.Tensor, importance: torch.Tensor | None = None) -> Params:
-        """See `GridCodec.fit`."""
+    def search(self, w: torch.Tensor, importance: torch.Tensor | None = None) -> Params:
+        """See `GridCodec.search`; on a device it waits for it."""
         import torch
 
-        params = super().fit(w, importance)
+        params = super().search(w, importance)
         on, _, exact = self._exact(np.ascontiguousarray(w.detach().float().cpu().numpy()).reshape(-1, self.block_size))
         for k, p in params.items():
             fitted = p.reshape(len(on), -1)

@@ -17,7 +17,7 @@ Every architecture is proven on small random models that transformers {transform
 - **back**: the GGUF as a checkpoint again, in transformers, against the first one.
 - **KLD**: `evaluate` of the GGUF against its source, nats per token.
 - **Q8_0**, **Q4_K_M**: the median over tokens of the largest difference, same units; random weights are the hardest there are.
-- **methods**: `make test-all` did these with every sample, and loaded and ran what came of it: `calibrate`, with names, counts and sums as llama.cpp's own graph multiplies them; `--method gptq` and `awq` to GGUF; the layouts GPTQ and AWQ with their methods, compressed-tensors; `evaluate` of Q8_0 and Q4_0, in that order. –: no decoder.
+- **methods**: what `tests/archs/test_across.py` did with its samples, having loaded and run what came of it: `calibrate`, with names, counts and sums as llama.cpp's own graph multiplies them; `--method gptq` and `awq` to GGUF; the layouts GPTQ and AWQ with their methods, compressed-tensors; `evaluate` of Q8_0 and Q4_0, in that order. `make test-all` does all of these with every sample of a decoder, `make test` one with each graph.
 
 {count} classes on {graphs} of llama.cpp's graphs.
 

@@ -51,7 +51,7 @@ class Numbers(torch.Tensor):
         return func(*tree_map(decoded, args), **tree_map(decoded, kwargs or {}))
 
     @property
-    def data(self) -> torch.Tensor:  # type: ignore[override]
+    def data(self) -> torch.Tensor:
         """Itself: no copy that could be changed without effect."""
         return self
 

@@ -166,13 +166,13 @@ class Recipe:
     def _wanted(self, weights: Sequence[Weight], model: Model) -> dict[str, Codec]:
         """The codec of each tensor to be quantized, whether or not its shape fits.
 
-        llama-quantize walks the tensors by layer, then name, and numbers those of a category
+        llama-quantize walks the tensors in the order of `_place` and numbers those of a category
         that the preset itself decides; so rules of the user shift what the preset's count sees.
         """
         n_attn_v = sum(category_of(w.name) == "attn_v" for w in weights)
         seen: dict[str, int] = {}
         wanted: dict[str, Codec] = {}
-        for w in sorted(weights, key=lambda w: (-1 if w.layer is None else w.layer, w.name)):
+        for w in sorted(weights, key=_place):
             if not quantizable(w):
                 continue
             category = category_of(w.name)
@@ -216,6 +216,11 @@ class Recipe:
         if (self.output_tensor_type is not None or self.keep_output) and not {OUTPUT, EMBEDDING} & present:
             option = "--keep-output" if self.keep_output else "--output-tensor-type"
             raise RecipeError(f"{option}: the model has neither {OUTPUT} nor {EMBEDDING}; leave it out")
+
+
+def _place(w: Weight) -> tuple[int, str]:
+    """By layer, then name; to llama-quantize, the blocks of an encoder and a decoder (enc.blk.0) are no layers."""
+    return (-1 if w.layer is None or not w.name.startswith("blk.") else w.layer, w.name)
 
 
 @dataclass(frozen=True)

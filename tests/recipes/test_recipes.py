@@ -22,6 +22,8 @@ from quantforge.codecs.base import Codec, GgmlCodec, register
 from quantforge.errors import RecipeError
 from quantforge.recipes import Choice
 from quantforge.recipes.presets import PRESETS
+from tests.archs import models
+from tests.data import llama_rules
 
 HERE = Path(__file__).parents[1]
 DEMO = Path(quantforge.__file__).parent / "data" / "demo-model"
@@ -132,6 +134,30 @@ def test_presets_choose_what_llama_quantize_chooses(title: str) -> None:
             if preset == "F16":  # what is not quantized was BF16 in the file; convert_hf_to_gguf --outtype f16 makes it F16
                 expected = {n: "F16" if t == "BF16" else t for n, t in expected.items()}
             assert got == expected, (preset, importance)
+
+
+RULES = json.loads(llama_rules.TABLE.read_text())
+
+
+def test_every_registered_architecture_has_been_measured() -> None:
+    missing = {n for n, _ in models.names()} - {title.split(" ")[0] for title in RULES["models"]}
+    assert not missing, f"{sorted(missing)}: run tests/data/llama_rules.py"
+
+
+@pytest.mark.parametrize("title", RULES["models"])
+def test_architectures_get_the_types_of_llama_quantize(title: str) -> None:
+    """All presets on all samples of the registry, tensor by tensor, against llama.cpp's own function."""
+    spec = RULES["models"][title]
+    tensors = list(llama_rules.expand(spec["tensors"]))
+    rows = [row.split(" ") for row in RULES["rows"]]
+    weights = [Weight(name, shape, ()) for name, _, shape in tensors]
+    stored = {w.name: codecs.get(llama_rules.stored(w)) for w in weights}
+    for i, column in enumerate(RULES["columns"]):
+        preset, _, importance = column.partition(" ")
+        got = types(
+            recipes.get(preset).assign(weights, spec["metadata"], stored, [w.name for w in weights] if importance else [])
+        )
+        assert got == {name: rows[row][i] for name, row, _ in tensors}, column
 
 
 OPTIONS: dict[str, dict[str, Any]] = {

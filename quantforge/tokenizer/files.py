@@ -27,7 +27,10 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
+        if text.startswith("version https://git-lfs"):
+            raise FormatError(path, "a Git LFS pointer, not the file itself; fetch it with `git lfs pull`")
+        found = json.loads(text)
     except (OSError, ValueError, RecursionError) as e:
         raise FormatError(path, f"not readable as JSON: {e}") from None
     if not isinstance(found, dict):

@@ -307,7 +307,7 @@ def test_heads_that_rate_texts_are_left_out(caplog):
 def test_find_lists_what_there_is():
     with pytest.raises(UnsupportedError, match=r"Qwen4ForCausalLM is not supported \(did you mean Qwen3ForCausalLM"):
         archs.find({"architectures": ["Qwen4ForCausalLM"]})
-    with pytest.raises(UnsupportedError, match="no config.json beside the weights"):
+    with pytest.raises(UnsupportedError, match=r"no config\.json beside the weights"):
         archs.find({})
     for c in ({"architectures": None}, {"architectures": []}, {"architectures": "LlamaForCausalLM"}):
         with pytest.raises(UnsupportedError, match=r"supported: .*LlamaForCausalLM"):

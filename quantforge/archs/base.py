@@ -379,6 +379,11 @@ class Arch:
                 parts = sorted({".".join(n.split(".")[:2]) for n in beside})
                 logger.warning("only the text model is converted; left out: %s (%d tensors)", _some(parts), len(beside))
             unknown = [n for n in unknown if not self.others.search(n)]
+        if meta := next((n for n in unknown if _META.search(n)), None):
+            raise ShapeError(
+                f"{meta}: the names that Meta and Mistral use in consolidated.safetensors; fetch the same model as transformers "
+                "has it (model.safetensors, or model-00001-of-...)"
+            )
         if unknown:
             raise ShapeError(f"the checkpoint has tensors that a {self.hf[0]} with this config.json has not: {_some(unknown)}")
 
@@ -569,6 +574,7 @@ def _is(where: str, kinds: Collection[str]) -> bool:
     return all((term[1:] not in kinds) if term.startswith("!") else (term in kinds) for term in where.split(" & ") if term)
 
 
+_META = re.compile(r"\blayers\.\d+\.(attention\.w[qkvo]|feed_forward\.w[123])\.")
 _RATING = re.compile(r"^(?:pretrained_model\.)?(?:v_head|value_head|reward_head|score|classifier)\.")
 """Heads that reinforcement learning adds beside the model's own; transformers ignores them."""
 
@@ -719,6 +725,8 @@ def find(config: Config) -> Arch:
     if (arch := known(config)) is not None:
         return arch
     names, every = config.get("architectures"), supported()
+    if not config:
+        raise UnsupportedError("there is no config.json beside the weights, or an empty one: fetch the one that belongs to them")
     if not isinstance(names, list) or not names:
         raise UnsupportedError(f'config.json names no "architectures"; supported: {", ".join(sorted(every))}')
     if _CLASSIFIERS.search(str(names[0])):

@@ -14,7 +14,20 @@ _PICKLED_ADVICE = (
     "pickled PyTorch checkpoints are not loaded, because unpickling runs code from the file; convert with transformers "
     "from a source you trust: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(OUT)"
 )
-_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_REPOSITORY = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@[\w.-]+|/[\w./-]+)?")
+_URL = re.compile(r"(?:https?|hf|s3|gs):/")
+_TAGGED = re.compile(r"[\w.-]+:[\w.-]+")
+_OTHER_WEIGHTS = {
+    ".h5": "TensorFlow's",
+    ".msgpack": "Flax's",
+    ".onnx": "ONNX's",
+    ".distcp": "of a distributed checkpoint of PyTorch",
+    ".npz": "NumPy's",
+    ".mar": "TorchServe's",
+    ".gguf.part": "of a download that has not ended",
+    ".incomplete": "of a download that has not ended",
+}
+_SAVE = "load it where it was trained and save it with save_pretrained, which writes *.safetensors"
 _CACHED = re.compile(r"models--[^/]+")
 _ADAPTED = re.compile(
     r"\.(lora_[AB]|lora_(embedding|magnitude)_\w+|base_layer|modules_to_save|original_module)\.|\.lora_(up|down)\."
@@ -78,11 +91,19 @@ def refuse_unmerged(path: Path, names: Iterable[str]) -> None:
 
 def name_missing(path: Path) -> FormatError | None:
     """What a path that does not exist looks like, or None."""
-    if _REPOSITORY.fullmatch(str(path)):
+    text = str(path)
+    if _URL.match(text):
+        return FormatError(path, "an address, not a file; download the model first and give the file or directory")
+    if match := _REPOSITORY.fullmatch(text):
+        name = match["id"]
         return FormatError(
             path,
             "no such file; if it is a repository of the Hugging Face Hub, download it first "
-            f"(hf download {path} --local-dir {path.name}) and give the directory",
+            f"(hf download {name} --local-dir {name.rpartition('/')[2]}) and give the directory",
+        )
+    if _TAGGED.fullmatch(text):
+        return FormatError(
+            path, f"no such file; if it is a model of Ollama, `ollama show --modelfile {text}` names its GGUF file"
         )
     return None
 
@@ -91,6 +112,8 @@ def name_unknown(path: Path) -> FormatError:
     """What a path is that no format recognises. Raises OSError."""
     if path.is_file() and path.suffix in _PICKLED:
         return FormatError(path, _PICKLED_ADVICE)
+    if path.suffix == ".json":
+        return FormatError(path, f"a file beside a model; give the directory: {path.parent}")
     if path.is_dir():
         inside = sorted(p.name for p in path.iterdir())
         if cached := [n for n in inside if _CACHED.fullmatch(n)]:
@@ -99,6 +122,13 @@ def name_unknown(path: Path) -> FormatError:
             return FormatError(path, f"a directory of GGUF files; give one of them: {', '.join(ggufs[:5])}")
         if any(Path(n).suffix in _PICKLED for n in inside):
             return FormatError(path, _PICKLED_ADVICE)
+        for suffix, whose in _OTHER_WEIGHTS.items():
+            if named := [n for n in inside if n.endswith(suffix)]:
+                return FormatError(path, f"its weights are {whose} ({named[0]}), which are not read; {_SAVE}")
+        if "zero_to_fp32.py" in inside:
+            return FormatError(path, "a checkpoint of DeepSpeed; run its zero_to_fp32.py with --safe_serialization")
+        if nested := [n for n in inside if any((path / n).glob("*.safetensors"))]:
+            return FormatError(path, f"a directory of models; give one of them: {', '.join(nested[:5])}")
         if "config.json" in inside:
             return FormatError(path, "has a config.json but no *.safetensors; fetch the weights too")
     return FormatError(

@@ -54,7 +54,7 @@ def meta_module(config: Mapping[str, Any], source: Source, dtype: torch.dtype) -
     classes = [getattr(transformers, n, None) for n in names]
     cls = next((c for c in classes if c is not None), None)
     if cls is None or not hasattr(cls, "config_class") or "PreTrainedModel" not in {b.__name__ for b in cls.__mro__}:
-        what = f"architectures {names}" if names else "no architectures in config.json"
+        what = f"architectures {names}" if names else "no architectures in config.json" if config else "no config.json"
         raise UnsupportedError(f"{source.path}: {what}: not a model class of transformers {transformers.__version__}")
     cls, settings = _text_part(cls, cls.config_class(**_plain(config)))
     if not hasattr(cls, "get_output_embeddings") or not hasattr(settings.get_text_config(), "vocab_size"):

@@ -35,7 +35,10 @@ def parsed(path: Path) -> Any:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
+        if text.startswith("version https://git-lfs"):
+            raise FormatError(path, "a Git LFS pointer, not the file itself; fetch it with `git lfs pull`")
+        return json.loads(text)
     except (OSError, ValueError, RecursionError) as e:
         raise FormatError(path, f"not readable as JSON: {e}") from None
 

@@ -90,6 +90,21 @@ def scores_say_it(files: Files) -> bool:
     return order == sorted(order) and not _extra(files)
 
 
+def _agree(files: Files) -> bool:
+    """Has SentencePiece's file the tokens of tokenizer.json, which is what transformers reads where both are there?"""
+    if files.model is None or files.spm is None:
+        return True
+    pieces, added = files.spm[1].pieces, {t.text for _, t in files.entries}
+    texts = {i: text for text, i in files.vocabulary().items()}
+    odd = next((i for i, (text, _, _) in enumerate(pieces) if texts.get(i, text) not in (text, *added)), None)
+    if odd is not None:
+        logger.warning(
+            "%s is another tokenizer than tokenizer.json, which counts: token %d is %r there, %r here",
+            *(files.spm[0], odd, pieces[odd][0], texts[odd]),
+        )
+    return odd is None
+
+
 class SentencePieceBPE(Model):
     """Pieces with scores; spaces are ▁, bytes stand for unknown characters."""
 
@@ -101,7 +116,7 @@ class SentencePieceBPE(Model):
 
     @override
     def read(self, files: Files, config: Mapping[str, Any], pre_tokenizer: str | None) -> tuple[Vocabulary, dict[str, Any]]:
-        if files.spm and files.spm[1].model_type == 2:
+        if files.spm and files.spm[1].model_type == 2 and _agree(files):
             out, prefix = self._pieces(files, config)
         else:
             out, prefix = fallback_vocabulary(files, config), files.has_prefix

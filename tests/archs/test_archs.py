@@ -291,6 +291,12 @@ def test_wrappers_inside_of_names(wrapper):
     assert [w.name for w in weights(c, t)] == [w.name for w in weights(c)]
 
 
+def test_names_of_meta_are_named():
+    t = tensors(config()) | {"layers.0.attention.wq.weight": (16, 16)}
+    with pytest.raises(ShapeError, match=r"layers\.0\.attention\.wq\.weight: the names that Meta and Mistral use"):
+        weights(config(), t)
+
+
 def test_heads_that_rate_texts_are_left_out(caplog):
     c = config()
     t = tensors(c) | {"v_head.summary.weight": (1, 16), "v_head.summary.bias": (1,)}
@@ -301,7 +307,9 @@ def test_heads_that_rate_texts_are_left_out(caplog):
 def test_find_lists_what_there_is():
     with pytest.raises(UnsupportedError, match=r"Qwen4ForCausalLM is not supported \(did you mean Qwen3ForCausalLM"):
         archs.find({"architectures": ["Qwen4ForCausalLM"]})
-    for c in ({}, {"architectures": None}, {"architectures": []}, {"architectures": "LlamaForCausalLM"}):
+    with pytest.raises(UnsupportedError, match=r"no config\.json beside the weights"):
+        archs.find({})
+    for c in ({"architectures": None}, {"architectures": []}, {"architectures": "LlamaForCausalLM"}):
         with pytest.raises(UnsupportedError, match=r"supported: .*LlamaForCausalLM"):
             archs.find(c)
 
@@ -326,8 +334,8 @@ def having(name, shape):
         (having("model.norm.weight", (15,)), r"model\.norm\.weight: shape \[15\], but config\.json makes it \[16\]"),
         (having("model.layers.0.self_attn.k_proj.weight", (16, 16)), r"k_proj.weight: shape \[16, 16\].*\[8, 16\]"),
         (having("output.weight", (40, 16)), r"has not: output\.weight"),
-        (having("layers.0.attention.wq.weight", (16, 16)), r"has not: layers\.0\.attention\.wq"),
-        (having("model.layers.0.attention.wq.weight", (16, 16)), r"has not: model\.layers\.0\.attention\.wq"),
+        (having("layers.0.attention.wq.weight", (16, 16)), "names that Meta and Mistral use"),
+        (having("model.layers.0.attention.wq.weight", (16, 16)), "names that Meta and Mistral use"),
     ],
 )
 def test_checkpoints_that_do_not_fit_their_config(change, said):

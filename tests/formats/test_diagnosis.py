@@ -55,6 +55,13 @@ def pickled(path: Path) -> Path:
     return path
 
 
+def beside(path: Path, name: str) -> Path:
+    path.mkdir()
+    (path / name).write_bytes(b"x")
+    (path / "config.json").write_text("{}")
+    return path
+
+
 def with_bom(path: Path) -> Path:
     write(path)
     (path / "config.json").write_bytes(b"\xef\xbb\xbf" + b'{"a": 1}')
@@ -111,6 +118,19 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "a cache folder without a snapshot": (lambda p: cached(p), "cache with 0 snapshots"),
     "a cache folder with several": (lambda p: cached(p, "abc", "def"), "cache with 2 snapshots; give one"),
     "a repository id": (lambda p: Path("meta-llama/Llama-3.2-1B"), "hf download meta-llama/Llama-3.2-1B"),
+    "a repository id with a revision": (lambda p: Path("org/name@main"), "hf download org/name "),
+    "a file of a repository": (lambda p: Path("org/name/model.gguf"), "hf download org/name "),
+    "an address": (lambda p: Path("https://example.org/m.gguf"), "an address, not a file; download"),
+    "a model of Ollama": (lambda p: Path("llama3.2:1b"), "ollama show --modelfile llama3.2:1b"),
+    "weights of TensorFlow": (lambda p: beside(p / "m", "tf_model.h5"), "its weights are TensorFlow's.*save_pretrained"),
+    "a distributed checkpoint": (lambda p: beside(p / "m", "__0_0.distcp"), "distributed checkpoint of PyTorch"),
+    "DeepSpeed's": (lambda p: beside(p / "m", "zero_to_fp32.py"), "DeepSpeed; run its zero_to_fp32.py"),
+    "half a download": (lambda p: beside(p / "m", "model.safetensors.incomplete"), "a download that has not ended"),
+    "a directory of checkpoints": (
+        lambda p: write(p / "m" / "checkpoint-5").parent,
+        "directory of models; give one.*checkpoint-5",
+    ),
+    "config.json itself": (lambda p: write(p / "m") / "config.json", "a file beside a model; give the directory"),
     "a home of nobody": (lambda p: Path("~nobody-has-this-name/m"), "~nobody-has-this-name/m"),
     "pickles": (lambda p: pickled(p / "m"), "not loaded, because unpickling runs code"),
     "a pickle": (lambda p: pickled(p / "m") / "pytorch_model.bin", "not loaded, because unpickling runs code"),

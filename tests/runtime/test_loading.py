@@ -294,7 +294,7 @@ def test_what_does_not_load_says_so_in_a_line(tmp_path: Path) -> None:
     vision = {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "vision_config": {}}
     for path, error, message in (
         (changed("unknown", architectures=["FooForCausalLM"]), UnsupportedError, r"\['FooForCausalLM'\]: not a model class"),
-        (changed("nothing", architectures=None), UnsupportedError, "no architectures in config.json"),
+        (changed("nothing", architectures=None, model_type=None), UnsupportedError, "no architectures in config.json"),
         (changed("vision", **vision), ShapeError, r"config says \[32000, 4096\]"),
         (changed("bert", architectures=["BertModel"]), UnsupportedError, "BertModel"),
         (changed("layers", num_hidden_layers=8), FormatError, r"tensor model.layers.6.* is missing"),

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import transformers
 
@@ -122,3 +123,21 @@ def test_a_byte_order_mark_is_read_over(tmp_path):
     path.write_text("\ufeff" + path.read_text(encoding="utf-8"), encoding="utf-8")
     assert tokenizer.metadata(directory, {})["tokenizer.ggml.tokens"] == before
     assert isinstance(tokenizer.Tokenizer(directory, {}, gguf_metadata=False).encode("a")[0][0], int)
+
+
+def test_a_stale_sentencepiece_file_beside_tokenizer_json(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """transformers reads tokenizer.json; a tokenizer.model of the same tokens has their scores."""
+    checkpoints.llama_json(tmp_path, 500)
+    expected = tokenizer.metadata(tmp_path, {})
+    checkpoints.sentencepiece(tmp_path, 450)
+    found = tokenizer.metadata(tmp_path, {})
+    assert found["tokenizer.ggml.tokens"] == expected["tokenizer.ggml.tokens"]
+    np.testing.assert_array_equal(found["tokenizer.ggml.scores"], expected["tokenizer.ggml.scores"])
+    assert "tokenizer.model is another tokenizer than tokenizer.json" in caplog.text
+
+
+def test_a_pointer_in_a_json_files_place(tmp_path: Path) -> None:
+    checkpoints.byte_level(tmp_path, 300)
+    (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(FormatError, match=r"tokenizer\.json: a Git LFS pointer"):
+        tokenizer.metadata(tmp_path, {})

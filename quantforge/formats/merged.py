@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 from collections import OrderedDict
@@ -21,7 +22,7 @@ from ..archs.weight import Shape, Weight, rows_of
 from ..arrays import F32
 from ..codecs import Encoded
 from ..codecs.plain import PlainCodec
-from ..errors import QuantForgeError, ShapeError, UnsupportedError
+from ..errors import QuantForgeError, RecipeError, ShapeError, UnsupportedError
 from .adapters import Adapter, Update
 from .base import Source, Stored, equal
 from .low_rank import Change, Merged, changed
@@ -573,6 +574,8 @@ def merged(source: Source, adapters: Adapters = ()) -> Source:
     try:
         for given in [adapters] if isinstance(adapters, str | os.PathLike) else adapters:
             path, scale = given if isinstance(given, tuple) else _spelled(given)
+            if not math.isfinite(scale):
+                raise RecipeError(f"--lora {path}: a scale of {scale:g}")
             adapter = Adapter.open(path, scale)
             try:
                 source = MergedSource(source, adapter)

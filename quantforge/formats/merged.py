@@ -348,7 +348,7 @@ class MergedSource(Source):
 
     def _check_base(self) -> None:
         """Raise UnsupportedError where the adapter names another architecture."""
-        said = (self.adapter.config.get("auto_mapping") or {}).get("base_model_class")
+        said = self.adapter.base_class
         named = self._names.config.get("architectures") or []
         known = archs.supported()
         if said in known and named and said not in named and known[said] is not self._names.arch:

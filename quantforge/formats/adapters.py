@@ -116,6 +116,19 @@ class Adapter:
         """What it says it is an adapter of, for messages."""
         return str(self.config.get("base_model_name_or_path") or "another model")
 
+    @property
+    def base_class(self) -> str | None:
+        """The architecture that it is an adapter of, where it says so, or the model that it names is here."""
+        said = self.config.get("auto_mapping")
+        if isinstance(said, Mapping) and said.get("base_model_class"):
+            return str(said["base_model_class"])
+        named = Path(self.base) / "config.json"
+        try:
+            known = read_json(named).get("architectures") if named.is_file() else None
+        except (FormatError, OSError):
+            return None
+        return str(known[0]) if isinstance(known, list) and known else None
+
     def read(self, key: str) -> Encoded:
         """One of its tensors: a view of the file."""
         assert self._file is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 from collections import OrderedDict
@@ -22,7 +23,7 @@ from ..archs.weight import Shape, Weight, rows_of
 from ..arrays import F32
 from ..codecs import Encoded
 from ..codecs.plain import PlainCodec
-from ..errors import QuantForgeError, ShapeError, UnsupportedError
+from ..errors import QuantForgeError, RecipeError, ShapeError, UnsupportedError
 from .adapters import Adapter, Update
 from .base import Source, Stored, equal
 from .low_rank import Change, Merged, changed
@@ -348,7 +349,7 @@ class MergedSource(Source):
 
     def _check_base(self) -> None:
         """Raise UnsupportedError where the adapter names another architecture."""
-        said = (self.adapter.config.get("auto_mapping") or {}).get("base_model_class")
+        said = self.adapter.base_class
         named = self._names.config.get("architectures") or []
         known = archs.supported()
         if said in known and named and said not in named and known[said] is not self._names.arch:
@@ -574,6 +575,8 @@ def merged(source: Source, adapters: Adapters = ()) -> Source:
     try:
         for given in [adapters] if isinstance(adapters, str | os.PathLike) else adapters:
             path, scale = given if isinstance(given, tuple) else _spelled(given)
+            if not math.isfinite(scale):
+                raise RecipeError(f"--lora {path}: a scale of {scale:g}")
             adapter = Adapter.open(path, scale)
             try:
                 source = MergedSource(source, adapter)

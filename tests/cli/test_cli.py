@@ -17,6 +17,7 @@ from quantforge import backends, layouts, methods
 from quantforge.cli import group
 from quantforge.conversion.options import writable
 from quantforge.demo import MODEL
+from tests import adapters
 
 # found from any directory, installed or not
 ENV = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
@@ -45,6 +46,23 @@ def test_convert_help_lists_what_the_registries_hold() -> None:
     text = " ".join(quantforge("convert", "--help").stdout.replace("-\n", "-").split()).replace("- ", "-")
     for name in (*writable(), *layouts.names(), *methods.names(), *backends.names()):
         assert name in text
+
+
+def test_adapters_are_merged_in_order_or_converted_alone(tmp_path: Path) -> None:
+    adapters.llama(tmp_path / "m")
+    q = "model.layers.0.self_attn.q_proj"
+    tensors = adapters.low_rank(q, 32, 32)
+    a = adapters.save(tmp_path / "a", tensors)
+    quantforge("convert", tmp_path / "m", tmp_path / "o", "-t", "F32", "--lora", a, "--lora", f"{a}:-0.25")
+    delta = 0.75 * 2 * tensors[f"{q}.lora_B.weight"] @ tensors[f"{q}.lora_A.weight"]
+    with qf.open(tmp_path / "m") as before, qf.open(tmp_path / "o") as after:
+        moved = after.read(f"{q}.weight").decode() - before.read(f"{q}.weight").decode()
+    assert abs(moved - delta).max() < 1e-6
+    quantforge("convert", a, tmp_path / "a.gguf", "--base", tmp_path / "m")
+    with qf.open(tmp_path / "a.gguf") as source:
+        assert list(source.weights) == ["blk.0.attn_q.weight.lora_a", "blk.0.attn_q.weight.lora_b"]
+    refused = quantforge("convert", a, tmp_path / "x.gguf", check=False)
+    assert refused.returncode == 1 and f"--lora {a}" in refused.stderr
 
 
 def test_options_of_convert_are_those_of_the_api() -> None:

@@ -402,11 +402,24 @@ def test_what_cannot_be_merged_is_named(tmp_path: Path, kind: str) -> None:
     assert str(a) in str(e.value) and "\n" not in str(e.value)
 
 
+def test_the_base_that_an_adapter_names(tmp_path: Path) -> None:
+    """Shapes and names may fit a model of another architecture."""
+    llama(tmp_path / "m")
+    llama(tmp_path / "other", architectures=["Qwen2ForCausalLM"])
+    a = save(tmp_path / "a", SMALL, base_model_name_or_path=str(tmp_path / "other"))
+    with pytest.raises(
+        UnsupportedError, match=rf"an adapter of a Qwen2ForCausalLM \({tmp_path}/other\); {tmp_path}/m is a Llama"
+    ):
+        read(tmp_path / "m", a)
+
+
 def test_scales_that_have_no_meaning(tmp_path: Path) -> None:
     llama(tmp_path / "m")
     dora = save(tmp_path / "a", SMALL | {f"{Q}.lora_magnitude_vector": random(HIDDEN)}, use_dora=True)
     with pytest.raises(UnsupportedError, match=r"DoRA .*0\.5"):
         read(tmp_path / "m", f"{dora}:0.5")
+    with pytest.raises(RecipeError, match="a scale of nan"):
+        read(tmp_path / "m", f"{dora}:nan")
 
 
 def test_numbers_that_are_none(tmp_path: Path) -> None:

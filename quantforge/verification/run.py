@@ -56,20 +56,23 @@ def verify(
     - threads: all CPUs by default.
     - progress: called with (what, done, of).
 
-    What is wrong with `out` is in the result; nothing is raised for it. Raises RecipeError where there is nothing to compare
-    with, CalibrationError for the imatrix.
+    What is wrong, or cannot be told, is in the result; nothing is raised for it. Raises RecipeError where nothing is given to
+    compare with.
     """
     if against is None and derived_from is None:
         raise RecipeError("nothing to verify against: give the model that it was made of (--against, --derived-from)")
     threads = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) or 1
-    imatrix = read_importance(importance) if isinstance(importance, str | Path) else importance
-    run = _Run(threads, progress or (lambda what, done, of: None), imatrix)
     names = (str(out), *(None if p is None else str(p) for p in (against, derived_from)))
     against, derived_from = (None if p is None else Path(p) for p in (against, derived_from))
+    try:
+        imatrix = read_importance(importance) if isinstance(importance, str | Path) else importance
+    except QuantForgeError as e:
+        return Verification(*names, [Check("imatrix", "unknown", str(e))])
     try:
         made = formats.open_path(out)
     except QuantForgeError as e:
         return Verification(*names, [Check("structure", "differs", str(e))])
+    run = _Run(threads, progress or (lambda what, done, of: None), imatrix)
     with made:
         bases = dict.fromkeys(p for p in (against, derived_from) if p is not None)
         for path in bases:

@@ -257,6 +257,9 @@ def test_what_cannot_be_read_or_told(made: Callable[[str], Path], tmp_path: Path
     assert v.code == 1 and "truncated" in v.checks[0].detail
     v = qf.verify(made("Q8_0"), tmp_path / "nothing", fast=True)
     assert v.code == 2 and status(v) == {"reference": "unknown"}
+    (tmp_path / "imatrix").write_text("no")
+    v = qf.verify(made("Q8_0"), MODEL, fast=True, importance=tmp_path / "imatrix")
+    assert v.code == 2 and status(v) == {"imatrix": "unknown"}
     with pytest.raises(RecipeError, match="--against"):
         qf.verify(made("Q8_0"))
 

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,16 +63,16 @@ def verify(
     if against is None and derived_from is None:
         raise RecipeError("nothing to verify against: give the model that it was made of (--against, --derived-from)")
     threads = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) or 1
-    names = (str(out), *(None if p is None else str(p) for p in (against, derived_from)))
+    verification = partial(Verification, str(out), *(None if p is None else str(p) for p in (against, derived_from)))
     against, derived_from = (None if p is None else Path(p) for p in (against, derived_from))
     try:
         imatrix = read_importance(importance) if isinstance(importance, str | Path) else importance
     except QuantForgeError as e:
-        return Verification(*names, [Check("imatrix", "unknown", str(e))])
+        return verification([Check("imatrix", "unknown", str(e))])
     try:
         made = formats.open_path(out)
     except QuantForgeError as e:
-        return Verification(*names, [Check("structure", "differs", str(e))])
+        return verification([Check("structure", "differs", str(e))])
     run = _Run(threads, progress or (lambda what, done, of: None), imatrix)
     with made:
         bases = dict.fromkeys(p for p in (against, derived_from) if p is not None)
@@ -89,7 +90,7 @@ def verify(
                     if not fast:
                         run.logits_of(made, model)
                     run.provenance_of(made, model)
-        return Verification(*names, run.checks, run.tensors)
+        return verification(run.checks, run.tensors)
 
 
 class _Run:
@@ -173,7 +174,7 @@ class _Run:
                 if s is None:
                     continue
                 taken.append(g)
-                rows.update({_key(t): 1 / s for t in (g.source, *g.beside)})
+                rows.update({_key(t): np.float32(1) / s for t in (g.source, *g.beside)})
                 columns.update({_key(t): g.spread(s) for t in g.targets})
             touched = {_key(t): t for g in taken for t in g.all}
             again = self._compare(comparer, [(t, *_scales(t, columns.get(k), rows.get(k))) for k, t in touched.items()], _SCALED)

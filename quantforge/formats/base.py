@@ -76,12 +76,14 @@ class Source(ABC):
             return dict(self.config)
         return {**self.config, key: False} | ({"text_config": {**said, key: False}} if nested else {})
 
+    _untied: bool | None = None
+
     def _head_differs(self, arch: archs.Arch) -> bool:
-        ends = arch.ends(self.weights)
-        if ends is None:
-            return False
-        a, b = map(self.read, ends)
-        return a.shape != b.shape or a.codec is not b.codec or not all(_equal(a.parts[k], b.parts[k]) for k in a.parts)
+        """Are head and embedding both stored, and not the same? A look at two large tensors, once."""
+        if self._untied is None:
+            ends = arch.ends(self.weights)
+            self._untied = ends is not None and not _alike(*map(self.read, ends))
+        return self._untied
 
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer, that runs. Raises FormatError, UnsupportedError."""
@@ -143,6 +145,10 @@ def _hashable(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return [value.dtype.str, hashlib.sha256(value.tobytes()).hexdigest()]
     return value.item() if isinstance(value, np.generic) else list(value)
+
+
+def _alike(a: Encoded, b: Encoded) -> bool:
+    return a.shape == b.shape and a.codec is b.codec and all(_equal(a.parts[k], b.parts[k]) for k in a.parts)
 
 
 def _equal(a: Array, b: Array, step: int = 1 << 24) -> bool:

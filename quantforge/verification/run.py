@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +62,12 @@ def verify(
     if against is None and derived_from is None:
         raise RecipeError("nothing to verify against: give the model that it was made of (--against, --derived-from)")
     threads = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) or 1
-    verification = partial(Verification, str(out), *(None if p is None else str(p) for p in (against, derived_from)))
     against, derived_from = (None if p is None else Path(p) for p in (against, derived_from))
+    named = [None if p is None else str(p) for p in (against, derived_from)]
+
+    def verification(checks: Sequence[Check], tensors: Sequence[TensorCheck] = ()) -> Verification:
+        return Verification(str(out), named[0], named[1], checks, tensors)
+
     try:
         imatrix = read_importance(importance) if isinstance(importance, str | Path) else importance
     except QuantForgeError as e:

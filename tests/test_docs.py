@@ -1,4 +1,4 @@
-"""The Python blocks of docs/adding.md and docs/running.md run, section by section."""
+"""The Python blocks of docs/adding.md, docs/running.md and docs/verification.md run, section by section."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ DOCS = Path(__file__).parents[1] / "docs"
 def sections() -> dict[str, list[str]]:
     """Heading -> the Python blocks below it."""
     running = (DOCS / "running.md").read_text().replace("# Running", "## Running", 1)
-    parts = re.split(r"^## (.+)$", (DOCS / "adding.md").read_text() + "\n" + running, flags=re.M)[1:]
+    texts = [(DOCS / "adding.md").read_text(), running, (DOCS / "verification.md").read_text()]
+    parts = re.split(r"^## (.+)$", "\n".join(texts), flags=re.M)[1:]
     blocks = {
         title: re.findall(r"^```python\n(.*?)^```$", body, flags=re.M | re.S)
         for title, body in zip(parts[::2], parts[1::2], strict=True)

@@ -32,6 +32,8 @@ def verify(out: str, tensors: bool, as_json: bool, **options: Any) -> int:
     """
     from .. import verify as run
 
+    if options["against"] is None and options["derived_from"] is None:
+        raise click.UsageError("give the model that OUT was made of: --against MODEL, or --derived-from BASE")
     with stages() as progress:
         done = run(out, progress=progress, **options)
     if as_json:

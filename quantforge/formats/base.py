@@ -187,7 +187,7 @@ def _ends_and_middle(n: int) -> list[tuple[int, int]]:
 def _hashable(value: Any) -> Any:
     """Arrays in GGUF's metadata, a vocabulary's scores among them, by their bytes."""
     if isinstance(value, np.ndarray):
-        return [value.dtype.str, hashlib.sha256(np.ascontiguousarray(value)).hexdigest()]
+        return [value.dtype.str, hashlib.sha256(value.tobytes()).hexdigest()]
     return value.item() if isinstance(value, np.generic) else list(value)
 
 

@@ -16,7 +16,7 @@ from ..calibration.importance import Importance
 from ..codecs import Codec, repacks
 from ..conversion.contents import RECIPE, matched
 from ..conversion.plan import Plan, PlannedTensor, importance_of
-from ..errors import UnsupportedError
+from ..errors import QuantForgeError, UnsupportedError
 from ..formats import Header, Source, Stored, get
 from ..formats.rows import codec_of, decoded, read_rows
 
@@ -79,8 +79,9 @@ def pair(out: Source, model: Source, importance: Importance | None = None) -> Pa
     target = get(out.format)
     weights, outputs, _ = matched(model, target)
     made = _as_named(out, model, outputs) if not out.gguf_names and not model.gguf_names else _flat(outputs)
-    if HEAD in out.weights and HEAD not in made and EMBEDDING in made:
-        made[HEAD] = replace(made[EMBEDDING], name=HEAD)  # a tied head, stored once more
+    head, embedding = _ends(out)
+    if head in out.weights and head not in made and embedding in made:
+        made[head] = replace(made[embedding], name=HEAD)  # tied in the model, stored once more here
     tensors = [
         PlannedTensor(name, made[name], stored.codec, codec_of(model, made[name]), via=_via(out, stored))
         for name, stored in out.weights.items()
@@ -94,14 +95,22 @@ def pair(out: Source, model: Source, importance: Importance | None = None) -> Pa
         mates = {f"{m}.weight": tuple(f"{n}.weight" for n in group) for group in shared for m in group}
         tensors = [replace(t, mates=mates.get(t.name, ())) for t in tensors]
     missing = [n for n in made if n not in out.weights]
-    embedding = next((t for t in tensors if t.weight.name == EMBEDDING), None)
-    if embedding is not None and (out.gguf_names or out.config.get("tie_word_embeddings")):
+    tied = out.gguf_names or out.config.get("tie_word_embeddings")
+    for t in [t for t in tensors if t.name == embedding and tied]:
         for n in [n for n in missing if made[n].name == HEAD]:  # it is said to be the embedding: that is what has to fit
-            tensors.append(replace(embedding, weight=made[n]))
+            tensors.append(replace(t, weight=made[n]))
             missing.remove(n)
     extra = [n for n in out.weights if n not in made and n not in out.optional]
     job = Plan(model, target, Header({}, {}), tensors, importance_of(importance, weights, outputs), "")
     return Pairs(job, missing, extra, _scale_groups(out, model, weights, tensors))
+
+
+def _ends(out: Source) -> tuple[str, str]:
+    """Names of the head and the embedding in the file; GGUF's where it is not known which they are."""
+    arch = None if out.gguf_names else _arch(out)
+    both = arch.ends(out.weights) if arch is not None else None
+    embedding = next((n for n in out.weights if n.endswith("embed_tokens.weight")), EMBEDDING)  # where there is no head
+    return both or (HEAD, embedding)
 
 
 def _via(out: Source, stored: Stored) -> Codec | None:
@@ -123,7 +132,7 @@ def _as_named(out: Source, model: Source, outputs: Mapping[str, Sequence[tuple[s
     made = _flat(outputs)
     if set(made) == set(out.weights):
         return made
-    with suppress(UnsupportedError):
+    with suppress(QuantForgeError):  # where tensors are missing, they are by the model's names
         _, own, _ = matched(out, get(out.format))
         renamed = {}
         for name, mine in own.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -56,20 +56,27 @@ def verify(
     - threads: all CPUs by default.
     - progress: called with (what, done, of).
 
-    What is wrong with `out` is in the result; nothing is raised for it. Raises RecipeError where there is nothing to compare
-    with, CalibrationError for the imatrix.
+    What is wrong, or cannot be told, is in the result; nothing is raised for it. Raises RecipeError where nothing is given to
+    compare with.
     """
     if against is None and derived_from is None:
         raise RecipeError("nothing to verify against: give the model that it was made of (--against, --derived-from)")
     threads = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) or 1
-    imatrix = read_importance(importance) if isinstance(importance, str | Path) else importance
-    run = _Run(threads, progress or (lambda what, done, of: None), imatrix)
-    names = (str(out), *(None if p is None else str(p) for p in (against, derived_from)))
     against, derived_from = (None if p is None else Path(p) for p in (against, derived_from))
+    named = [None if p is None else str(p) for p in (against, derived_from)]
+
+    def verification(checks: Sequence[Check], tensors: Sequence[TensorCheck] = ()) -> Verification:
+        return Verification(str(out), named[0], named[1], checks, tensors)
+
+    try:
+        imatrix = read_importance(importance) if isinstance(importance, str | Path) else importance
+    except QuantForgeError as e:
+        return verification([Check("imatrix", "unknown", str(e))])
     try:
         made = formats.open_path(out)
     except QuantForgeError as e:
-        return Verification(*names, [Check("structure", "differs", str(e))])
+        return verification([Check("structure", "differs", str(e))])
+    run = _Run(threads, progress or (lambda what, done, of: None), imatrix)
     with made:
         bases = dict.fromkeys(p for p in (against, derived_from) if p is not None)
         for path in bases:
@@ -86,7 +93,7 @@ def verify(
                     if not fast:
                         run.logits_of(made, model)
                     run.provenance_of(made, model)
-        return Verification(*names, run.checks, run.tensors)
+        return verification(run.checks, run.tensors)
 
 
 class _Run:
@@ -170,7 +177,7 @@ class _Run:
                 if s is None:
                     continue
                 taken.append(g)
-                rows.update({_key(t): 1 / s for t in (g.source, *g.beside)})
+                rows.update({_key(t): np.float32(1) / s for t in (g.source, *g.beside)})
                 columns.update({_key(t): g.spread(s) for t in g.targets})
             touched = {_key(t): t for g in taken for t in g.all}
             again = self._compare(comparer, [(t, *_scales(t, columns.get(k), rows.get(k))) for k, t in touched.items()], _SCALED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import quantforge as qf
 from quantforge import codecs, formats
@@ -142,6 +144,10 @@ def data(how: Callable[[np.ndarray], None]) -> Callable[[Encoded], Parts]:
     return parts
 
 
+def headless(tensors: dict[str, Encoded]) -> None:
+    del tensors["output.weight"]
+
+
 def halves_as_pairs(d: np.ndarray) -> None:
     heads = d.reshape(-1, 32, d.shape[-1])
     d[:] = heads.reshape(-1, 2, 16, d.shape[-1]).swapaxes(1, 2).reshape(d.shape)
@@ -222,6 +228,29 @@ def test_not_finite_missing_and_foreign(made: Callable[[str], Path], tmp_path: P
     assert "blk.1.attn_k.weight is [256, 256], it should be [" in said["structure"]
 
 
+def test_checkpoints_with_other_names_heads_and_gaps(tmp_path: Path) -> None:
+    model = models.make(tmp_path / "model", "LlamaForCausalLM", num_hidden_layers=1, tie_word_embeddings=True)
+    tensors = load_file(model / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+
+    def variant(name: str, change: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]], tied: bool = True) -> Path:
+        shutil.copytree(model, tmp_path / name)
+        config = json.loads((model / "config.json").read_text())
+        (tmp_path / name / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": tied}))
+        save_file(change(dict(tensors)), tmp_path / name / "model.safetensors")
+        return tmp_path / name
+
+    wrapped = variant("wrapped", lambda t: {f"_orig_mod.{k}": v for k, v in t.items()})
+    twice = variant("twice", lambda t: {**t, "lm_head.weight": embedding})
+    other = variant("other", lambda t: {**t, "lm_head.weight": embedding[::-1].copy()}, tied=False)
+    gap = variant("gap", lambda t: {k: v for k, v in t.items() if "q_proj" not in k})
+    assert [qf.verify(p, model, fast=True).code for p in (wrapped, twice, other, gap)] == [0, 0, 1, 1]
+    qf.convert(other, tmp_path / "other.gguf", "Q8_0")
+    dropped = rewritten(tmp_path / "other.gguf", tmp_path / "dropped.gguf", headless)
+    v = qf.verify(dropped, other, fast=True)  # the embedding takes the head's place, and is not that
+    assert v.code == 1 and wrong(v) == ["token_embd.weight"]
+
+
 def test_numbers_that_are_kept_have_to_be_equal(made: Callable[[str], Path], tmp_path: Path) -> None:
     norm = "blk.3.ffn_norm.weight"
     for factor in (2, 1.0001):
@@ -257,6 +286,9 @@ def test_what_cannot_be_read_or_told(made: Callable[[str], Path], tmp_path: Path
     assert v.code == 1 and "truncated" in v.checks[0].detail
     v = qf.verify(made("Q8_0"), tmp_path / "nothing", fast=True)
     assert v.code == 2 and status(v) == {"reference": "unknown"}
+    (tmp_path / "imatrix").write_text("no")
+    v = qf.verify(made("Q8_0"), MODEL, fast=True, importance=tmp_path / "imatrix")
+    assert v.code == 2 and status(v) == {"imatrix": "unknown"}
     with pytest.raises(RecipeError, match="--against"):
         qf.verify(made("Q8_0"))
 

@@ -26,7 +26,10 @@ def test_logits_are_those_of_our_decode(kind: str, tmp_path: Path) -> None:
     assert np.corrcoef(ours.ravel(), theirs.ravel())[0, 1] > 0.999
 
 
-@pytest.mark.parametrize("kind", ["IQ2_XXS", "IQ3_XXS", "IQ4_XS", "Q2_K", "Q3_K_M"])
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("IQ2_XXS", "IQ4_XS", "Q2_K")]
+
+
+@pytest.mark.parametrize("kind", ["IQ3_XXS", "Q3_K_M", *SLOW])
 def test_gptq_on_grids(kind: str, tmp_path: Path) -> None:
     """Codes chosen by error feedback: llama.cpp loads the file and computes with what we decode."""
     quantized, decoded = tmp_path / "q.gguf", tmp_path / "f32.gguf"

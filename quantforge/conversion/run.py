@@ -279,8 +279,9 @@ class _Work:
 
     def calibrated(self, how: Calibrated, sink: Sink) -> None:
         """Do the tensors of the model's blocks, one block after the other; the rest stays for the tiles."""
-        from .blockwise import Outcome, quantize_blocks
+        from .blockwise import quantize_blocks
         from .moments import EXPERT_TOKENS
+        from .outputs import Outcome
 
         at = {t.name: i for i, t in enumerate(self.job.tensors)}
         found: dict[str, list[Outcome]] = {}

@@ -188,6 +188,8 @@ class Arch:
     count some that a release leaves out. They are the hyperparameter "nextn" and blocks of the kind "nextn"."""
     rope_types: frozenset[str] = frozenset({"default", "linear", "dynamic", "yarn"})
     """What the graph can do; empty: it has no rotary embedding."""
+    yarn_betas: bool = False
+    """Does the graph read YaRN's beta_fast and beta_slow? Others have 32 and 1."""
     partial_rotary: bool = False
     """Can the graph rotate a part of each head?"""
     window: bool = False
@@ -237,6 +239,12 @@ class Arch:
                 raise UnsupportedError(
                     f"config.json: rope scaling {h['rope']['rope_type']!r}: llama.cpp runs {self.name} models with "
                     f"{', '.join(sorted(self.rope_types))}"
+                )
+            betas = h["rope"].get("beta_fast", 32), h["rope"].get("beta_slow", 1)
+            if graph and h["rope"]["rope_type"] == "yarn" and not self.yarn_betas and betas != (32, 1):
+                raise UnsupportedError(
+                    f"config.json: yarn rope scaling with beta_fast, beta_slow = {betas[0]}, {betas[1]}: llama.cpp runs {self.name} "
+                    "models only with 32, 1"
                 )
         for key, value in self._implied(h).items() if graph else ():
             if h.get(key, value) != value:

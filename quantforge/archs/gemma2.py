@@ -36,7 +36,11 @@ ARCH = Arch(
         gguf.Keys.LLM.ATTN_LOGIT_SOFTCAPPING: ("attn_logit_softcapping", float),
         gguf.Keys.LLM.FINAL_LOGIT_SOFTCAPPING: ("final_logit_softcapping", float),
     },
+    nullable=frozenset({"attn_logit_softcapping", "final_logit_softcapping"}),
     implied={
+        # the graph caps always
+        "attn_logit_softcapping": lambda h: h.get("attn_logit_softcapping") or 50.0,
+        "final_logit_softcapping": lambda h: h.get("final_logit_softcapping") or 30.0,
         "hidden_activation": "gelu_pytorch_tanh",
         "attention_bias": False,
         "tie_word_embeddings": True,

@@ -83,6 +83,7 @@ def _computed(h: Config) -> dict[str, Any]:
         _rp.DIMENSION_COUNT: _full_head(h),
         _rp.DIMENSION_COUNT_SWA: h["key_length"],
         _rp.FREQ_BASE_SWA: sliding_theta(h, 10000.0),
+        _llm.FINAL_LOGIT_SOFTCAPPING: float(h.get("final_logit_softcapping") or 0),  # llama.cpp takes 30 where there is none
         **window_pattern(h, _EVERY),
     }
 
@@ -110,6 +111,7 @@ def _restored(get: Callable[[str], Any]) -> Mapping[str, Any]:
         "intermediate_size": int(min(ffs)),
         "use_double_wide_mlp": len(set(ffs)) > 1,
         "enable_moe_block": bool(get(_llm.EXPERT_COUNT)),
+        "final_logit_softcapping": shortest(get(_llm.FINAL_LOGIT_SOFTCAPPING) or 0) or None,
         "rope_parameters": {
             "full_attention": rope,
             "sliding_attention": {"rope_type": "default", "rope_theta": shortest(sliding)},
@@ -128,12 +130,10 @@ def _rope_freqs(h: Config) -> list[Weight]:
 _MOE = _LAYER + "experts."
 
 _sample = {
-    # queries are not divided by anything and every norm is a number that ggml's GELU has rounded: small heads, small weights
-    "initializer_range": 0.02,
     "layer_types": ["sliding_attention", "full_attention"] * 2,
     "sliding_window": 32,
-    "head_dim": 4,
-    "global_head_dim": 8,
+    "head_dim": 16,
+    "global_head_dim": 32,
     "tie_word_embeddings": True,
 }
 
@@ -190,7 +190,6 @@ TEXT = Arch(
     },
     metadata_keys={
         **{k: v for k, v in METADATA.items() if v[0] not in ("head_dim", "intermediate_size", "num_key_value_heads")},
-        _llm.FINAL_LOGIT_SOFTCAPPING: ("final_logit_softcapping", float),
         _att.SLIDING_WINDOW: ("sliding_window", int),
         _att.SHARED_KV_LAYERS: ("num_kv_shared_layers", int),
         _llm.EMBD_LENGTH_PER_LAYER_INP: ("hidden_size_per_layer_input", int),

@@ -7,7 +7,6 @@ from typing import Any
 
 import gguf
 
-from ..errors import UnsupportedError
 from .base import DECODER, Arch, Config, From, ScaleGroup, Tensor, interleaved
 from .keys import METADATA
 from .rope import rope_metadata, rope_scaling
@@ -38,9 +37,6 @@ def _restored(get: Callable[[str], Any]) -> Mapping[str, Any]:
 
 
 def _computed(h: Config) -> Mapping[str, Any]:
-    betas = h["rope"].get("beta_fast", 32), h["rope"].get("beta_slow", 1)
-    if h["rope"]["rope_type"] == "yarn" and betas != (32, 1):
-        raise UnsupportedError(f"config.json: yarn rope scaling with beta_fast, beta_slow = {betas}: in llama.cpp they are 32, 1")
     if h["rope"].get("truncate", True) is not True:
         logger.warning(
             "config.json: yarn rope scaling with truncate = false: llama.cpp rounds the first and last of the frequencies "

@@ -1,14 +1,17 @@
 """Mamba 1 and Falcon Mamba: blocks of selective state spaces, no attention, no positions."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import gguf
 
+from ..errors import UnsupportedError
 from .base import Arch, Config, From, Tensor
 from .weight import MINUS_EXP
 
+logger = logging.getLogger(__name__)
 _llm, _att, _ssm = gguf.Keys.LLM, gguf.Keys.Attention, gguf.Keys.SSM
 NEEDED = ("hidden_size", "num_hidden_layers", "vocab_size")
 ANY_CONTEXT = 1 << 20
@@ -93,6 +96,18 @@ _mamba = Arch(
     },
 )
 
+
+def _falcon_computed(h: Config) -> dict[str, Any]:
+    """The graph has one epsilon for all norms, which in releases are 1e-5 and 1e-6: that much is passed over."""
+    both = h["layer_norm_epsilon"], h["mixer_rms_eps"]
+    if both[0] != both[1]:
+        said = f"config.json: layer_norm_epsilon {both[0]}, mixer_rms_eps {both[1]}: llama.cpp takes the first for both"
+        if max(both) > 1e-5:
+            raise UnsupportedError(said)
+        logger.warning("%s", said)
+    return _computed(True)(h)
+
+
 ARCH = (
     _mamba,
     replace(
@@ -100,7 +115,11 @@ ARCH = (
         hf=("FalconMambaForCausalLM",),
         model_type="falcon_mamba",
         defaults={**_mamba.defaults, "mixer_rms_eps": 1e-6},
-        computed=_computed(True),
+        computed=_falcon_computed,
         told_by=lambda get: bool(get(_ssm.DT_B_C_RMS)),
+        samples={
+            "": {**_mamba.samples[""], "layer_norm_epsilon": 1e-6},
+            "released epsilons": {**_mamba.samples["tied"], "layer_norm_epsilon": 1e-5},
+        },
     ),
 )

@@ -66,6 +66,7 @@ TEXT = Arch(
     restored=_restored,
     implied={"hidden_act": "silu"},
     rope_types=ROPE_TYPES,
+    yarn_betas=True,
     generated=rope_freqs,
     samples={
         "": {
@@ -73,9 +74,11 @@ TEXT = Arch(
             "rope_parameters": _YARN | {"original_max_position_embeddings": 32, "llama_4_scaling_beta": 0.3, "factor": 8.0},
         },
         "tied": {
-            "head_dim": 16,
+            "head_dim": 64,
             "tie_word_embeddings": True,
-            "rope_parameters": _YARN | {"original_max_position_embeddings": 50, "mscale_all_dim": 0.5},
+            "rope_parameters": _YARN
+            | {"original_max_position_embeddings": 128, "mscale_all_dim": 0.5, "factor": 4.0, "rope_theta": 10000.0}
+            | {"beta_fast": 8.0, "beta_slow": 2.0},
         },
     },
 )

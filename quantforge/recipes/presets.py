@@ -32,7 +32,7 @@ _LEFT_ALONE = re.compile(
 )
 
 # What convert_hf_to_gguf writes in F32 whatever --outtype says, besides norms and 1-D tensors.
-_ALWAYS_F32 = frozenset(
+_ALWAYS_F32 = {"indexer.proj"} | frozenset(
     gguf.TENSOR_NAMES[t].removeprefix("blk.{bid}.")
     for t in (
         gguf.MODEL_TENSOR.FFN_GATE_INP,

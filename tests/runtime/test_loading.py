@@ -23,7 +23,7 @@ from quantforge.evaluation import run as evaluation
 from quantforge.nn import QuantEmbedding, QuantExperts, QuantLinear
 from quantforge.runtime import Model, advance, finish, loading
 from quantforge.tokenizer import Tokenizer
-from tests import checkpoints
+from tests import adapters, checkpoints
 
 IDS = torch.tensor([[0, 5, 900, 77, 1234, 42, 8, 300, 2500, 11], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]])
 
@@ -322,3 +322,15 @@ def test_errors(tmp_path: Path) -> None:
         with pytest.raises(error, match=message) as raised:
             qf.load(path, **options)
         assert "\n" not in str(raised.value)
+
+
+def test_adapters_are_merged(tmp_path: Path) -> None:
+    adapters.llama(tmp_path / "m")
+    q = "model.layers.1.self_attn.q_proj"
+    dora = adapters.low_rank(q, 32, 32) | {f"{q}.lora_magnitude_vector": abs(adapters.random(32))}
+    a = adapters.save(tmp_path / "a", dora, use_dora=True)
+    qf.convert(tmp_path / "m", tmp_path / "merged", "F32", format="safetensors", lora=a)
+    ids = torch.arange(3, 20)[None]
+    want = qf.load(tmp_path / "merged")(ids).logits
+    assert torch.equal(qf.load(tmp_path / "m", lora=[(a, 1.0)])(ids).logits, want)
+    assert not torch.equal(qf.load(tmp_path / "m")(ids).logits, want)

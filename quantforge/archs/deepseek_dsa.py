@@ -49,7 +49,9 @@ def _computed(shared: bool) -> Callable[[Config], Mapping[str, Any]]:
         if h["index_head_dim"] % 64:
             raise UnsupportedError(f"config.json: index_head_dim {h['index_head_dim']}: llama.cpp rotates by multiples of 64")
         if h["rope"].get("mscale_all_dim", 1.0) != 1.0:
-            raise UnsupportedError("config.json: yarn rope scaling: llama.cpp runs deepseek32 models only with mscale_all_dim = 1")
+            raise UnsupportedError(
+                "config.json: yarn rope scaling: llama.cpp runs deepseek32 models only with mscale_all_dim = 1"
+            )
         found = dict(_V3.computed(h) if _V3.computed else {})
         return found | ({_TYPES: _full(h)} if shared else {})
 

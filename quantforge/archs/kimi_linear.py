@@ -23,18 +23,13 @@ _linear = {
     "attn_k": Tensor(("linear", "embd"), _ATTENTION + "k_proj"),
     "attn_v": Tensor(("linear", "embd"), _ATTENTION + "v_proj"),
     "attn_output": Tensor(("embd", "linear"), _ATTENTION + "o_proj"),
-    **{
-        f"ssm_conv1d_{x}": Tensor(("linear", "1", "kernel"), f"{_ATTENTION}{x}_conv1d")
-        for x in ("q", "k", "v")
-    },
+    **{f"ssm_conv1d_{x}": Tensor(("linear", "1", "kernel"), f"{_ATTENTION}{x}_conv1d") for x in ("q", "k", "v")},
     "ssm_f_a": Tensor(("linear_head", "embd"), _ATTENTION + "f_a_proj"),
     "ssm_f_b": Tensor(("linear", "linear_head"), _ATTENTION + "f_b_proj"),
     "ssm_g_a": Tensor(("linear_head", "embd"), _ATTENTION + "g_a_proj"),
     "ssm_g_b": Tensor(("linear", "linear_head"), _ATTENTION + "g_b_proj"),
     "ssm_beta": Tensor(("heads", "embd"), _ATTENTION + "b_proj"),
-    "ssm_a": Tensor(
-        ("heads", "1"), From(_ATTENTION + "A_log", ("1", "1", "heads", "1"), suffix=""), suffix="", value=MINUS_EXP
-    ),
+    "ssm_a": Tensor(("heads", "1"), From(_ATTENTION + "A_log", ("1", "1", "heads", "1"), suffix=""), suffix="", value=MINUS_EXP),
     "ssm_dt": Tensor(("linear",), From(_ATTENTION + "dt_bias", suffix=""), suffix=".bias"),
     "ssm_norm": Tensor(("linear_head",), _ATTENTION + "o_norm"),
 }
@@ -61,9 +56,7 @@ def _is_linear(h: Config) -> list[bool]:
 
 def _layers(h: Config) -> Sequence[Collection[str]]:
     dense = first_dense(h)
-    return [
-        ("linear" if linear else "full", *(("moe",) if i >= dense else ())) for i, linear in enumerate(_is_linear(h))
-    ]
+    return [("linear" if linear else "full", *(("moe",) if i >= dense else ())) for i, linear in enumerate(_is_linear(h))]
 
 
 def _dims(h: Config, _: int | None) -> Sizes:

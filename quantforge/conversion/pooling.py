@@ -43,5 +43,7 @@ def _kind(path: Path) -> gguf.PoolingType:
     modes = [k.removeprefix("pooling_mode_") for k, v in said.items() if k.startswith("pooling_mode_") and v is True]
     modes += [str(said["pooling_mode"])] if "pooling_mode" in said else []
     if len(modes) != 1 or modes[0] not in _KINDS:
-        raise UnsupportedError(f"{path}: pooling by {' and '.join(modes) or 'nothing'}: llama.cpp pools by mean, cls or lasttoken")
+        raise UnsupportedError(
+            f"{path}: pooling by {' and '.join(modes) or 'nothing'}: llama.cpp pools by mean, cls or lasttoken"
+        )
     return _KINDS[modes[0]]

@@ -43,9 +43,11 @@ def test_without_modules_nothing_is_pooled(tmp_path: Path) -> None:
     assert pooling_metadata(tmp_path, "llama") == {"llama.pooling_type": gguf.PoolingType.NONE.value}
 
 
-@pytest.mark.parametrize("said", [{"pooling_mode": "max"}, {}, {"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True}])
+@pytest.mark.parametrize(
+    "said", [{"pooling_mode": "max"}, {}, {"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True}]
+)
 def test_other_ways_are_refused(said: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedError, match="llama.cpp pools by mean, cls or lasttoken"):
+    with pytest.raises(UnsupportedError, match=r"llama\.cpp pools by mean, cls or lasttoken"):
         pooling_metadata(directory(tmp_path, MODULES, said), "bert")
 
 

@@ -243,8 +243,8 @@ class Arch:
             betas = h["rope"].get("beta_fast", 32), h["rope"].get("beta_slow", 1)
             if graph and h["rope"]["rope_type"] == "yarn" and not self.yarn_betas and betas != (32, 1):
                 raise UnsupportedError(
-                    f"config.json: yarn rope scaling with beta_fast, beta_slow = {betas[0]}, {betas[1]}: llama.cpp runs {self.name} "
-                    "models only with 32, 1"
+                    f"config.json: yarn rope scaling with beta_fast, beta_slow = {betas[0]}, {betas[1]}: llama.cpp runs "
+                    f"{self.name} models only with 32, 1"
                 )
         for key, value in self._implied(h).items() if graph else ():
             if h.get(key, value) != value:

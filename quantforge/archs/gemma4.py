@@ -244,7 +244,9 @@ ARCH = (
         model_type="gemma4",
         told_by=lambda get: False,  # its text part goes back as a Gemma4ForCausalLM
         others=re.compile(r"(vision_tower|audio_tower|embed_vision|embed_audio)\."),
-        samples={"": TEXT.samples["experts"]},
+        samples={
+            "": _sample | {"hidden_size_per_layer_input": 0, "final_logit_softcapping": 4.0, "tie_word_embeddings": False},
+        },
     ),
     replace(
         TEXT,

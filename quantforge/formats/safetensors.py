@@ -286,6 +286,9 @@ class SafetensorsSource(MappedSource):
         except QuantForgeError as e:
             raise FormatError(self.path, str(e)) from None
         owner = {array: k for k, g in found.tensors.items() for array in g.arrays.values()}
+        rest = (k for k, v in tensors.items() if v.info.dtype.kind in "iu" and k not in owner and k not in found.dropped)
+        if odd := layouts.telling(rest):
+            raise FormatError(self.path, f"config.json says {layout.name}, but {odd} is none of its tensors: fetch both again")
         weights: dict[str, Stored] = {}
         for k in tensors:
             whole = owner.get(k, k)

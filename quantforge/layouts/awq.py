@@ -66,7 +66,8 @@ class Awq(Layout):
 
     def find(self, config: Mapping[str, Any], arrays: Arrays, load: Load) -> Found:
         """See `Layout.find`."""
-        version, bits = str(config.get("version", "gemm")).lower(), config.get("bits", config.get("w_bit", 4))
+        said = config.get("version") or ("llm-awq" if config.get("backend") == "llm-awq" else config.get("format")) or "gemm"
+        version, bits = str(said).lower(), config.get("bits", config.get("w_bit", 4))
         if version != "gemm" or bits != 4:
             raise UnsupportedError(f"AWQ version {version!r} with {bits} bits: version gemm with 4 bits is read")
         tensors = {}

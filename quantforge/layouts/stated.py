@@ -66,6 +66,11 @@ _BY_ARRAYS = (
 """Names that only quantized checkpoints have, and the quant_method for which they say enough by themselves."""
 
 
+def telling(names: Iterable[str]) -> str | None:
+    """The first name that only quantized checkpoints have."""
+    return next((n for n in names if any(pattern.search(n) for pattern, _ in _BY_ARRAYS)), None)
+
+
 def by_arrays(names: Iterable[str]) -> dict[str, Any] | None:
     """A quantization_config where the checkpoint has none, but its arrays' names say what it is; None for plain tensors.
 

@@ -447,6 +447,10 @@ NAMED = [
         "spqr": "SpQR", "eetq": "EETQ", "fp_quant": "FP-Quant", "quip": "QuIP",
         "brand_new": "quant_method 'brand_new'",
     }.items()),
+    *((f"awq {v}", awq(64, 64, 32)[0], said("awq", bits=4, group_size=32, **v), "AWQ version '(gemv|llm-awq)'")
+      for v in ({"version": "gemv"}, {"format": "gemv"}, {"backend": "llm-awq"})),
+    *((f"gptq called {m}", gptq(64, 64, 32)[0], said(m), f"config.json says {m}, but .*(qweight|qzeros) is none of its")
+      for m in ("bitsandbytes", "fp8", "mxfp4", "compressed-tensors")),
     ("mxfp4 without scales", {"x_blocks": np.zeros((2, 2, 2, 16), np.uint8)}, said("mxfp4"), "x_blocks.*no MXFP4"),
     ("fp8 without scales", {P + "weight": e4m3(8, 8)}, said("fp8"), "no .*up_proj.weight_scale_inv beside it"),
     ("oblong tiles", {P + "weight": e4m3(8, 8)}, said("fp8", weight_block_size=[64, 128]), "square tiles"),

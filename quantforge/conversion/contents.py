@@ -49,6 +49,7 @@ def contents(source: Source, target: Format, pre_tokenizer: str | None) -> Conte
     shapes = {name: stored.shape for name, stored in source.weights.items()}
     if source.gguf_names:
         weights = [Weight.of(name, shape) for name, shape in shapes.items()]
+        from_gguf.check_is_model(source.config, source.path, whole=not target.gguf_names)
         if target.gguf_names:
             metadata = {k: v for k, v in source.config.items() if not k.startswith("split.")}
             return Contents(weights, {w.name: [(w.name, w)] for w in weights}, metadata)

@@ -23,11 +23,27 @@ logger = logging.getLogger(__name__)
 _K = gguf.Keys
 
 
+_NO_MODELS = {
+    "adapter": "an adapter (LoRA), not a model; llama.cpp applies it to its model with --lora",
+    "imatrix": "an importance matrix, not a model; give it as --imatrix",
+    "mmproj": "the part of a model that sees or hears; give the model itself, to which llama.cpp takes this as --mmproj",
+}
+"""general.type of files that are no models, and what they are."""
+
+
+def check_is_model(metadata: Mapping[str, Any], path: Path, *, whole: bool = True) -> None:
+    """Raise UnsupportedError for a file that says of itself that it is something else; whole: for a part of a model too."""
+    kind = str(metadata.get(_K.General.TYPE, ""))
+    if kind in _NO_MODELS and (whole or kind != "mmproj"):
+        raise UnsupportedError(f"{path}: {_NO_MODELS[kind]}")
+
+
 def find_arch(metadata: Mapping[str, Any], path: Path, tensors: Mapping[str, Shape] | None = None) -> Arch:
     """The architecture of a GGUF file; tensors: its names and shapes, where few models differ by nothing else.
 
     Raises UnsupportedError listing the known ones.
     """
+    check_is_model(metadata, path)
     name = metadata.get(_K.General.ARCHITECTURE)
     known = list(dict.fromkeys(archs.supported().values()))
     same = [a for a in known if a.name == name]

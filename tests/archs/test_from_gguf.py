@@ -370,3 +370,12 @@ def test_refused_in_one_line(changes: dict[str, Any], message: str, tmp_path: Pa
     if "kimi-k2" in message:
         qf.convert(tmp_path / "x.gguf", tmp_path / "out", pre_tokenizer="gpt-2")
         assert (tmp_path / "out/tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize(("kind", "message"), [("adapter", "LoRA.*--lora"), ("imatrix", "--imatrix"), ("mmproj", "--mmproj")])
+def test_files_that_are_no_models_are_named(kind: str, message: str) -> None:
+    metadata = {"general.type": kind, "general.architecture": "llama"}
+    with pytest.raises(qf.UnsupportedError, match=f"x.gguf: .*{message}"):
+        checkpoint.find_arch(metadata, Path("x.gguf"))
+    checkpoint.check_is_model(metadata | {"general.type": "model"}, Path("x.gguf"))
+    checkpoint.check_is_model(metadata | {"general.type": "mmproj"}, Path("x.gguf"), whole=False)  # it may be quantized

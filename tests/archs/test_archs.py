@@ -399,6 +399,7 @@ def test_configs_that_cannot_be(change):
         ("LlamaForCausalLM", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 16}}),
         ("Qwen3ForCausalLM", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "beta_slow": 2.0}}),
         ("Gemma2ForCausalLM", {"query_pre_attn_scalar": 224, "head_dim": 256}),
+        ("Gemma2ForCausalLM", {"query_pre_attn_scalar": 256, "final_logit_softcapping": None}),
     ],
 )
 def test_what_llama_cpp_cannot_run_is_refused(name, change):

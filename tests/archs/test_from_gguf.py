@@ -343,7 +343,7 @@ def test_factors_of_no_llama3(tmp_path: Path) -> None:
 
 
 REFUSED = [
-    ({"general.architecture": "mamba2"}, "architecture 'mamba2' is not known"),
+    ({"general.architecture": "mamba9"}, "architecture 'mamba9' is not known"),
     ({"tokenizer.ggml.pre": "kimi-k9"}, "pre-tokenizer 'kimi-k9'"),
     ({"tokenizer.ggml.model": "rwkv"}, "tokenizer model 'rwkv'"),
     ({"tokenizer.ggml.tokens": None}, "no tokenizer"),

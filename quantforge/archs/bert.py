@@ -87,7 +87,7 @@ def _from_pad(*names: str, sample: dict[str, Any]) -> Arch:
             "positions": h["max_position_embeddings"],
             "context": h["max_position_embeddings"] - _first(h),
         },
-        model_type=hf[0].removesuffix("Model").lower(),
+        model_type=names[0].removesuffix("Model").lower(),
         told_by=lambda get: False,
         samples={"": {"num_key_value_heads": None, "pad_token_id": 1, **sample}},
     )

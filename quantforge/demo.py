@@ -46,8 +46,8 @@ def run(out: Path, say: Callable[[str], None], types: tuple[str, ...] = TYPES, p
             say(f"{r.recipe:<8} {complete(Path(r.path), prompt)!r}")
     say(f"\nScorecard: {', '.join(scorecard.TYPES)} against the original, on {SCORECARD_WINDOWS} windows of held-out text\n")
     card = out / "scorecard.html"
-    found = scorecard.compare(MODEL, memory="5MB", chunks=SCORECARD_WINDOWS, report=[card, out / "scorecard.json"])
-    say(render(found))
+    evaluation = scorecard.compare(MODEL, memory="5MB", chunks=SCORECARD_WINDOWS, report=[card, out / "scorecard.json"])
+    say(render(evaluation))
     say(f"To look at: {card}")
     return reports
 

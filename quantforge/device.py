@@ -84,8 +84,8 @@ def quantize(w: Any, codec: str | Codec, *, importance: Any = None, threads: int
     codec = codecs.get(codec)
     if getattr(w, "is_cuda", False) and has_kernel(codec, "encode") and isinstance(codec, GgmlCodec):
         data, bad = encode(codec, w, None if importance is None else to_numpy(importance))
-        if not bad.item() and _in_range(codec, found := {"data": to_numpy(data)}, tuple(w.shape)):
-            return Encoded(codec, tuple(w.shape), found)
+        if not bad.item() and _in_range(codec, parts := {"data": to_numpy(data)}, tuple(w.shape)):
+            return Encoded(codec, tuple(w.shape), parts)
     return codecs.quantize(w, codec, importance=importance, threads=threads)
 
 

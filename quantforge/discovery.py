@@ -23,8 +23,8 @@ T = TypeVar("T")
 
 def marked(package: str, marker: str) -> Iterator[Any]:
     """What modules of a package hold as `marker`; those without it are helpers."""
-    for found in pkgutil.iter_modules(importlib.import_module(package).__path__):
-        module = importlib.import_module(f"{package}.{found.name}")
+    for entry in pkgutil.iter_modules(importlib.import_module(package).__path__):
+        module = importlib.import_module(f"{package}.{entry.name}")
         if hasattr(module, marker):
             yield getattr(module, marker)
 

@@ -101,10 +101,10 @@ def _kernels(table: _Table) -> dict[tuple[str, str], ctypes._FuncPointer]:
 
 def isas() -> list[str]:
     """The instruction sets that this build has and this CPU can run, best first."""
-    found: list[str] = []
-    while (isa := _library().qf_isa(len(found))) is not None:
-        found.append(isa.decode())
-    return found
+    names: list[str] = []
+    while (isa := _library().qf_isa(len(names))) is not None:
+        names.append(isa.decode())
+    return names
 
 
 @cache

@@ -5,9 +5,11 @@ from typing import Any
 
 import gguf
 
-from .base import DECODER, QK_NORM, Arch, Config, From, Sizes, Tensor, experts
+from .base import Arch
+from .decoder import DECODER, QK_NORM, experts
 from .deepseek import DENSE, SHARED
 from .keys import METADATA
+from .tensors import Config, From, Sizes, Tensor
 
 _K = gguf.Keys
 _llm = _K.LLM

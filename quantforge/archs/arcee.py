@@ -1,6 +1,7 @@
 """Arcee's AFM: Llama with ReLU² instead of a gated MLP."""
 
-from .base import DECODER, DECODER_SCALE_GROUPS, Arch, rope_freqs
+from .base import Arch
+from .decoder import DECODER, DECODER_SCALE_GROUPS, rope_freqs
 from .keys import PAIRED_METADATA
 from .llama import PAIRED, ROPE_TYPES
 

@@ -4,146 +4,24 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from math import prod
-from typing import Any, TypeAlias
+from typing import Any
 
 import gguf
-import numpy as np
-from numpy.typing import NDArray
 
 from ..discovery import Registry
 from ..errors import ShapeError, UnsupportedError, nearest
 from .keys import Keys, number, sampling, stated
 from .names import canonical
-from .rope import ROPE_FACTORS, ROPE_FREQS, ROPE_LONG, ROPE_SHORT, llama3_rope_factors, rope_metadata, rope_settings, rotated
-from .weight import Piece, Shape, Value, Weight, inverted, width
+from .roles import Role, names_kind
+from .rope import ROPE_FACTORS, rope_metadata, rope_settings
+from .tensors import Config, From, ScaleGroup, Sizes, Tensor, size
+from .weight import Shape, Weight, inverted
 
 logger = logging.getLogger(__name__)
 
-Config: TypeAlias = Mapping[str, Any]
-Sizes: TypeAlias = Mapping[str, int]
-Dims: TypeAlias = tuple[str, ...]
-"""Names of `Arch.sizes`, outermost first, or sums and products of them: ("q+kv+kv", "embd"), ("2*ff", "embd")."""
 
-
-@dataclass(frozen=True, slots=True)
-class From:
-    """A tensor of the checkpoint that a role is made of, where that is not simply the same tensor."""
-
-    name: str
-    """With {bid} for the layer, {nextn} for its number among the prediction layers, or a size of its own where layers are
-    numbered otherwise. With {eid}: one tensor for each of the first of the role's dimensions, stacked.
-    Without a suffix it is a weight (".weight", and ".bias" where the role has one)."""
-    dims: Dims = ()
-    """Its shape; empty: the role's, or one expert's part of it."""
-    rows: Callable[[Sizes], NDArray[np.int64]] | None = None
-    """Which of its rows (all axes before the last merged) the role has, in the role's order; see `part`, `paired`."""
-    groups: str = ""
-    """The number of groups, where what is left are groups of rows of which each is transposed."""
-    picked: Callable[[Sizes], NDArray[np.int64]] | None = None
-    """Which rows, after that."""
-    columns: Callable[[Sizes], NDArray[np.int64]] | None = None
-    """The order of the last axis, where it is another one."""
-    suffix: str = ".weight"
-    """Empty for a parameter that is not called weight."""
-
-
-@dataclass(frozen=True, slots=True)
-class Tensor:
-    """What an architecture says about one role."""
-
-    dims: Dims
-    """Its shape in GGUF."""
-    checkpoint: str | From | tuple[str | From, ...]
-    """Where it is from: a name, or several whose rows follow one another. With {bid}, the role is one of the blocks."""
-    bias: bool | str = False
-    """Is there a bias of size dims[0]: yes, no, or the config key that says so."""
-    tied: str = ""
-    """The config key that says that this tensor is another one's copy and is not stored."""
-    where: str = ""
-    """The kind of layer that has it, of `Arch.layers`; "!kind": all others; empty: all. A role with kinds is in the blocks."""
-    value: Value | None = None
-    """How its numbers differ from the checkpoint's."""
-    optional: bool = False
-    """May be left out."""
-    when: str = ""
-    """The config key that says whether the model has it."""
-    suffix: str = ".weight"
-    """GGUF's; empty for the few that have none (ssm_a, ssm_d)."""
-    also: tuple[str | From, ...] = ()
-    """Other spellings of `checkpoint` that releases use: read, not written."""
-
-    @property
-    def origins(self) -> tuple[From, ...]:
-        """`checkpoint` in one form."""
-        given = self.checkpoint if isinstance(self.checkpoint, tuple) else (self.checkpoint,)
-        return tuple(From(g) if isinstance(g, str) else g for g in given)
-
-
-@dataclass(frozen=True, slots=True)
-class ScaleGroup:
-    """Linears that share an input, and the op whose output channels can take a scale out of it."""
-
-    source: str
-    targets: tuple[str, ...]
-
-
-def size(expression: str, sizes: Sizes) -> int:
-    """What a sum of products of sizes comes to: "2*ff", "q+kv+kv"."""
-    total = 0
-    for term in expression.split("+"):
-        n = 1
-        for factor in term.split("*"):
-            n *= int(factor) if factor.isdigit() else sizes[factor]
-        total += n
-    return total
-
-
-def part(which: int, *widths: str, per: str = "1") -> Callable[[Sizes], NDArray[np.int64]]:
-    """Rows of one of several matrices that a checkpoint keeps together, one after another in each of `per` groups.
-
-    part(1, "q", "kv", "kv"): the keys of a fused qkv_proj. part(0, "expert_ff", "expert_ff", per="experts"): the gates of
-    stacked gate_up_proj. widths: rows of each in one group.
-    """
-
-    def rows(s: Sizes) -> NDArray[np.int64]:
-        given, groups = [size(w, s) for w in widths], size(per, s)
-        at = np.arange(given[which], dtype=np.int64) + sum(given[:which])
-        return (np.arange(groups, dtype=np.int64)[:, None] * sum(given) + at).reshape(-1)
-
-    return rows
-
-
-def one_of(key: str, *values: Any) -> Callable[[Config], Any]:
-    """For `Arch.implied`: any of these values of a config key is what the graph has; the first is stated on the way back."""
-    return lambda h: h[key] if h.get(key) in values else values[0]
-
-
-def interleaved(which: int, of: int, rows: str) -> Callable[[Sizes], NDArray[np.int64]]:
-    """Rows of one of `of` matrices whose rows alternate; rows: of all of them together."""
-    return lambda s: np.arange(which, size(rows, s), of, dtype=np.int64)
-
-
-def paired(heads: str, head: str = "head", rotated: str = "") -> Callable[[Sizes], NDArray[np.int64]]:
-    """Rows from transformers' rotary layout (halves) to Meta's (pairs), which llama.cpp's llama graph rotates.
-
-    heads: their number, head: rows of each, rotated: how many of these, the first ones, are rotated (default: all).
-    """
-
-    def rows(s: Sizes) -> NDArray[np.int64]:
-        n, dim = size(heads, s), size(head, s)
-        turned = size(rotated, s) if rotated else dim
-        of_head = np.arange(dim, dtype=np.int64)
-        of_head[:turned] = of_head[:turned].reshape(2, turned // 2).T.reshape(-1)
-        return (np.arange(n, dtype=np.int64)[:, None] * dim + of_head).reshape(-1)
-
-    return rows
-
-
-_MOST_EXPERTS = 1 << 14
 NEEDED = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
 
 
@@ -291,7 +169,7 @@ class Arch:
         many = {"heads": heads, "kv_heads": kv, "q": heads * head if isinstance(heads, int) else 0}
         experts = next((h[k] for k in ("num_local_experts", "num_experts", "n_routed_experts") if k in h), 0)
         ff = h.get("intermediate_size", 0)
-        found = {
+        usual = {
             "vocab": h["vocab_size"],
             "embd": h["hidden_size"],
             "ff": ff,
@@ -302,7 +180,7 @@ class Arch:
             "expert_ff": h.get("moe_intermediate_size", ff),
             "context": h.get("max_position_embeddings", 0),
         }
-        return {**found, **self.dims(h, layer)} if self.dims else found
+        return {**usual, **self.dims(h, layer)} if self.dims else usual
 
     # ---- tensors
 
@@ -343,7 +221,7 @@ class Arch:
         used: set[str] = set()
         missing: list[str] = []
         at = {n: i for i, n in enumerate(tensors)}
-        found: list[tuple[int, Weight]] = []
+        placed: list[tuple[int, Weight]] = []
         for role in roles:
             there = [o for o in role.spellings if all(n in actual for n in o.names)]
             fitting = (o for o in there if all(_fits(tensors[actual[n]], s) for n, s in o.shapes.items()))
@@ -361,7 +239,7 @@ class Arch:
             used.update(complete.names)
             pieces = tuple(replace(p, source=actual[p.source]) for p in complete.pieces)
             first = min(at[p.source] for p in pieces)
-            found.append((first, role.made_of(replace(complete, pieces=pieces))))
+            placed.append((first, role.made_of(replace(complete, pieces=pieces))))
         self._check_unknown(h, [n for n in present if spelled.get(n) not in used and n not in optional])
         if missing:
             kinds = self._kinds_of(h, missing)
@@ -371,7 +249,7 @@ class Arch:
                     raise UnsupportedError(f"the checkpoint lacks {missing[0]}{kinds}")
             raise ShapeError(f"the checkpoint lacks tensors that config.json asks for: {_some(missing)}{kinds}")
         computed = [] if self.generated is None else list(self.generated(h))
-        return computed + [w for _, w in sorted(found, key=lambda f: f[0])]
+        return computed + [w for _, w in sorted(placed, key=lambda f: f[0])]
 
     def _check_unknown(self, h: Config, unknown: list[str]) -> None:
         """Leave out tied copies, and the other parts of a model that has such, with a note. Raises ShapeError."""
@@ -436,7 +314,7 @@ class Arch:
     def _with_nextn(self, h: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
         return h if self.nextn is None else {**h, "nextn": self.nextn(h, names)}
 
-    def _roles(self, h: Config, n_tensors: int) -> list[_Role]:
+    def _roles(self, h: Config, n_tensors: int) -> list[Role]:
         """Every tensor of the GGUF file, with its spellings in a checkpoint."""
         trunk = h["num_hidden_layers"]
         layers = self.block_count(h) if self.block_count else trunk + h.get("nextn", 0)
@@ -448,7 +326,7 @@ class Arch:
             by_layer |= dict.fromkeys(range(layers), by_layer[None])
         else:
             by_layer |= {i: self.sizes(h, i) for i in range(layers)}
-        found = []
+        roles = []
         for key, tensor in self.tensors.items():
             if (tensor.tied and h.get(tensor.tied)) or (tensor.when and not h.get(tensor.when)):
                 continue
@@ -457,15 +335,15 @@ class Arch:
             stem = key.partition("@")[0]
             in_blocks = bool(tensor.where) or any("{bid}" in o.name for o in tensor.origins)
             for bid in range(layers) if in_blocks else [None]:
-                if bid is not None and not _is(tensor.where, kinds[bid]):
+                if bid is not None and not names_kind(tensor.where, kinds[bid]):
                     continue
                 s = by_layer[bid]
                 name = stem.format(bid=bid) if "{bid}" in stem else stem if bid is None else f"blk.{bid}.{stem}"
                 shape = tuple(size(d, s) for d in tensor.dims)
-                found.append(_Role(tensor, name + tensor.suffix, shape, s, bid, trunk, False))
+                roles.append(Role(tensor, name + tensor.suffix, shape, s, bid, trunk, False))
                 if h.get(tensor.bias, False) if isinstance(tensor.bias, str) else tensor.bias:
-                    found.append(_Role(tensor, f"{name}.bias", shape[:-1] or shape, s, bid, trunk, True))
-        return found
+                    roles.append(Role(tensor, f"{name}.bias", shape[:-1] or shape, s, bid, trunk, True))
+        return roles
 
     # ---- metadata
 
@@ -481,105 +359,21 @@ class Arch:
         window = h.get("sliding_window")
         if not self.window and window and h.get("use_sliding_window", True) and window < h.get("max_position_embeddings", 0):
             logger.warning("config.json: llama.cpp's %s graph has no sliding_window (%s): it attends to all", self.name, window)
-        found: dict[str, Any] = {gguf.Keys.General.ARCHITECTURE: self.name}
-        found.update(sampling(generation_config or {}))
+        keys: dict[str, Any] = {gguf.Keys.General.ARCHITECTURE: self.name}
+        keys.update(sampling(generation_config or {}))
         for pattern, (key, kind) in self.metadata_keys.items():
             if kind is dict:
-                found.update({k.format(arch=self.name): v for k, v in rope_metadata(h[key]).items()})
+                keys.update({k.format(arch=self.name): v for k, v in rope_metadata(h[key]).items()})
             elif h.get(key) is not None:
-                found[pattern.format(arch=self.name)] = stated(h, key, kind)
+                keys[pattern.format(arch=self.name)] = stated(h, key, kind)
         if h.get("nextn"):
-            found[gguf.Keys.LLM.BLOCK_COUNT.format(arch=self.name)] = h["num_hidden_layers"] + h["nextn"]
-            found[gguf.Keys.LLM.NEXTN_PREDICT_LAYERS.format(arch=self.name)] = h["nextn"]
+            keys[gguf.Keys.LLM.BLOCK_COUNT.format(arch=self.name)] = h["num_hidden_layers"] + h["nextn"]
+            keys[gguf.Keys.LLM.NEXTN_PREDICT_LAYERS.format(arch=self.name)] = h["nextn"]
         if self.computed is not None:
-            found.update({k.format(arch=self.name): v for k, v in self.computed(h).items()})
+            keys.update({k.format(arch=self.name): v for k, v in self.computed(h).items()})
         if h.get("is_causal") is False:
-            found[gguf.Keys.Attention.CAUSAL.format(arch=self.name)] = False
-        return found
-
-
-@dataclass(frozen=True, slots=True)
-class _Spelling:
-    """What a role is made of in a checkpoint."""
-
-    pieces: tuple[Piece, ...]
-    shapes: Mapping[str, Shape]
-    order: NDArray[np.int64] | None
-    columns: NDArray[np.int64] | None
-
-    @property
-    def names(self) -> Collection[str]:
-        return self.shapes.keys()
-
-
-@dataclass(frozen=True)
-class _Role:
-    """One tensor of a GGUF file."""
-
-    tensor: Tensor
-    name: str
-    shape: Shape
-    sizes: Sizes
-    bid: int | None
-    trunk: int
-    """Number of layers before the prediction layers."""
-    is_bias: bool
-
-    @property
-    def single(self) -> bool:
-        one = any(len(o.dims) == 1 for o in self.tensor.origins) and self.shape[-1] > 1  # a vector that is a matrix in GGUF
-        return len(self.shape) == 2 and (self.is_bias or one)
-
-    def made_of(self, spelling: _Spelling) -> Weight:
-        pieces, order, columns = spelling.pieces, spelling.order, spelling.columns
-        value = None if self.is_bias else self.tensor.value
-        return Weight(self.name, self.shape, pieces, order, value, columns=columns, single=self.single)
-
-    @cached_property
-    def spellings(self) -> list[_Spelling]:
-        others = [(From(o) if isinstance(o, str) else o,) for o in self.tensor.also]
-        return [self._spelling(origins) for origins in (self.tensor.origins, *others)]
-
-    def _spelling(self, origins: Sequence[From]) -> _Spelling:
-        pieces: list[Piece] = []
-        shapes: dict[str, Shape] = {}
-        order: NDArray[np.int64] | None = None
-        columns: NDArray[np.int64] | None = None
-        for origin in origins:
-            rows = None if origin.rows is None else origin.rows(self.sizes)
-            groups = size(origin.groups, self.sizes) if origin.groups and not self.is_bias else 0
-            for name, shape in self._named(origin):
-                shapes[name] = shape
-                count = len(rows) if rows is not None else prod(shape) // max(1, 1 if self.single else width(self.shape))
-                if groups:
-                    count = groups * shape[-1]
-                pieces.append(Piece(name, count, rows, groups))
-            if origin.picked is not None:
-                if len(origins) > 1:
-                    raise AssertionError(self.name)
-                order = origin.picked(self.sizes)
-            if origin.columns is not None and not self.is_bias:
-                columns = origin.columns(self.sizes)
-        return _Spelling(tuple(pieces), shapes, order, columns)
-
-    def _named(self, origin: From) -> Iterator[tuple[str, Shape]]:
-        words = origin.dims
-        if self.is_bias and words:  # of the axes, inputs go; where they are transposed, these come last but one
-            words = words[:-2] + words[-1:] if origin.groups else tuple(w for w in words[:-1] if w != "1")
-        dims = tuple(size(w, self.sizes) for w in words)
-        stacked = "{eid}" in origin.name
-        shape = dims or (self.shape[1:] if stacked else self.shape)
-        if stacked and self.shape[0] > _MOST_EXPERTS:
-            raise ShapeError(f"{self.name}: {self.shape[0]} experts; the limit is {_MOST_EXPERTS}")
-        suffix = ".bias" if self.is_bias and origin.suffix == ".weight" else "_bias" if self.is_bias else origin.suffix
-        for eid in range(self.shape[0]) if stacked else [None]:
-            nextn = None if self.bid is None else self.bid - self.trunk
-            yield origin.name.format(**{**self.sizes, "bid": self.bid, "eid": eid, "nextn": nextn}) + suffix, shape
-
-
-def _is(where: str, kinds: Collection[str]) -> bool:
-    """Is a layer of these kinds one of those that "a", "!a" or "a & !b" names?"""
-    return all((term[1:] not in kinds) if term.startswith("!") else (term in kinds) for term in where.split(" & ") if term)
+            keys[gguf.Keys.Attention.CAUSAL.format(arch=self.name)] = False
+        return keys
 
 
 _META = re.compile(r"\blayers\.\d+\.(attention\.w[qkvo]|feed_forward\.w[123])\.")
@@ -594,101 +388,6 @@ def _fits(shape: Shape, expected: Shape) -> bool:
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
-
-
-def rope_freqs(h: Config) -> list[Weight]:
-    """The tensor in which llama.cpp takes Llama 3's rope scaling, if the model has one."""
-    if h["rope"]["rope_type"] != "llama3":
-        return []
-    factors = llama3_rope_factors(h["rope"], h["key_length"])
-    return [Weight(ROPE_FREQS, factors.shape, constant=factors)]
-
-
-def longrope_factors(h: Config) -> list[Weight]:
-    """The tensors in which llama.cpp takes LongRoPE's factors, if the model has them. Raises UnsupportedError."""
-    if h["rope"]["rope_type"] != "longrope":
-        return []
-    made = []
-    for name, key in ((ROPE_LONG, "long_factor"), (ROPE_SHORT, "short_factor")):
-        factors = np.array(h["rope"][key], np.float32)
-        if factors.size != rotated(h) // 2:
-            raise UnsupportedError(f"config.json: rope {key} has {factors.size} numbers, but {rotated(h) // 2} pairs are rotated")
-        made.append(Weight(name, factors.shape, constant=factors))
-    return made
-
-
-DECODER: dict[str, Tensor] = {
-    "token_embd": Tensor(("vocab", "embd"), "model.embed_tokens"),
-    "output_norm": Tensor(("embd",), "model.norm"),
-    "output": Tensor(("vocab", "embd"), "lm_head", tied="tie_word_embeddings"),
-    "attn_norm": Tensor(("embd",), "model.layers.{bid}.input_layernorm"),
-    "attn_q": Tensor(("q", "embd"), "model.layers.{bid}.self_attn.q_proj"),
-    "attn_k": Tensor(("kv", "embd"), "model.layers.{bid}.self_attn.k_proj"),
-    "attn_v": Tensor(("kv", "embd"), "model.layers.{bid}.self_attn.v_proj"),
-    "attn_output": Tensor(("embd", "q"), "model.layers.{bid}.self_attn.o_proj"),
-    "ffn_norm": Tensor(("embd",), "model.layers.{bid}.post_attention_layernorm"),
-    "ffn_gate": Tensor(("ff", "embd"), "model.layers.{bid}.mlp.gate_proj"),
-    "ffn_up": Tensor(("ff", "embd"), "model.layers.{bid}.mlp.up_proj"),
-    "ffn_down": Tensor(("embd", "ff"), "model.layers.{bid}.mlp.down_proj"),
-}
-"""A pre-norm decoder with gated MLP, without biases; architectures override roles and add to them."""
-
-ATTENTION_ONLY: dict[str, Tensor] = {r: t for r, t in DECODER.items() if r not in ("ffn_gate", "ffn_up", "ffn_down")}
-"""DECODER without its MLP, where experts are in its place."""
-
-QK_NORM: dict[str, Tensor] = {
-    "attn_q_norm": Tensor(("head",), "model.layers.{bid}.self_attn.q_norm"),
-    "attn_k_norm": Tensor(("head",), "model.layers.{bid}.self_attn.k_norm"),
-}
-"""A norm on each head's queries and keys."""
-
-DECODER_SCALE_GROUPS = (
-    ScaleGroup("attn_norm", ("attn_q", "attn_k", "attn_v")),
-    ScaleGroup("attn_v", ("attn_output",)),
-    ScaleGroup("ffn_norm", ("ffn_gate", "ffn_up")),
-    ScaleGroup("ffn_up", ("ffn_down",)),
-)
-ATTENTION_SCALE_GROUPS = DECODER_SCALE_GROUPS[:2]
-
-
-def experts(
-    mlp: str = "model.layers.{bid}.mlp", where: str = "", router: str = "gate", words: str = "gate up down", module: str = ""
-) -> dict[str, Tensor]:
-    """A router and the stacked experts, which releases have one by one or, as transformers holds them, joined.
-
-    words: what gate, up and down are called; "gate_proj" and so on by default. module: what transformers calls `mlp`.
-    """
-    gate, up, down = (f"{w}_proj" if w in ("gate", "up", "down") else w for w in words.split())
-    both: Dims = ("experts", "2*expert_ff", "embd")
-    joined = [f"{m}.experts" for m in dict.fromkeys((mlp, module or mlp))]
-
-    def half(which: int) -> tuple[From, ...]:
-        rows = part(which, "expert_ff", "expert_ff", per="experts")
-        return tuple(From(f"{m}.gate_up_proj", both, rows, suffix="") for m in joined)
-
-    return {
-        "ffn_gate_inp": Tensor(
-            ("experts", "embd"), f"{mlp}.{router}", where=where, also=(f"{module}.{router}",) if module else ()
-        ),
-        "ffn_gate_exps": Tensor(
-            ("experts", "expert_ff", "embd"),
-            f"{mlp}.experts.{{eid}}.{gate}",
-            where=where,
-            also=half(0),
-        ),
-        "ffn_up_exps": Tensor(
-            ("experts", "expert_ff", "embd"),
-            f"{mlp}.experts.{{eid}}.{up}",
-            where=where,
-            also=half(1),
-        ),
-        "ffn_down_exps": Tensor(
-            ("experts", "embd", "expert_ff"),
-            f"{mlp}.experts.{{eid}}.{down}",
-            where=where,
-            also=tuple(From(f"{m}.down_proj", suffix="") for m in joined),
-        ),
-    }
 
 
 def _check(given: Any) -> Sequence[Arch]:

@@ -10,8 +10,9 @@ from typing import Any
 import gguf
 import numpy as np
 
-from .base import Arch, Config, From, Tensor, one_of
+from .base import Arch
 from .keys import METADATA, Keys
+from .tensors import Config, From, Tensor, one_of
 
 _llm, _att, _token = gguf.Keys.LLM, gguf.Keys.Attention, gguf.Keys.Tokenizer
 _LAYER = "encoder.layer.{bid}."

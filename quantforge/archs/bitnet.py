@@ -1,7 +1,9 @@
 """BitNet b1.58 with SiLU: norms inside of attention and MLP. The weights are kept as they are, not made ternary."""
 
-from .base import DECODER, Arch, Tensor
+from .base import Arch
+from .decoder import DECODER
 from .keys import METADATA
+from .tensors import Tensor
 
 _LAYER = "model.layers.{bid}."
 

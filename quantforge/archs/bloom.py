@@ -2,8 +2,9 @@
 
 import gguf
 
-from .base import Arch, Tensor
+from .base import Arch
 from .gpt_neox import per_head
+from .tensors import Tensor
 
 _llm, _att = gguf.Keys.LLM, gguf.Keys.Attention
 _H = "transformer.h.{bid}."

@@ -2,8 +2,10 @@
 
 import gguf
 
-from .base import DECODER, QK_NORM, Arch, ScaleGroup, Tensor
+from .base import Arch
+from .decoder import DECODER, QK_NORM
 from .keys import METADATA
+from .tensors import ScaleGroup, Tensor
 from .windows import restored_types, usual_types, window_pattern
 
 _att, _llm, _rp = gguf.Keys.Attention, gguf.Keys.LLM, gguf.Keys.Rope

@@ -7,8 +7,10 @@ from typing import Any
 import gguf
 
 from ..errors import UnsupportedError
-from .base import DECODER, Arch, Config, Tensor, experts
+from .base import Arch
+from .decoder import DECODER, experts
 from .keys import EXPERTS_OF_WHICH_SOME, METADATA
+from .tensors import Config, Tensor
 from .windows import restored_types, usual_types, window_pattern
 
 _att, _llm, _rp = gguf.Keys.Attention, gguf.Keys.LLM, gguf.Keys.Rope
@@ -39,7 +41,7 @@ def _computed(h: Config) -> dict[str, Any]:
     if scoring not in _GATING:
         raise UnsupportedError(f"config.json: expert_selection_fn = {scoring!r} is not softmax or sigmoid")
     shared = h["num_shared_experts"]
-    found = {
+    keys = {
         _llm.FEED_FORWARD_LENGTH: h.get("prefix_dense_intermediate_size") or h["intermediate_size"],
         _llm.EXPERT_FEED_FORWARD_LENGTH: h["intermediate_size"],
         _llm.LEADING_DENSE_BLOCK_COUNT: sum(dense),
@@ -50,11 +52,11 @@ def _computed(h: Config) -> dict[str, Any]:
         **window_pattern({**h, "layer_types": _types(h)}, 4),
     }
     if shared:
-        found |= {
+        keys |= {
             _llm.EXPERT_SHARED_COUNT: shared,
             _llm.EXPERT_SHARED_FEED_FORWARD_LENGTH: h["intermediate_size"] * shared,
         }
-    return found
+    return keys
 
 
 def _restored(get: Callable[[str], Any]) -> Mapping[str, Any]:

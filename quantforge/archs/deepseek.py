@@ -10,9 +10,11 @@ import gguf
 
 from ..arrays import shortest
 from ..errors import UnsupportedError
-from .base import DECODER, Arch, Config, From, Sizes, Tensor, experts, part
+from .base import Arch
+from .decoder import DECODER, experts
 from .nextn import NEXTN, beyond
 from .rope import rope_metadata, rope_scaling
+from .tensors import Config, From, Sizes, Tensor, part
 
 _K = gguf.Keys
 _llm, _att = _K.LLM, _K.Attention
@@ -87,18 +89,18 @@ def first_dense(h: Config) -> int:
 def _computed(sigmoid: bool) -> Callable[[Config], Mapping[str, Any]]:
     def computed(h: Config) -> Mapping[str, Any]:
         rope = dict(h["rope"])
-        found = rope_metadata(rope)
-        found.pop(_K.Rope.SCALING_ATTN_FACTOR, None)
+        keys = rope_metadata(rope)
+        keys.pop(_K.Rope.SCALING_ATTN_FACTOR, None)
         if rope["rope_type"] == "yarn":
             if not rope.get("mscale_all_dim") or rope.get("mscale", 1.0) != rope["mscale_all_dim"] or "attention_factor" in rope:
                 raise UnsupportedError(
                     f"config.json: yarn rope scaling needs mscale = mscale_all_dim, and no attention_factor: llama.cpp runs "
                     f"deepseek2 models only so; they are {rope.get('mscale')} and {rope.get('mscale_all_dim')}"
                 )
-            found[_K.Rope.SCALING_YARN_LOG_MUL] = 0.1 * rope["mscale_all_dim"]
+            keys[_K.Rope.SCALING_YARN_LOG_MUL] = 0.1 * rope["mscale_all_dim"]
         gating = gguf.ExpertGatingFuncType.SIGMOID if sigmoid else gguf.ExpertGatingFuncType.SOFTMAX
         groups = {"n_group": _llm.EXPERT_GROUP_COUNT, "topk_group": _llm.EXPERT_GROUP_USED_COUNT}
-        found |= {
+        keys |= {
             **{name: h[key] for key, name in groups.items() if h.get(key) is not None},
             _llm.EXPERT_GATING_FUNC: gating.value,
             _att.HEAD_COUNT_KV: 1,  # all heads read one narrow key
@@ -110,10 +112,10 @@ def _computed(sigmoid: bool) -> Callable[[Config], Mapping[str, Any]]:
             _K.Rope.DIMENSION_COUNT: h["qk_rope_head_dim"],
         }
         if h.get("q_lora_rank"):
-            found[_att.Q_LORA_RANK] = h["q_lora_rank"]
+            keys[_att.Q_LORA_RANK] = h["q_lora_rank"]
         if h["norm_topk_prob"]:
-            found[_llm.EXPERT_WEIGHTS_NORM] = True
-        return found
+            keys[_llm.EXPERT_WEIGHTS_NORM] = True
+        return keys
 
     return computed
 

@@ -9,9 +9,9 @@ from typing import Any
 import gguf
 
 from ..errors import UnsupportedError
-from .base import Config, Sizes, Tensor
 from .deepseek import ARCH as DEEPSEEK
 from .deepseek import dims, layers
+from .tensors import Config, Sizes, Tensor
 
 _indexer = gguf.Keys.Attention.Indexer
 _TYPES = "{arch}.attention.indexer.types"
@@ -52,16 +52,16 @@ def _computed(shared: bool) -> Callable[[Config], Mapping[str, Any]]:
             raise UnsupportedError(
                 "config.json: yarn rope scaling: llama.cpp runs deepseek32 models only with mscale_all_dim = 1"
             )
-        found = dict(_V3.computed(h) if _V3.computed else {})
-        return found | ({_TYPES: _full(h)} if shared else {})
+        keys = dict(_V3.computed(h) if _V3.computed else {})
+        return keys | ({_TYPES: _full(h)} if shared else {})
 
     return computed
 
 
 def _restored(get: Callable[[str], Any]) -> Mapping[str, Any]:
-    found = dict(_V3.restored(get) if _V3.restored else {})
+    config = dict(_V3.restored(get) if _V3.restored else {})
     types = get(_TYPES)
-    return found | ({} if types is None else {"indexer_types": ["full" if own else "shared" for own in types]})
+    return config | ({} if types is None else {"indexer_types": ["full" if own else "shared" for own in types]})
 
 
 _implied = {k: v for k, v in _V3.implied.items() if k != "rope_interleave"} | {"mlp_bias": False}

@@ -5,9 +5,11 @@ from typing import Any
 
 import gguf
 
-from .base import DECODER, QK_NORM, Arch, Config, Sizes, experts
+from .base import Arch
+from .decoder import DECODER, QK_NORM, experts
 from .deepseek import DENSE, PROBS_BIAS, SHARED, first_dense
 from .keys import METADATA
+from .tensors import Config, Sizes
 
 _llm = gguf.Keys.LLM
 

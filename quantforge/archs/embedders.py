@@ -6,12 +6,13 @@ from typing import Any
 
 import gguf
 
-from .base import Arch, From, Tensor
+from .base import Arch
 from .gemma3 import TEXT as GEMMA3
 from .lfm2 import ARCH as LFM2
 from .llama import ARCH as LLAMA
 from .qwen2 import ARCH as QWEN2
 from .qwen3 import ARCH as QWEN3
+from .tensors import From, Tensor
 
 _POOLING = gguf.Keys.LLM.POOLING_TYPE
 

@@ -7,9 +7,11 @@ from typing import Any
 import gguf
 
 from ..errors import UnsupportedError
-from .base import DECODER, DECODER_SCALE_GROUPS, Arch, Config, From, Sizes, Tensor, experts
+from .base import Arch
+from .decoder import DECODER, DECODER_SCALE_GROUPS, experts
 from .deepseek import DENSE, SHARED
 from .keys import METADATA
+from .tensors import Config, From, Sizes, Tensor
 
 _llm = gguf.Keys.LLM
 _MLP = "model.layers.{bid}.mlp"

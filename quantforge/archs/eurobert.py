@@ -2,7 +2,8 @@
 
 import gguf
 
-from .base import DECODER, DECODER_SCALE_GROUPS, Arch
+from .base import Arch
+from .decoder import DECODER, DECODER_SCALE_GROUPS
 from .keys import METADATA
 
 _att, _rope = gguf.Keys.Attention, gguf.Keys.Rope

@@ -5,9 +5,11 @@ from typing import Any
 
 import gguf
 
-from .base import DECODER, QK_NORM, Arch, Config, Tensor, rope_freqs
+from .base import Arch
+from .decoder import DECODER, QK_NORM, rope_freqs
 from .keys import METADATA
 from .llama import ROPE_TYPES
+from .tensors import Config, Tensor
 from .windows import layer_types, restored_types, window_pattern
 
 _att, _llm = gguf.Keys.Attention, gguf.Keys.LLM

@@ -8,8 +8,10 @@ from typing import Any
 import gguf
 
 from ..errors import UnsupportedError
-from .base import DECODER, QK_NORM, Arch, Config, From, Tensor, experts
+from .base import Arch
+from .decoder import DECODER, QK_NORM, experts
 from .keys import EXPERTS_OF_WHICH_SOME, METADATA
+from .tensors import Config, From, Tensor
 from .windows import restored_types, window_pattern
 
 _att, _llm = gguf.Keys.Attention, gguf.Keys.LLM

@@ -5,9 +5,10 @@ from typing import Any
 
 import gguf
 
-from .base import Arch, Config, Tensor, one_of
+from .base import Arch
 from .gpt_neox import per_head
 from .keys import METADATA
+from .tensors import Config, Tensor, one_of
 
 _llm, _att = gguf.Keys.LLM, gguf.Keys.Attention
 _H = "transformer.h.{bid}."

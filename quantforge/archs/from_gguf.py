@@ -15,7 +15,8 @@ import gguf
 from .. import archs
 from ..arrays import F32, shortest
 from ..errors import FormatError, UnsupportedError
-from .base import Arch, rope_freqs
+from .base import Arch
+from .decoder import rope_freqs
 from .rope import ROPE_FREQS, ROPE_LONG, ROPE_SHORT, llama3_scaling, longrope_scaling, rope_scaling
 from .weight import Shape, Weight
 

@@ -1,7 +1,9 @@
 """Gemma 1: Llama with norms as an offset from one, GELU, and embeddings scaled by √hidden_size."""
 
-from .base import DECODER, Arch, Tensor
+from .base import Arch
+from .decoder import DECODER
 from .keys import METADATA
+from .tensors import Tensor
 from .weight import PLUS_ONE
 
 NORMS = {

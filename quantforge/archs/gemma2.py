@@ -2,8 +2,10 @@
 
 import gguf
 
-from .base import DECODER, Arch, Tensor
+from .base import Arch
+from .decoder import DECODER
 from .keys import METADATA
+from .tensors import Tensor
 from .weight import PLUS_ONE
 
 _att = gguf.Keys.Attention

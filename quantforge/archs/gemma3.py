@@ -7,10 +7,12 @@ from typing import Any
 
 import gguf
 
-from .base import DECODER, QK_NORM, Arch, Config
+from .base import Arch
+from .decoder import DECODER, QK_NORM
 from .gemma2 import ARCH as GEMMA2
 from .keys import METADATA
 from .rope import sliding_theta
+from .tensors import Config
 from .weight import PLUS_ONE
 from .windows import restored_types, window_pattern
 

@@ -9,9 +9,11 @@ import gguf
 import numpy as np
 
 from ..arrays import shortest
-from .base import DECODER, QK_NORM, Arch, Config, From, Tensor
+from .base import Arch
+from .decoder import DECODER, QK_NORM
 from .keys import METADATA
 from .rope import ROPE_FREQS, sliding_theta
+from .tensors import Config, From, Tensor
 from .weight import Weight
 from .windows import layer_types, restored_types, window_pattern
 
@@ -47,12 +49,12 @@ def _first_shared(h: Config) -> int:
 def _layers(h: Config) -> Sequence[Collection[str]]:
     always = {"experts"} if h.get("enable_moe_block") else set()
     always |= {"per layer"} if h["hidden_size_per_layer_input"] else set()
-    found = []
+    kinds = []
     for i, kind in enumerate(layer_types(h, _EVERY)):
         own = {"keys"} if i < _first_shared(h) else set()
         own |= {"values"} if own and not (h["attention_k_eq_v"] and kind == "full_attention") else set()
-        found.append({kind} | own | always)
-    return found
+        kinds.append({kind} | own | always)
+    return kinds
 
 
 def _dims(h: Config, layer: int | None) -> dict[str, int]:

@@ -6,9 +6,11 @@ from typing import Any
 
 import gguf
 
-from .base import DECODER, Arch, Config, Tensor
+from .base import Arch
+from .decoder import DECODER
 from .keys import METADATA
 from .minimax_m2 import restored_rotation, rotated
+from .tensors import Config, Tensor
 
 _K = gguf.Keys
 _LAYER = "model.layers.{bid}."

@@ -6,11 +6,13 @@ from typing import Any
 
 import gguf
 
-from .base import DECODER, QK_NORM, Arch, Config, Sizes, Tensor, experts
+from .base import Arch
+from .decoder import DECODER, QK_NORM, experts
 from .deepseek import DENSE, OUTSIDE, PROBS_BIAS, SHARED, first_dense
 from .keys import METADATA
 from .minimax_m2 import restored_rotation, rotated
 from .nextn import NEXTN, beyond
+from .tensors import Config, Sizes, Tensor
 
 _K = gguf.Keys
 _llm = _K.LLM

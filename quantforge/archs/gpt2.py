@@ -4,7 +4,8 @@ import re
 
 import gguf
 
-from .base import Arch, From, Tensor, one_of
+from .base import Arch
+from .tensors import From, Tensor, one_of
 
 _llm, _att = gguf.Keys.LLM, gguf.Keys.Attention
 _H = "transformer.h.{bid}."

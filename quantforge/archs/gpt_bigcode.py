@@ -2,8 +2,9 @@
 
 import gguf
 
-from .base import Arch, Tensor, one_of
+from .base import Arch
 from .gpt2 import BUFFERS, GPT2_ALIASES, GPT2_DEFAULTS, GPT2_METADATA, NEEDED, OUTSIDE
+from .tensors import Tensor, one_of
 
 _llm, _att = gguf.Keys.LLM, gguf.Keys.Attention
 _H = "transformer.h.{bid}."

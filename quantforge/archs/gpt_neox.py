@@ -2,9 +2,10 @@
 
 import gguf
 
-from .base import Arch, From, Tensor, one_of, part
+from .base import Arch
 from .keys import METADATA
 from .rope import rotated, rotated_part
+from .tensors import From, Tensor, one_of, part
 
 _llm, _att, _rope = gguf.Keys.LLM, gguf.Keys.Attention, gguf.Keys.Rope
 _LAYER = "gpt_neox.layers.{bid}."

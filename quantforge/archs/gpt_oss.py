@@ -7,9 +7,11 @@ from typing import Any
 
 import gguf
 
-from .base import DECODER, Arch, Config, From, ScaleGroup, Tensor, interleaved
+from .base import Arch
+from .decoder import DECODER
 from .keys import METADATA
 from .rope import rope_metadata, rope_scaling
+from .tensors import Config, From, ScaleGroup, Tensor, interleaved
 
 logger = logging.getLogger(__name__)
 

@@ -4,10 +4,12 @@ from dataclasses import replace
 
 import gguf
 
-from .base import ATTENTION_SCALE_GROUPS, Arch, From, Tensor, part, rope_freqs
+from .base import Arch
+from .decoder import ATTENTION_SCALE_GROUPS, rope_freqs
 from .keys import EXPERTS_OF_WHICH_SOME, PAIRED_METADATA
 from .llama import ARCH as LLAMA
 from .llama import ROPE_TYPES
+from .tensors import From, Tensor, part
 
 _llm = gguf.Keys.LLM
 MULTIPLIERS = {

@@ -7,10 +7,12 @@ from typing import Any
 import gguf
 
 from ..errors import UnsupportedError
-from .base import DECODER, Arch, Config, From, Tensor, paired
+from .base import Arch
+from .decoder import DECODER
 from .granite import DEFAULTS, EXPERTS, MULTIPLIERS, shared
 from .keys import EXPERTS_OF_WHICH_SOME, PAIRED_METADATA
 from .llama import PAIRED
+from .tensors import Config, From, Tensor, paired
 from .weight import MINUS_EXP
 
 _att, _llm, _ssm, _rp = gguf.Keys.Attention, gguf.Keys.LLM, gguf.Keys.SSM, gguf.Keys.Rope

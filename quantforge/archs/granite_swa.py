@@ -6,11 +6,13 @@ from typing import Any
 import gguf
 
 from ..errors import UnsupportedError
-from .base import Arch, Config, From, Tensor, rope_freqs
+from .base import Arch
+from .decoder import rope_freqs
 from .granite import DEFAULTS, MULTIPLIERS
 from .keys import PAIRED_METADATA
 from .llama import ARCH as LLAMA
 from .llama import ROPE_TYPES
+from .tensors import Config, From, Tensor
 from .windows import restored_types, window_pattern
 
 _att = gguf.Keys.Attention
@@ -33,8 +35,8 @@ def _computed(h: Config) -> dict[str, Any]:
 def _restored(get: Callable[[str], Any]) -> Mapping[str, Any]:
     theta = float(get(gguf.Keys.Rope.FREQ_BASE) or 10000.0)
     rotates = get(_ROPE_PATTERN)
-    found: dict[str, Any] = {"layer_types": restored_types(get, 4)}
-    return found if rotates is None else found | {"layer_rope_theta": [theta if r else 0.0 for r in rotates]}
+    config: dict[str, Any] = {"layer_types": restored_types(get, 4)}
+    return config if rotates is None else config | {"layer_rope_theta": [theta if r else 0.0 for r in rotates]}
 
 
 ARCH = Arch(

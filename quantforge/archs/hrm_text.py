@@ -5,8 +5,9 @@ from typing import Any
 
 import gguf
 
-from .base import NEEDED, Arch, Config, From, Tensor, part
+from .base import NEEDED, Arch
 from .keys import METADATA
+from .tensors import Config, From, Tensor, part
 
 _llm, _att, _rope = gguf.Keys.LLM, gguf.Keys.Attention, gguf.Keys.Rope
 
@@ -29,7 +30,7 @@ def _blocks(stack: str, number: str) -> dict[str, Tensor]:
     def joined(which: int) -> tuple[From, ...]:
         return (From(layer + "mlp.gate_up_proj", ("2*ff", "embd"), part(which, "ff", "ff")),)
 
-    found = {
+    roles = {
         "attn_gate": Tensor(("q", "embd"), layer + "self_attn.gate_proj", also=fused(0)),
         "attn_q": Tensor(("q", "embd"), layer + "self_attn.q_proj", also=fused(1)),
         "attn_k": Tensor(("q", "embd"), layer + "self_attn.k_proj", also=fused(2)),
@@ -39,7 +40,7 @@ def _blocks(stack: str, number: str) -> dict[str, Tensor]:
         "ffn_up": Tensor(("ff", "embd"), layer + "mlp.up_proj", also=joined(1)),
         "ffn_down": Tensor(("embd", "ff"), layer + "mlp.down_proj"),
     }
-    return {role: replace(t, where=stack) for role, t in found.items()}
+    return {role: replace(t, where=stack) for role, t in roles.items()}
 
 
 def _scale(h: Config) -> float:

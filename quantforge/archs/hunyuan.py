@@ -6,8 +6,10 @@ from typing import Any
 import gguf
 
 from ..errors import UnsupportedError
-from .base import DECODER, DECODER_SCALE_GROUPS, Arch, Config, ScaleGroup, Tensor, experts
+from .base import Arch
+from .decoder import DECODER, DECODER_SCALE_GROUPS, experts
 from .keys import METADATA
+from .tensors import Config, ScaleGroup, Tensor
 
 _K = gguf.Keys
 _LAYER = "model.layers.{bid}."

@@ -6,10 +6,12 @@ from typing import Any
 
 import gguf
 
-from .base import DECODER, QK_NORM, Arch, Config, From, Sizes, Tensor, experts
+from .base import Arch
+from .decoder import DECODER, QK_NORM, experts
 from .deepseek import DENSE, first_dense
 from .keys import METADATA
 from .nextn import NEXTN, beyond
+from .tensors import Config, From, Sizes, Tensor
 
 _llm = gguf.Keys.LLM
 _LAYER = "model.layers.{bid}."

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import gguf
 
-from .base import DECODER, Arch
+from .base import Arch
+from .decoder import DECODER
 from .keys import METADATA
 
 _att, _rope = gguf.Keys.Attention, gguf.Keys.Rope

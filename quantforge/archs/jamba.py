@@ -5,9 +5,11 @@ from typing import Any
 
 import gguf
 
-from .base import DECODER, NEEDED, Arch, Config, Tensor, experts
+from .base import NEEDED, Arch
+from .decoder import DECODER, experts
 from .keys import METADATA
 from .mamba import mixer, rank
+from .tensors import Config, Tensor
 
 _llm, _att, _ssm = gguf.Keys.LLM, gguf.Keys.Attention, gguf.Keys.SSM
 _LAYER = "model.layers.{bid}."
@@ -29,14 +31,14 @@ def _restored(get: Callable[[str], Any]) -> dict[str, Any]:
         "attn": [i for i, kv in enumerate(heads) if kv],
         "expert": [i for i in range(n) if get(f"blk.{i}.ffn_gate_inp.weight") is not None],
     }
-    found: dict[str, Any] = {
+    config: dict[str, Any] = {
         "num_key_value_heads": int(max(heads)),
         "mamba_dt_rank": int(get(_ssm.TIME_STEP_RANK)),
     }
     for kind, at in which.items():
-        found[f"{kind}_layer_period"] = at[1] - at[0] if len(at) > 1 else n + 1
-        found[f"{kind}_layer_offset"] = at[0] if at else n
-    return found
+        config[f"{kind}_layer_period"] = at[1] - at[0] if len(at) > 1 else n + 1
+        config[f"{kind}_layer_offset"] = at[0] if at else n
+    return config
 
 
 ARCH = Arch(

@@ -71,15 +71,15 @@ _SAMPLING: dict[str, tuple[str, Callable[[Any], Any]]] = {
 
 def sampling(generation_config: Mapping[str, Any]) -> dict[str, Any]:
     """generation_config.json's settings as GGUF has them. Raises UnsupportedError."""
-    found = {}
+    keys = {}
     for key, (name, kind) in _SAMPLING.items():
         value = generation_config.get(key)
         if value is None:
             continue
         if kind is not str and (isinstance(value, bool) or not isinstance(value, (int, float))):
             raise UnsupportedError(f"generation_config.json: {key} = {value!r} is not a number")
-        found[name] = kind(value)
-    return found
+        keys[name] = kind(value)
+    return keys
 
 
 def number(h: Mapping[str, Any], key: str, kind: type[Any]) -> Any:

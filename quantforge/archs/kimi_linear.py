@@ -9,8 +9,10 @@ from typing import Any
 import gguf
 
 from ..errors import UnsupportedError
-from .base import DECODER, Arch, Config, From, Sizes, Tensor, experts
+from .base import Arch
+from .decoder import DECODER, experts
 from .deepseek import DENSE, LOW_RANK, OUTSIDE, first_dense
+from .tensors import Config, From, Sizes, Tensor
 from .weight import MINUS_EXP
 
 _K = gguf.Keys

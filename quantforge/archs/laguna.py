@@ -8,10 +8,12 @@ import numpy as np
 
 from ..arrays import shortest
 from ..errors import UnsupportedError
-from .base import DECODER, QK_NORM, Arch, Config, From, Sizes, Tensor, experts
+from .base import Arch
+from .decoder import DECODER, QK_NORM, experts
 from .deepseek import DENSE, first_dense
 from .keys import METADATA
 from .rope import rope_scaling
+from .tensors import Config, From, Sizes, Tensor
 
 _K = gguf.Keys
 _llm, _att, _rope = _K.LLM, _K.Attention, _K.Rope
@@ -45,7 +47,7 @@ def _computed(h: Config) -> Mapping[str, Any]:
         raise UnsupportedError("config.json: layer_types: in llama.cpp, three layers with a window follow each full one, or none")
     if h.get("gating", True) not in (True, "per-head"):
         raise UnsupportedError(f"config.json: gating = {h['gating']!r}: only gates on heads are supported")
-    found = {
+    keys = {
         _att.HEAD_COUNT: _heads(h),
         _llm.EXPERT_WEIGHTS_NORM: True,
         _llm.EXPERT_GATING_FUNC: gguf.ExpertGatingFuncType.SIGMOID.value,
@@ -56,12 +58,12 @@ def _computed(h: Config) -> Mapping[str, Any]:
         local = h["rope_parameters"]["sliding_attention"]
         if local.get("rope_type", "default") != "default":
             raise UnsupportedError("config.json: rope scaling of layers with a window does not exist in llama.cpp")
-        found |= {
+        keys |= {
             _att.SLIDING_WINDOW: h["sliding_window"],
             _BASE_SWA: float(local["rope_theta"]),
             _DIMS_SWA: int(h["key_length"] * local.get("partial_rotary_factor", 1.0)),
         }
-    return found
+    return keys
 
 
 def _restored(get: Callable[[str], Any]) -> Mapping[str, Any]:

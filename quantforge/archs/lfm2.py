@@ -8,8 +8,10 @@ from typing import Any
 
 import gguf
 
-from .base import DECODER, Arch, Config, From, Sizes, Tensor, experts
+from .base import Arch
+from .decoder import DECODER, experts
 from .keys import METADATA
+from .tensors import Config, From, Sizes, Tensor
 
 _K = gguf.Keys
 _LAYER = "model.layers.{bid}."
@@ -62,14 +64,14 @@ def _dims(h: Config, _: int | None) -> Sizes:
 
 def _computed(h: Config) -> Mapping[str, Any]:
     kv = h["num_key_value_heads"]
-    found = {
+    keys = {
         _K.LLM.FEED_FORWARD_LENGTH: _ff(h),
         _K.Attention.HEAD_COUNT_KV: [kv if t == "full_attention" else 0 for t in _types(h)],
         "{arch}.shortconv.l_cache": h["conv_L_cache"],
     }
     if "num_dense_layers" in h:
-        found[_K.LLM.EXPERT_GATING_FUNC] = gguf.ExpertGatingFuncType.SIGMOID.value
-    return found
+        keys[_K.LLM.EXPERT_GATING_FUNC] = gguf.ExpertGatingFuncType.SIGMOID.value
+    return keys
 
 
 def _restored(get: Callable[[str], Any]) -> Mapping[str, Any]:

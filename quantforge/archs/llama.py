@@ -2,8 +2,10 @@
 
 from dataclasses import replace
 
-from .base import DECODER, DECODER_SCALE_GROUPS, Arch, From, Tensor, paired, rope_freqs
+from .base import Arch
+from .decoder import DECODER, DECODER_SCALE_GROUPS, rope_freqs
 from .keys import LLAMA_METADATA
+from .tensors import From, Tensor, paired
 
 ROPE_TYPES = frozenset({"default", "linear", "dynamic", "yarn", "llama3"})
 PAIRED = {

@@ -6,10 +6,12 @@ from typing import Any
 
 import gguf
 
-from .base import DECODER, DECODER_SCALE_GROUPS, Arch, Config, From, Sizes, Tensor, part, rope_freqs
+from .base import Arch
+from .decoder import DECODER, DECODER_SCALE_GROUPS, rope_freqs
 from .keys import METADATA
 from .llama import ROPE_TYPES
 from .qwen35 import VISION
+from .tensors import Config, From, Sizes, Tensor, part
 
 _llm = gguf.Keys.LLM
 _FF = "model.layers.{bid}.feed_forward"

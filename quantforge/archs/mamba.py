@@ -8,7 +8,8 @@ from typing import Any
 import gguf
 
 from ..errors import UnsupportedError
-from .base import Arch, Config, From, Tensor
+from .base import Arch
+from .tensors import Config, From, Tensor
 from .weight import MINUS_EXP
 
 logger = logging.getLogger(__name__)

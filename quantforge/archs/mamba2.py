@@ -2,8 +2,9 @@
 
 import gguf
 
-from .base import Arch, Config, From, Tensor
+from .base import Arch
 from .mamba import ANY_CONTEXT, NEEDED
+from .tensors import Config, From, Tensor
 from .weight import MINUS_EXP
 
 _llm, _att, _ssm = gguf.Keys.LLM, gguf.Keys.Attention, gguf.Keys.SSM

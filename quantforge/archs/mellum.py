@@ -6,9 +6,11 @@ from typing import Any
 import gguf
 
 from ..errors import UnsupportedError
-from .base import ATTENTION_ONLY, ATTENTION_SCALE_GROUPS, QK_NORM, Arch, Config, experts
+from .base import Arch
+from .decoder import ATTENTION_ONLY, ATTENTION_SCALE_GROUPS, QK_NORM, experts
 from .keys import EXPERTS_OF_WHICH_SOME, METADATA
 from .rope import rope_by_kind, sliding_theta
+from .tensors import Config
 from .windows import layer_types, restored_types, window_pattern
 
 _att, _llm = gguf.Keys.Attention, gguf.Keys.LLM

@@ -8,10 +8,12 @@ import gguf
 
 from ..arrays import shortest
 from ..errors import UnsupportedError
-from .base import DECODER, Arch, Config, From, Sizes, Tensor, experts
+from .base import Arch
+from .decoder import DECODER, experts
 from .deepseek import DENSE, PROBS_BIAS
 from .keys import METADATA
 from .rope import rotated, rotated_part
+from .tensors import Config, From, Sizes, Tensor
 
 _K = gguf.Keys
 _llm, _att, _rope = _K.LLM, _K.Attention, _K.Rope

@@ -2,8 +2,10 @@
 
 import gguf
 
-from .base import DECODER, NEEDED, Arch, Config, Tensor
+from .base import NEEDED, Arch
+from .decoder import DECODER
 from .keys import METADATA
+from .tensors import Config, Tensor
 
 _llm, _att, _rope = gguf.Keys.LLM, gguf.Keys.Attention, gguf.Keys.Rope
 _SELF = "model.layers.{bid}.self_attn."

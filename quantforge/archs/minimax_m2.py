@@ -7,8 +7,10 @@ import gguf
 import numpy as np
 
 from ..arrays import shortest
-from .base import DECODER, Arch, Config, From, ScaleGroup, Tensor, experts
+from .base import Arch
+from .decoder import DECODER, experts
 from .keys import METADATA
+from .tensors import Config, From, ScaleGroup, Tensor
 
 _K = gguf.Keys
 _LAYER = "model.layers.{bid}."

@@ -1,6 +1,7 @@
 """Mistral (7B, Nemo, Small, ...), dense: GGUF has it as llama."""
 
-from .base import DECODER, DECODER_SCALE_GROUPS, Arch, rope_freqs
+from .base import Arch
+from .decoder import DECODER, DECODER_SCALE_GROUPS, rope_freqs
 from .keys import LLAMA_METADATA
 from .llama import PAIRED, ROPE_TYPES
 

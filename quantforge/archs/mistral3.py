@@ -8,10 +8,12 @@ from typing import Any
 import gguf
 
 from ..arrays import shortest
-from .base import DECODER, DECODER_SCALE_GROUPS, Arch, Config, rope_freqs
+from .base import Arch
+from .decoder import DECODER, DECODER_SCALE_GROUPS, rope_freqs
 from .keys import PAIRED_METADATA
 from .llama import PAIRED, ROPE_TYPES
 from .rope import rope_scaling
+from .tensors import Config
 
 _SCALE = gguf.Keys.Attention.TEMPERATURE_SCALE
 _YARN = {

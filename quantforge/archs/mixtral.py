@@ -1,6 +1,7 @@
 """Mixtral: Mistral's mixtures of experts; GGUF has them as llama."""
 
-from .base import ATTENTION_ONLY, ATTENTION_SCALE_GROUPS, Arch, experts, rope_freqs
+from .base import Arch
+from .decoder import ATTENTION_ONLY, ATTENTION_SCALE_GROUPS, experts, rope_freqs
 from .keys import EXPERTS_OF_WHICH_SOME, LLAMA_METADATA
 from .llama import PAIRED, ROPE_TYPES
 

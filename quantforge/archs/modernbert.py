@@ -4,8 +4,9 @@ from typing import Any
 
 import gguf
 
-from .base import Arch, Config, Tensor
+from .base import Arch
 from .keys import METADATA, stated
+from .tensors import Config, Tensor
 
 _llm, _att, _rope = gguf.Keys.LLM, gguf.Keys.Attention, gguf.Keys.Rope
 _LAYER = "model.layers.{bid}."

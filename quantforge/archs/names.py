@@ -33,17 +33,17 @@ def canonical(names: Iterable[str], expected: Collection[str]) -> dict[str, str]
                 counts[prefix] = counts.get(prefix, 0) + 1
     theirs = max(counts, key=lambda prefix: (counts[prefix], prefix == root))
     outer = theirs.removesuffix(root) if theirs.endswith(root) and theirs != root else _outer(theirs)
-    found: dict[str, str] = {}
+    renamed: dict[str, str] = {}
     taken: set[str] = set()
     for name, bare in given.items():
         inside = root + bare[len(theirs) :] if bare.startswith(theirs) else bare
         beside = bare.removeprefix(outer)  # a head beside the decoder
         for spelled in (inside, beside, bare):
             if spelled in expected and (spelled not in taken or spelled == bare):
-                found[name] = spelled
+                renamed[name] = spelled
                 taken.add(spelled)
                 break
-    return found
+    return renamed
 
 
 def _roots(expected: Collection[str]) -> Mapping[str, int]:

@@ -8,9 +8,11 @@ import gguf
 import numpy as np
 
 from ..arrays import shortest
-from .base import DECODER, Arch, Config
+from .base import Arch
+from .decoder import DECODER
 from .keys import METADATA
 from .minimax_m2 import rotated
+from .tensors import Config
 from .weight import PLUS_ONE
 
 _K = gguf.Keys

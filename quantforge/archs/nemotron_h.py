@@ -8,7 +8,8 @@ from typing import Any
 import gguf
 
 from ..errors import UnsupportedError
-from .base import Arch, Config, From, Sizes, Tensor
+from .base import Arch
+from .tensors import Config, From, Sizes, Tensor
 from .weight import MINUS_EXP
 
 _K = gguf.Keys
@@ -28,8 +29,8 @@ _KINDS = {
 
 
 def _given(h: Config) -> Sequence[str]:
-    found: Sequence[str] = h.get("layers_block_type") or h.get("layer_types") or h.get("hybrid_override_pattern") or ()
-    return found
+    kinds: Sequence[str] = h.get("layers_block_type") or h.get("layer_types") or h.get("hybrid_override_pattern") or ()
+    return kinds
 
 
 def _layers(h: Config) -> Sequence[Collection[str]]:

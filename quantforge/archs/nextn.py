@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from ..errors import UnsupportedError
-from .base import Config, From, Tensor
+from .tensors import Config, From, Tensor
 from .weight import Value
 
 _LAYER = "model.layers.{bid}."
@@ -21,10 +21,10 @@ def beyond(h: Config, names: Collection[str]) -> int:
 
 def apart(_: Config, names: Collection[str]) -> int:
     """How many layers a checkpoint has under mtp.layers. Raises UnsupportedError for several, which share one projection."""
-    found = {m[1] for n in names if (m := re.search(r"(?:^|\.)mtp\.layers\.(\d+)\.", n))}
-    if len(found) > 1:
-        raise UnsupportedError(f"the checkpoint has {len(found)} layers under mtp.layers; one is the limit")
-    return len(found)
+    numbers = {m[1] for n in names if (m := re.search(r"(?:^|\.)mtp\.layers\.(\d+)\.", n))}
+    if len(numbers) > 1:
+        raise UnsupportedError(f"the checkpoint has {len(numbers)} layers under mtp.layers; one is the limit")
+    return len(numbers)
 
 
 def predicting(layers: int, names: Collection[str]) -> set[str]:
@@ -49,16 +49,16 @@ NEXTN = {
 
 def with_mtp(tensors: Mapping[str, Tensor], norm: Value | None = None) -> dict[str, Tensor]:
     """Roles, those of full attention layers also for a prediction layer that is stored apart, under "mtp."."""
-    found: dict[str, Tensor] = {}
+    roles: dict[str, Tensor] = {}
     for role, t in tensors.items():
         if not any("{bid}" in o.name for o in t.origins):
-            found[role] = t
+            roles[role] = t
             continue
-        found[role] = replace(t, where=f"{t.where} & !nextn" if t.where else "!nextn")
+        roles[role] = replace(t, where=f"{t.where} & !nextn" if t.where else "!nextn")
         if t.where in ("", "full"):
             also = tuple(_moved(From(o) if isinstance(o, str) else o) for o in t.also)
-            found[f"{role}@nextn"] = replace(t, checkpoint=tuple(map(_moved, t.origins)), also=also, where="nextn")
-    return found | {
+            roles[f"{role}@nextn"] = replace(t, checkpoint=tuple(map(_moved, t.origins)), also=also, where="nextn")
+    return roles | {
         "nextn.eh_proj": Tensor(("embd", "2*embd"), "mtp.fc", where="nextn"),
         "nextn.enorm": Tensor(("embd",), "mtp.pre_fc_norm_embedding", where="nextn", value=norm),
         "nextn.hnorm": Tensor(("embd",), "mtp.pre_fc_norm_hidden", where="nextn", value=norm),

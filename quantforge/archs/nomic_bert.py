@@ -2,8 +2,9 @@
 
 import gguf
 
-from .base import Arch, Tensor
+from .base import Arch
 from .keys import METADATA
+from .tensors import Tensor
 
 _att, _token = gguf.Keys.Attention, gguf.Keys.Tokenizer
 _LAYER, _NEWER = "encoder.layers.{bid}.", "layers.{bid}."

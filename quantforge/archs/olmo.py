@@ -6,10 +6,12 @@ from typing import Any
 
 import gguf
 
-from .base import ATTENTION_ONLY, ATTENTION_SCALE_GROUPS, DECODER, Arch, Config, Tensor, experts
+from .base import Arch
+from .decoder import ATTENTION_ONLY, ATTENTION_SCALE_GROUPS, DECODER, experts
 from .keys import EXPERTS_OF_WHICH_SOME, METADATA
 from .llama import PAIRED
 from .rope import rope_by_kind, sliding_theta
+from .tensors import Config, Tensor
 from .windows import restored_types, window_pattern
 
 _att, _llm = gguf.Keys.Attention, gguf.Keys.LLM

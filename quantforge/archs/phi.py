@@ -2,9 +2,10 @@
 
 import gguf
 
-from .base import Arch, Tensor, one_of
+from .base import Arch
 from .keys import METADATA
 from .rope import rotated, rotated_part
+from .tensors import Tensor, one_of
 
 _llm, _att, _rope = gguf.Keys.LLM, gguf.Keys.Attention, gguf.Keys.Rope
 _LAYER = "model.layers.{bid}."

@@ -5,9 +5,11 @@ from typing import Any
 
 import gguf
 
-from .base import DECODER, Arch, Config, ScaleGroup, Tensor, longrope_factors
+from .base import Arch
+from .decoder import DECODER, longrope_factors
 from .keys import METADATA
 from .rope import rotated
+from .tensors import Config, ScaleGroup, Tensor
 
 _att, _llm, _rp = gguf.Keys.Attention, gguf.Keys.LLM, gguf.Keys.Rope
 

@@ -4,9 +4,11 @@ from dataclasses import replace
 
 import gguf
 
-from .base import DECODER, Arch, ScaleGroup, Tensor, experts
+from .base import Arch
+from .decoder import DECODER, experts
 from .keys import METADATA
 from .qwen3moe import EXPERT_KEYS
+from .tensors import ScaleGroup, Tensor
 
 _MLP = "model.layers.{bid}.mlp."
 SHARED_EXPERT = {

@@ -7,9 +7,11 @@ from typing import Any
 import gguf
 
 from ..errors import UnsupportedError
-from .base import DECODER, DECODER_SCALE_GROUPS, Arch, Config
+from .base import Arch
+from .decoder import DECODER, DECODER_SCALE_GROUPS
 from .keys import METADATA
 from .qwen35 import VISION
+from .tensors import Config
 
 _SECTIONS = gguf.Keys.Rope.DIMENSION_SECTIONS
 

@@ -1,6 +1,7 @@
 """Qwen3, dense: Qwen2 without biases, with a norm on each head's queries and keys."""
 
-from .base import DECODER, DECODER_SCALE_GROUPS, QK_NORM, Arch
+from .base import Arch
+from .decoder import DECODER, DECODER_SCALE_GROUPS, QK_NORM
 from .keys import METADATA
 
 ARCH = Arch(

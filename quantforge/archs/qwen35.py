@@ -11,11 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UnsupportedError
-from .base import DECODER, Arch, Config, From, Sizes, Tensor, experts
+from .base import Arch
+from .decoder import DECODER, experts
 from .keys import METADATA
 from .nextn import apart, with_mtp
 from .qwen2moe import SHARED_EXPERT, SHARED_EXPERT_KEYS
 from .qwen3next import ATTENTION, DEFAULTS, IMPLIED, SCALE_GROUPS, computed, dims, layers, on_linear, restored
+from .tensors import Config, From, Sizes, Tensor
 from .weight import MINUS_EXP, PLUS_ONE
 
 _LINEAR = "model.layers.{bid}.linear_attn."
@@ -73,8 +75,8 @@ def restored_sections(get: Callable[[str], Any]) -> list[int]:
 
 
 def _computed(h: Config) -> Mapping[str, Any]:
-    found = computed(h)
-    return {**found, _SECTIONS: sections(h, found[gguf.Keys.Rope.DIMENSION_COUNT] // 2, [11, 11, 10])}
+    keys = computed(h)
+    return {**keys, _SECTIONS: sections(h, keys[gguf.Keys.Rope.DIMENSION_COUNT] // 2, [11, 11, 10])}
 
 
 def _restored(get: Callable[[str], Any]) -> Mapping[str, Any]:

@@ -2,8 +2,10 @@
 
 import gguf
 
-from .base import DECODER, QK_NORM, Arch, ScaleGroup, experts
+from .base import Arch
+from .decoder import DECODER, QK_NORM, experts
 from .keys import METADATA
+from .tensors import ScaleGroup
 
 _dense = {role: t for role, t in DECODER.items() if role not in ("ffn_gate", "ffn_up", "ffn_down")}
 

@@ -10,10 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..arrays import shortest
-from .base import DECODER, QK_NORM, Arch, Config, From, ScaleGroup, Sizes, Tensor, experts, part
+from .base import Arch
+from .decoder import DECODER, QK_NORM, experts
 from .keys import METADATA
 from .nextn import apart, with_mtp
 from .qwen2moe import SHARED_EXPERT, SHARED_EXPERT_KEYS
+from .tensors import Config, From, ScaleGroup, Sizes, Tensor, part
 from .weight import MINUS_EXP, PLUS_ONE
 
 _K = gguf.Keys

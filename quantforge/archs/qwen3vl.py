@@ -6,10 +6,11 @@ from typing import Any
 
 import gguf
 
-from .base import Arch, Config, From, part
+from .base import Arch
 from .qwen3 import ARCH as QWEN3
 from .qwen3moe import ARCH as QWEN3MOE
 from .qwen35 import VISION, sections
+from .tensors import Config, From, part
 
 _EXPERTS = "model.layers.{bid}.mlp.experts."
 _DEEPSTACK = "{arch}.n_deepstack_layers"

@@ -123,31 +123,31 @@ def rope_metadata(rope: Mapping[str, Any]) -> dict[str, Any]:
     Raises UnsupportedError for what llama.cpp cannot run.
     """
     kind = rope["rope_type"]
-    found: dict[str, Any] = {}
+    keys: dict[str, Any] = {}
     if kind in ("linear", "yarn"):
-        found[_K.SCALING_TYPE] = gguf.RopeScalingType[kind.upper()].value
-        found[_K.SCALING_FACTOR] = float(rope["factor"])
+        keys[_K.SCALING_TYPE] = gguf.RopeScalingType[kind.upper()].value
+        keys[_K.SCALING_FACTOR] = float(rope["factor"])
     if kind == "yarn":
         if rope.get("truncate", True) is not True:
             raise UnsupportedError("config.json: yarn rope scaling with truncate = false does not exist in llama.cpp")
-        found[_K.SCALING_ORIG_CTX_LEN] = int(rope["original_max_position_embeddings"])
+        keys[_K.SCALING_ORIG_CTX_LEN] = int(rope["original_max_position_embeddings"])
         names = {
             "extrapolation_factor": _K.SCALING_YARN_EXT_FACTOR,
             "attention_factor": _K.SCALING_YARN_ATTN_FACTOR,
             "beta_fast": _K.SCALING_YARN_BETA_FAST,
             "beta_slow": _K.SCALING_YARN_BETA_SLOW,
         }
-        found.update({name: float(rope[key]) for key, name in names.items() if key in rope})
+        keys.update({name: float(rope[key]) for key, name in names.items() if key in rope})
         # llama.cpp's dense graphs do not look at yarn_attn_factor: they take YaRN's own magnitude times attn_factor.
         own, wanted = _yarn_magnitude(rope["factor"]), _yarn_attention_factor(rope)
         if not math.isclose(wanted, own):
-            found[_K.SCALING_ATTN_FACTOR] = wanted / own
+            keys[_K.SCALING_ATTN_FACTOR] = wanted / own
     if kind == "longrope":
-        found[_K.SCALING_ATTN_FACTOR] = float(rope["attention_factor"])
+        keys[_K.SCALING_ATTN_FACTOR] = float(rope["attention_factor"])
     if kind == "dynamic":
         logger.warning("config.json: dynamic rope scaling is not part of GGUF; it matters only beyond max_position_embeddings")
-    found[_K.FREQ_BASE] = float(rope["rope_theta"])
-    return found
+    keys[_K.FREQ_BASE] = float(rope["rope_theta"])
+    return keys
 
 
 def rope_scaling(get: Callable[[str], Any]) -> dict[str, Any] | None:

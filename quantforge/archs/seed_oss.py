@@ -2,7 +2,8 @@
 
 from dataclasses import replace
 
-from .base import DECODER, DECODER_SCALE_GROUPS, Arch
+from .base import Arch
+from .decoder import DECODER, DECODER_SCALE_GROUPS
 from .keys import METADATA
 
 ARCH = Arch(

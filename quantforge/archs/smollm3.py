@@ -1,8 +1,10 @@
 """SmolLM3: Llama of which every fourth layer has no rotary embedding."""
 
-from .base import DECODER, DECODER_SCALE_GROUPS, Arch, Config
+from .base import Arch
+from .decoder import DECODER, DECODER_SCALE_GROUPS
 from .keys import PAIRED_METADATA
 from .llama import PAIRED
+from .tensors import Config
 
 
 def _no_rope_layers(h: Config) -> list[int]:

@@ -2,9 +2,11 @@
 
 import gguf
 
-from .base import DECODER, Arch, ScaleGroup, Tensor
+from .base import Arch
+from .decoder import DECODER
 from .keys import METADATA
 from .rope import rotated, rotated_part
+from .tensors import ScaleGroup, Tensor
 
 _llm, _att, _rope = gguf.Keys.LLM, gguf.Keys.Attention, gguf.Keys.Rope
 _LAYER = "model.layers.{bid}."

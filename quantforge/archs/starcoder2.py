@@ -2,8 +2,10 @@
 
 import gguf
 
-from .base import DECODER, Arch, Tensor, one_of
+from .base import Arch
+from .decoder import DECODER
 from .keys import METADATA
+from .tensors import Tensor, one_of
 
 _att = gguf.Keys.Attention
 _LAYER = "model.layers.{bid}."

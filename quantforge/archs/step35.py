@@ -13,11 +13,13 @@ import numpy as np
 
 from ..arrays import shortest
 from ..errors import UnsupportedError
-from .base import DECODER, QK_NORM, Arch, Config, From, Sizes, Tensor, part
+from .base import Arch
+from .decoder import DECODER, QK_NORM
 from .deepseek import DENSE
 from .keys import METADATA
 from .nextn import NEXTN, beyond
 from .rope import ROPE_FREQS, llama3_rope_factors, llama3_scaling, sliding_theta
+from .tensors import Config, From, Sizes, Tensor, part
 from .weight import PLUS_ONE, Weight
 
 _K = gguf.Keys
@@ -70,14 +72,14 @@ def _dims(h: Config, layer: int | None) -> Sizes:
 def _rope_parameters(given: Config) -> dict[str, Any]:
     """What releases say by lists over layers."""
     thetas, parts = given.get("rope_theta", 10000.0), given.get("partial_rotary_factors")
-    found = {}
+    by_kind = {}
     for i, kind in enumerate(given.get("layer_types") or ["full_attention"]):
-        if kind not in found:
-            found[kind] = {"rope_type": "default", "rope_theta": thetas[i] if isinstance(thetas, list) else thetas}
-            found[kind] |= {"partial_rotary_factor": parts[i]} if parts else {}
-    if "full_attention" in found:
-        found["full_attention"] |= given.get("rope_scaling") or {}
-    return found
+        if kind not in by_kind:
+            by_kind[kind] = {"rope_type": "default", "rope_theta": thetas[i] if isinstance(thetas, list) else thetas}
+            by_kind[kind] |= {"partial_rotary_factor": parts[i]} if parts else {}
+    if "full_attention" in by_kind:
+        by_kind["full_attention"] |= given.get("rope_scaling") or {}
+    return by_kind
 
 
 def _check(h: Config) -> None:

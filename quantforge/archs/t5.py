@@ -6,7 +6,8 @@ from typing import Any
 
 import gguf
 
-from .base import NEEDED, Arch, Config, Tensor
+from .base import NEEDED, Arch
+from .tensors import Config, Tensor
 
 _llm, _att = gguf.Keys.LLM, gguf.Keys.Attention
 

@@ -115,14 +115,14 @@ class Weight:
     def span(self, source: str) -> slice | None:
         """The rows that are those of a source, in its order, before any transposing; None where they are no single run."""
         first = 0
-        found = None
+        rows = None
         for p in self.pieces:
             if p.source == source:
-                if found is not None or p.rows is not None or p.groups:
+                if rows is not None or p.rows is not None or p.groups:
                     return None
-                found = slice(first, first + p.count)
+                rows = slice(first, first + p.count)
             first += p.count
-        return found if self.order is None else None
+        return rows if self.order is None else None
 
     @property
     def role(self) -> str:

@@ -28,10 +28,10 @@ def quantize(job: Job) -> None:
         if name.endswith(".safetensors"):
             os.rename(path, os.path.join(job["out"], "model.safetensors"))
         elif name.endswith("config.json"):
-            found = read(path)
-            for part in (found, found.get("quantization_config", {})):
+            settings = read(path)
+            for part in (settings, settings.get("quantization_config", {})):
                 part.pop("is_marlin_format", None)
-            write(path, found)
+            write(path, settings)
 
 
 BACKEND = Backend(

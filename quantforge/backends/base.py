@@ -99,14 +99,14 @@ class Library(Method):
                 + (f", which {' and '.join(others)} have" if others else "")
                 + "; the built-in methods need no --backend"
             )
-        found = sys.executable if self.python is None else shutil.which(os.path.expanduser(self.python))
-        if found is None:
+        interpreter = sys.executable if self.python is None else shutil.which(os.path.expanduser(self.python))
+        if interpreter is None:
             raise RecipeError(f"--backend-python {os.fspath(self.python or '')}: there is no such interpreter")
         for option in ("act_order", "damping", "static_groups"):
             if getattr(self, option) is not None and (method != "gptq" or option not in known.gptq_options):
                 raise RecipeError(f"--{option.replace('_', '-')}: {known.name}'s {method} has no such option")
         # not resolved: an environment's python is a link, and what it is depends on where that stands
-        for field, value in (("backend", known.name), ("method", method), ("python", os.path.abspath(found))):
+        for field, value in (("backend", known.name), ("method", method), ("python", os.path.abspath(interpreter))):
             object.__setattr__(self, field, value)
 
     def check(self, device: str) -> None:

@@ -80,11 +80,11 @@ def versions(package: str) -> dict[str, str]:
     """Versions that explain most failures."""
     from importlib import metadata
 
-    found = {"python": sys.version.split()[0]}
+    packages = {"python": sys.version.split()[0]}
     for name in (package, "transformers", "torch"):
         with suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
+            packages[name] = metadata.version(name)
+    return packages
 
 
 def old_names(path: str, transformers: str) -> None:
@@ -135,8 +135,8 @@ def load(path: str) -> Backend:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    found: Backend = module.BACKEND
-    return found
+    backend: Backend = module.BACKEND
+    return backend
 
 
 def main(path: str) -> int:

@@ -194,8 +194,8 @@ def evaluation_options(command: F) -> F:
         kwargs["metrics"] = listed(metrics)
         kwargs["tasks"] = listed(tasks or "")
         with stages() as progress:
-            found = command(*args, progress=progress, **kwargs)
-        click.echo(json.dumps(found.to_dict(), ensure_ascii=False) if as_json else render(found))
+            result = command(*args, progress=progress, **kwargs)
+        click.echo(json.dumps(result.to_dict(), ensure_ascii=False) if as_json else render(result))
 
     return wrapped  # type: ignore[return-value]
 

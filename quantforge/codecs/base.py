@@ -283,18 +283,18 @@ def repack(e: Encoded, target: Codec) -> Encoded:
 
     e: a matrix for which `repacks` is true.
     """
-    found = e.codec.to_integers(e.parts, e.shape)
+    integers = e.codec.to_integers(e.parts, e.shape)
     grid = target.integers
     assert grid is not None
-    codes, zero = found.codes, found.zero
+    codes, zero = integers.codes, integers.zero
     if grid.zero is not None:
         codes = codes + (grid.zero - zero.flat[0] if zero.size else 0)
         zero = np.full_like(zero, grid.zero)
-    n, groups = e.shape[-1], found.step.shape[-1]
+    n, groups = e.shape[-1], integers.step.shape[-1]
     per = n if groups == 1 else e.codec.integers.group  # type: ignore[union-attr]
     size = min(grid.group or n, n)
     times, wanted = -(-per // size), -(-n // size)
-    step, zero = (p.repeat(times, -1)[..., :wanted] for p in (found.step, zero))
+    step, zero = (p.repeat(times, -1)[..., :wanted] for p in (integers.step, zero))
     moved = Integers(codes.astype(np.uint8, copy=False), step, zero)
     return Encoded(target, e.shape, target.from_integers(moved))
 
@@ -437,8 +437,8 @@ class GgmlCodec(Codec):
 
     def matmul(self, x: F32, parts: Parts, shape: tuple[int, ...], *, threads: int = 1, activations: str = "float") -> F32:
         """x wᵀ with the compiled kernels; see `Codec.matmul`. int8: sixteen of x share a scale, absmax / 127."""
-        found = check_parts(parts, shape, self)
-        return native.product(self.name, x, [*found, *self.tables], shape[0], threads, activations == "int8")
+        arrays = check_parts(parts, shape, self)
+        return native.product(self.name, x, [*arrays, *self.tables], shape[0], threads, activations == "int8")
 
 
 class AffineCodec(GgmlCodec, GridCodec):
@@ -534,14 +534,14 @@ def check_matrix(w: torch.Tensor, importance: torch.Tensor | None, codec: Codec)
 
 def check_parts(parts: Parts, shape: tuple[int, ...], codec: Codec) -> list[Array]:
     """The parts in the layout's order, shapes and dtypes, contiguous. Raises ShapeError if they hold another tensor."""
-    found = []
+    arrays = []
     for key, info in codec.layout(shape).items():
         part = parts.get(key)
         if part is None or part.dtype != info.dtype or part.size * part.itemsize != info.nbytes:
             has = "missing" if part is None else f"{part.dtype}{list(part.shape)}"
             raise ShapeError(f"{codec.name}: part {key} of weights {list(shape)} is {has}, needs {info.dtype}{list(info.shape)}")
-        found.append(np.ascontiguousarray(part).reshape(info.shape))
-    return found
+        arrays.append(np.ascontiguousarray(part).reshape(info.shape))
+    return arrays
 
 
 def check_importance(importance: F32, shape: tuple[int, ...], codec: Codec) -> F32:

@@ -193,13 +193,13 @@ class AffineGrid:
             # the largest is 1, so that no product overflows; where all are 0, all are equal
             importance = (importance / importance.amax().clamp_min(1e-30) + 1e-12).expand(w.shape)
         step = max(1, FITTED_AT_ONCE.get(w.device.type, 1 << 18) // max(1, w.shape[1]))
-        found = []
+        fitted = []
         for i in range(0, w.shape[0], step):
             x = self._columns(w[i : i + step].float().clamp(-_MAX, _MAX))
             c = x.new_ones((1, 1, 1)) if importance is None else self._columns(importance[i : i + step])
-            found.append(_Fit(self, x, c).run())
+            fitted.append(_Fit(self, x, c).run())
         rows = w.shape[0]
-        return {k: torch.cat([p[k] for p in found]).reshape(rows, -1) for k in found[0]}
+        return {k: torch.cat([p[k] for p in fitted]).reshape(rows, -1) for k in fitted[0]}
 
     def _columns(self, w: torch.Tensor) -> torch.Tensor:
         """[rows, in] -> [weight in sub-block, sub-block, block]: reductions over whole planes."""
@@ -257,9 +257,9 @@ class _Fit:
         dmin, m = self.sweep(offset, self.m, lambda o: self.error(d * sc, o))
         d, sc, dmin, m = self.descend(d, sc, dmin, m)
         floats = {"d": d, "dmin": dmin, "m": 0 - dmin}
-        found = {k: floats[k].half() for k in self.grid.floats}
+        halves = {k: floats[k].half() for k in self.grid.floats}
         ints = {"sc": sc, "m": m}
-        return found | {k: (ints[k] + f.zero).t().to(torch.uint8) for k, f in self.grid.ints.items()}
+        return halves | {k: (ints[k] + f.zero).t().to(torch.uint8) for k, f in self.grid.ints.items()}
 
     def error(self, step: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
         """Σ c (x − x̂)² of each sub-block."""

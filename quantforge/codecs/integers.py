@@ -81,12 +81,12 @@ def unpack_bits(packed: Array, bits: int, n: int) -> Array:
             codes[..., i::per] = (packed >> np.uint8(i * bits)) & np.uint8((1 << bits) - 1)
         return codes[..., :n]
     rows = packed.reshape(-1, packed.shape[-1])
-    found = np.empty((len(rows), n), np.uint8)
+    unpacked = np.empty((len(rows), n), np.uint8)
     step = max(1, (1 << 20) // max(1, n))
     for i in range(0, len(rows), step):
         single = np.unpackbits(rows[i : i + step], axis=-1, count=n * bits, bitorder="little")
-        found[i : i + step] = np.packbits(single.reshape(-1, n, bits), axis=-1, bitorder="little")[..., 0]
-    return found.reshape(*packed.shape[:-1], n)
+        unpacked[i : i + step] = np.packbits(single.reshape(-1, n, bits), axis=-1, bitorder="little")[..., 0]
+    return unpacked.reshape(*packed.shape[:-1], n)
 
 
 class IntegerCodec(GridCodec):
@@ -125,12 +125,12 @@ class IntegerCodec(GridCodec):
         if not shape or (self.group and not shape[-1]):
             raise ShapeError(f"{self.name}: weights {list(shape)} have no rows to quantize")
         n = shape[-1]
-        found = {"codes": TensorInfo(np.dtype(np.uint8), (*shape[:-1], -(-n * self.bits // 8)))}
+        parts = {"codes": TensorInfo(np.dtype(np.uint8), (*shape[:-1], -(-n * self.bits // 8)))}
         groups = (*shape[:-1], -(-n // self.group) if self.group else 1) if self.row_local else (1,)
-        found["scale"] = TensorInfo(self.scale_dtype, groups)
+        parts["scale"] = TensorInfo(self.scale_dtype, groups)
         if not self.symmetric:
-            found["zero"] = TensorInfo(np.dtype(np.uint8), groups)
-        return found
+            parts["zero"] = TensorInfo(np.dtype(np.uint8), groups)
+        return parts
 
     def encode(self, w: F32, importance: F32 | None = None, *, threads: int = 1) -> Parts:
         """Quantize w: f32[..., in]; see the class and `Codec.encode`."""
@@ -185,14 +185,14 @@ class IntegerCodec(GridCodec):
 
         per = check_importance(importance, w.shape, self)
         matrices = w.reshape(-1, w.shape[-1]) if len(per) == 1 else w.reshape(len(per), -1, w.shape[-1])
-        found = []
+        encoded = []
         for i, rows in enumerate([matrices] if len(per) == 1 else matrices):
             x = torch.from_numpy(np.require(rows, requirements=["W"]))
             params = self.fit(x, torch.from_numpy(np.require(per[i], requirements=["W"])))
-            found.append(self.pack(self.round(x, params), params))
+            encoded.append(self.pack(self.round(x, params), params))
             if not self.row_local and len(per) > 1:
                 raise ShapeError(f"{self.name}: one scale cannot serve {len(per)} experts; choose a scale per channel")
-        return {k: np.concatenate([p[k] for p in found]) for k in found[0]}
+        return {k: np.concatenate([p[k] for p in encoded]) for k in encoded[0]}
 
     def decode(self, parts: Parts, shape: tuple[int, ...], *, threads: int = 1) -> F32:
         """f32[shape]."""
@@ -239,8 +239,8 @@ class IntegerCodec(GridCodec):
         c = torch.ones_like(x) if importance is None else importance.detach().to(x.device, torch.float32).expand(x.shape)
         c = c / c.amax().clamp_min(1e-30) + 1e-12
         if not self.row_local:
-            found = self._fit(x.reshape(1, 1, -1), c.reshape(1, 1, -1))
-            return {k: p.expand(rows, 1) for k, p in found.items()}
+            fitted = self._fit(x.reshape(1, 1, -1), c.reshape(1, 1, -1))
+            return {k: p.expand(rows, 1) for k, p in fitted.items()}
         step = max(1, FITTED_AT_ONCE.get(x.device.type, 1 << 18) // max(1, x.shape[1]))
         width = self.group or x.shape[1]
         groups = x.shape[1] // width
@@ -291,8 +291,8 @@ class IntegerCodec(GridCodec):
             cq = c * q
             power = (cq * q).sum(-1)
             consider(((cq * x).sum(-1) / power.where(power > 0, torch.ones_like(power))).where(power > 0, scale), zero)
-        found = {"scale": scale.to(kind)}
-        return found if self.symmetric else found | {"zero": zero.to(torch.uint8)}
+        params = {"scale": scale.to(kind)}
+        return params if self.symmetric else params | {"zero": zero.to(torch.uint8)}
 
     def spacing(self, params: Params, at: int, n: int) -> Spacing:
         """See `GridCodec.spacing`."""
@@ -330,17 +330,17 @@ class IntegerCodec(GridCodec):
 
     def pack(self, codes: Codes, params: Params) -> Parts:
         """Parts of a matrix [out, in]."""
-        found = {"codes": pack_bits(to_numpy(codes.contiguous()), self.bits)}
-        return found | {k: to_numpy(p.contiguous())[slice(None) if self.row_local else 0].copy() for k, p in params.items()}
+        parts = {"codes": pack_bits(to_numpy(codes.contiguous()), self.bits)}
+        return parts | {k: to_numpy(p.contiguous())[slice(None) if self.row_local else 0].copy() for k, p in params.items()}
 
     def unpack(self, parts: Parts, shape: tuple[int, ...]) -> tuple[Codes, Params]:
         """(codes, params) on the CPU."""
         import torch
 
-        found = dict(zip(self.layout(shape), check_parts(parts, shape, self), strict=True))
-        codes = unpack_bits(found.pop("codes"), self.bits, shape[-1])
+        arrays = dict(zip(self.layout(shape), check_parts(parts, shape, self), strict=True))
+        codes = unpack_bits(arrays.pop("codes"), self.bits, shape[-1])
         params = {}
-        for k, p in found.items():
+        for k, p in arrays.items():
             p = p if self.row_local else np.broadcast_to(p, (shape[0], 1))
             if p.dtype == BF16:
                 params[k] = torch.from_numpy(p.view(np.int16).copy()).view(torch.bfloat16)
@@ -361,8 +361,8 @@ class IntegerCodec(GridCodec):
     def from_integers(self, codes: Integers) -> Parts:
         """Steps are rounded to the scale's dtype."""
         scale = np.clip(codes.step, -self._largest, self._largest).astype(self.scale_dtype)
-        found = {"codes": pack_bits(codes.codes, self.bits), "scale": scale}
-        return found if self.symmetric else found | {"zero": codes.zero}
+        parts = {"codes": pack_bits(codes.codes, self.bits), "scale": scale}
+        return parts if self.symmetric else parts | {"zero": codes.zero}
 
 
 class ActOrderCodec(Codec):
@@ -386,13 +386,13 @@ class ActOrderCodec(Codec):
         return parts | {"group": np.arange(w.shape[-1], dtype=np.int32) // np.int32(self.plain.group)}
 
     def _parts(self, parts: Parts, shape: tuple[int, ...]) -> list[Array]:
-        found = check_parts(parts, shape, self)
-        scale, group = found[1], found[-1]
+        arrays = check_parts(parts, shape, self)
+        scale, group = arrays[1], arrays[-1]
         if group.size and not 0 <= int(group.min()) <= int(group.max()) < scale.shape[-1]:
             raise ShapeError(
                 f"{self.name}: a column belongs to group {int(group.max())} or {int(group.min())} of {scale.shape[-1]}"
             )
-        return found
+        return arrays
 
     def matmul(self, x: F32, parts: Parts, shape: tuple[int, ...], *, threads: int = 1, activations: str = "float") -> F32:
         """x wᵀ; see `Codec.matmul`. Activations stay floats: columns that share a scale are not neighbours."""

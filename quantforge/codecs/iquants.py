@@ -150,7 +150,7 @@ class IQCodec(GgmlCodec, GridCodec):
         entries = torch.from_numpy(self.entries).to(w.device)
         rows = max(1, _AT_ONCE // len(entries))
         c = None if importance is None else importance.float().reshape(-1, self.vector).repeat(len(w), 1)
-        found = [
+        codes = [
             _nearest(
                 y[i : i + rows],
                 None if moved is None else moved[i : i + rows],
@@ -160,7 +160,7 @@ class IQCodec(GgmlCodec, GridCodec):
             )
             for i in range(0, len(y), rows)
         ]
-        return torch.cat(found).reshape(scale.shape)
+        return torch.cat(codes).reshape(scale.shape)
 
     def expand(self, codes: Codes, params: Params, at: int = 0) -> torch.Tensor:
         """f32[out, n], bit-equal to `decode`."""
@@ -259,17 +259,17 @@ def _nearest(
     y = y.abs()
     width = entries.shape[1]
     cs = [None] * (f.vector // width) if c is None else torch.split(c, width, 1)
-    found = [_costs(part, entries, n == 7, own) for part, own in zip(torch.split(y, width, 1), cs, strict=True)]
-    plain = [c.min(1) for c, _ in found]
+    costs = [_costs(part, entries, n == 7, own) for part, own in zip(torch.split(y, width, 1), cs, strict=True)]
+    plain = [c.min(1) for c, _ in costs]
     index = [p.indices for p in plain]
     if n == 7:
         odd = minus.sum(1) & 1 == 1
-        flipped = [c.min(1) for _, c in found if c is not None]
+        flipped = [c.min(1) for _, c in costs if c is not None]
         # the entry in which a sign is flipped
         where = flipped[0].values * 0 > 0
-        if len(found) == 2:
+        if len(costs) == 2:
             where = flipped[1].values + plain[0].values < flipped[0].values + plain[1].values
-        flip = [odd & ~where, odd & where][: len(found)]
+        flip = [odd & ~where, odd & where][: len(costs)]
         index = [b.indices.where(m, p) for b, p, m in zip(flipped, index, flip, strict=True)]
         cost = [
             (part * entries.float()[i] * (1 if own is None else own)).masked_fill(~m.unsqueeze(-1), torch.inf)

@@ -117,11 +117,11 @@ def possible(x: F32) -> bool:
 def levels(x: F32) -> int:
     """Levels of the lattice that most of the blocks x: f32[n, block] are on: 16 for −8..7; 0 if they are on none."""
     x = x[np.count_nonzero(x, -1) >= _EVIDENCE]
-    found = find(x, smallest=True)
-    on = found.step > 0
+    lattice = find(x, smallest=True)
+    on = lattice.step > 0
     if not len(x) or on.mean() < _MOST:
         return 0
-    return int(found.integers[on].max() - found.integers[on].min()) + 1
+    return int(lattice.integers[on].max() - lattice.integers[on].min()) + 1
 
 
 def _near(y: F32, integers: F32) -> Bools:
@@ -186,10 +186,10 @@ class LatticeCodec(AffineCodec):
 
     def _exact(self, x: F32) -> tuple[Bools, I32, dict[str, Array]]:
         """Which blocks are on a lattice, their codes i32[n, block], and their stored params by name: [n, 1] each."""
-        found = find(x, self.limits)
-        q, grid = found.integers, self.grid
+        lattice = find(x, self.limits)
+        q, grid = lattice.integers, self.grid
         least, most = q.min(-1), q.max(-1)
-        d, on = _as_half(found)
+        d, on = _as_half(lattice)
         if self.limits.shifts:
             zero = _zero_points(least, most, self.limits.high)
         else:
@@ -225,13 +225,13 @@ def _zero_points(least: F32, most: F32, high: int) -> I32:
     return zero.astype(np.int32)
 
 
-def _as_half(found: Lattices) -> tuple[NDArray[np.float16], Bools]:
+def _as_half(lattice: Lattices) -> tuple[NDArray[np.float16], Bools]:
     """Steps as f16: one that rounds to all weights in bf16, where there is one; and in which blocks it is near enough."""
-    d = np.clip(found.step, 0, _LARGEST_HALF).astype(np.float16)
+    d = np.clip(lattice.step, 0, _LARGEST_HALF).astype(np.float16)
     up, down = np.nextafter(d, np.float16(np.inf)), np.nextafter(d, np.float16(0))
-    d = np.where(d < found.least, up, np.where(d > found.most, down, d)).astype(np.float16)
-    near = np.abs(d.astype(np.float32) - found.step) <= found.step * np.float32(2.0**-10)
-    return d, near & (found.step > 0) & np.isfinite(d)
+    d = np.where(d < lattice.least, up, np.where(d > lattice.most, down, d)).astype(np.float16)
+    near = np.abs(d.astype(np.float32) - lattice.step) <= lattice.step * np.float32(2.0**-10)
+    return d, near & (lattice.step > 0) & np.isfinite(d)
 
 
 @cache

@@ -29,7 +29,7 @@ _MAX = np.finfo(np.float32).max
 
 def _dynamic_map() -> F32:
     """Dynamic tree quantization (arXiv 1511.04561): 256 numbers in −1..1 whose steps grow with their magnitude."""
-    found = [0.0, 1.0]
+    numbers = [0.0, 1.0]
     low, high = np.float32(0.1), np.float32(1)
     for i in range(7):
         n = 2**i
@@ -37,8 +37,8 @@ def _dynamic_map() -> F32:
         # as torch.linspace rounds: from either end to the middle, an f32 step, one rounding of the product and sum
         edges = np.where(at < (n + 1) // 2, low + step * at, high - step * (n - at)).astype(np.float32)
         means = (edges[:-1] + edges[1:]) / 2 * np.float32(10.0 ** (i - 6))
-        found += [*means, *-means]
-    return np.sort(np.array(found, np.float32))
+        numbers += [*means, *-means]
+    return np.sort(np.array(numbers, np.float32))
 
 
 DYNAMIC = _dynamic_map()
@@ -71,12 +71,15 @@ class LookupCodec(Codec):
         check_block(shape, self)
         blocks = (*shape[:-1], shape[-1] // self.block_size)
         f32, u8 = np.dtype(np.float32), np.dtype(np.uint8)
-        found = {"codes": TensorInfo(u8, (*shape[:-1], shape[-1] // 2)), "absmax": TensorInfo(u8 if self.double else f32, blocks)}
+        arrays = {
+            "codes": TensorInfo(u8, (*shape[:-1], shape[-1] // 2)),
+            "absmax": TensorInfo(u8 if self.double else f32, blocks),
+        }
         if self.double:
             n = int(np.prod(blocks, dtype=object))
-            found["nested_absmax"] = TensorInfo(f32, (-(-n // NESTED_BLOCK),))
-            found["nested_offset"] = TensorInfo(f32, (1,))
-        return found
+            arrays["nested_absmax"] = TensorInfo(f32, (-(-n // NESTED_BLOCK),))
+            arrays["nested_offset"] = TensorInfo(f32, (1,))
+        return arrays
 
     def encode(self, w: F32, importance: F32 | None = None, *, threads: int = 1) -> Parts:
         """Round to the nearest number of the table. Importance does not matter here."""
@@ -99,13 +102,13 @@ class LookupCodec(Codec):
 
     def decode(self, parts: Parts, shape: tuple[int, ...], *, threads: int = 1) -> F32:
         """f32[shape]."""
-        found = dict(zip(self.layout(shape), check_parts(parts, shape, self), strict=True))
-        absmax = found["absmax"]
+        arrays = dict(zip(self.layout(shape), check_parts(parts, shape, self), strict=True))
+        absmax = arrays["absmax"]
         if self.double:
-            nested = np.repeat(found["nested_absmax"], NESTED_BLOCK)[: absmax.size].reshape(absmax.shape)
+            nested = np.repeat(arrays["nested_absmax"], NESTED_BLOCK)[: absmax.size].reshape(absmax.shape)
             with np.errstate(over="ignore"):
-                absmax = np.clip(DYNAMIC[absmax] * nested + found["nested_offset"], -_MAX, _MAX)
-        codes = np.stack([found["codes"] >> 4, found["codes"] & 15], -1).reshape(*absmax.shape, self.block_size)
+                absmax = np.clip(DYNAMIC[absmax] * nested + arrays["nested_offset"], -_MAX, _MAX)
+        codes = np.stack([arrays["codes"] >> 4, arrays["codes"] & 15], -1).reshape(*absmax.shape, self.block_size)
         return np.asarray((self.table[codes] * absmax[..., None]).reshape(shape), np.float32)
 
     def matmul(self, x: F32, parts: Parts, shape: tuple[int, ...], *, threads: int = 1, activations: str = "float") -> F32:

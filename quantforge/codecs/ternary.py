@@ -67,8 +67,8 @@ class TernaryRows(IntegerCodec):
 
     def to_integers(self, parts: Parts, shape: tuple[int, ...]) -> Integers:
         """Codes 0, 1, 2 and the rows' scales."""
-        found = super().to_integers(parts, shape)
-        return Integers(found.codes - np.uint8(1), found.step, found.zero - np.uint8(1))
+        codes = super().to_integers(parts, shape)
+        return Integers(codes.codes - np.uint8(1), codes.step, codes.zero - np.uint8(1))
 
     def from_integers(self, codes: Integers) -> Parts:
         """Inverse of `to_integers`."""

@@ -52,10 +52,10 @@ class _Becoming(Model):
 
     def parameter(self, name: str) -> F32:
         w = super().parameter(name)
-        found = self.outputs.of.get(name, ())
-        if len(found) != 1 or isinstance(found[0].tensor.target, PlainCodec) or name.startswith(f"{self.prefix}."):
+        outputs = self.outputs.of.get(name, ())
+        if len(outputs) != 1 or isinstance(outputs[0].tensor.target, PlainCodec) or name.startswith(f"{self.prefix}."):
             return w
-        codec = found[0].tensor.target
+        codec = outputs[0].tensor.target
         return Encoded(codec, w.shape, codec.encode(w)).decode()
 
 
@@ -179,23 +179,23 @@ class _Block:
         self, model: Model, layer: nn.Module, hidden: torch.Tensor, first: int, wanted: Sequence[str]
     ) -> dict[str, torch.Tensor]:
         """The inputs of some matrices for the windows from `first` on; the block runs no further than it must."""
-        found: dict[str, torch.Tensor] = {}
+        inputs: dict[str, torch.Tensor] = {}
 
         def note(names: Sequence[str], x: torch.Tensor) -> None:
-            found.update({n: x for n in names if n in wanted})
-            if len(found) == len(wanted):
+            inputs.update({n: x for n in names if n in wanted})
+            if len(inputs) == len(wanted):
                 raise _Enough
 
         with observing(layer, model, self.i, note), suppress(_Enough):
             model.run_block(self.i, layer, hidden.clone(), self.batch, first)
-        return found
+        return inputs
 
     def _moments(self, groups: list[list[str]]) -> list[Moments]:
         """Moments of the first matrix's input of each group."""
         firsts, needs = [g[0] for g in groups], self.method.needs
-        found = [Moments(needs) for _ in groups]
+        gathered = [Moments(needs) for _ in groups]
         if not groups or not needs:
-            return found
+            return gathered
         routed = {n for n in firsts if is_expert(n)}  # an expert's tokens differ between the two: nothing to compare
         first = 0
         for theirs, ours in zip(torch.split(self.full, self.batch), torch.split(self.hidden, self.batch), strict=True):
@@ -205,13 +205,13 @@ class _Block:
             x = self.inputs(self.becoming, self.after, ours, first, firsts)
             x0 = self.inputs(self.model, self.before, theirs, first, compared) if compared else {}
             first += len(ours)
-            for name, moments in zip(firsts, found, strict=True):
+            for name, moments in zip(firsts, gathered, strict=True):
                 tokens = torch.arange(len(x[name]))  # of experts, every eighth token judges
                 every = tokens % HELD_OUT == HELD_OUT - 1 if name in routed else judges.repeat_interleave(ctx)
                 moments.add(x[name], x0.get(name), every)
         for role in sorted({role_of_experts(n) for n in routed}):
-            lend([moments for n, moments in zip(firsts, found, strict=True) if role_of_experts(n) == role])
-        return found
+            lend([moments for n, moments in zip(firsts, gathered, strict=True) if role_of_experts(n) == role])
+        return gathered
 
     # ---- what `Method.prepare` may change
 
@@ -267,14 +267,14 @@ class _Block:
 
     def _alike(self, group: list[str]) -> list[list[tuple[str, Output]]]:
         """Rows of matrices, of one codec, that can be quantized together: one factor of the Hessian, one loop over columns."""
-        found: dict[Any, list[tuple[str, Output]]] = {}
+        alike: dict[Any, list[tuple[str, Output]]] = {}
         for name in group:
             for output in self._quantized(name):
                 codec = output.tensor.target
                 together = codec.row_local or isinstance(codec, ActOrderCodec)  # whose groups follow from the inputs
                 order = None if output.columns is None else output.columns.tobytes()
-                found.setdefault((codec.name, order) if together else (name, output.tensor.name), []).append((name, output))
-        return list(found.values())
+                alike.setdefault((codec.name, order) if together else (name, output.tensor.name), []).append((name, output))
+        return list(alike.values())
 
     def _largest(self, name: str) -> float:
         """The largest magnitude in a tensor of the output."""

@@ -189,15 +189,15 @@ def _without_prediction(metadata: Mapping[str, Any]) -> dict[str, Any]:
         per_layer = key.startswith(f"{arch}.") and not key.startswith(f"{arch}.rope.") and np.shape(value) == (layers,)
         return value[: layers - n] if per_layer else value
 
-    found = {k: shorter(k, v) for k, v in metadata.items() if k != predicting}
-    return found | {count: type(metadata[count])(layers - n)}
+    shortened = {k: shorter(k, v) for k, v in metadata.items() if k != predicting}
+    return shortened | {count: type(metadata[count])(layers - n)}
 
 
 def _uncounted(config: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of a model without the layers that predict further tokens."""
     inner = config.get("text_config")
-    found = {k: 0 if k in nextn.COUNTS else v for k, v in config.items()}
-    return found | ({"text_config": _uncounted(inner)} if isinstance(inner, Mapping) else {})
+    outer = {k: 0 if k in nextn.COUNTS else v for k, v in config.items()}
+    return outer | ({"text_config": _uncounted(inner)} if isinstance(inner, Mapping) else {})
 
 
 def _several(parts: Iterable[Sequence[str]]) -> dict[str, Sequence[str]]:

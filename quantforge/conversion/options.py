@@ -129,6 +129,6 @@ def _without_claim(out: str | Path) -> Format:
 
 def _outputs() -> str:
     """What there is: "files named *.gguf, directories of safetensors"."""
-    found = [formats.get(n) for n in writable()]
-    files, directories = [s for f in found for s in f.suffixes], [f.name for f in found if not f.suffixes]
+    known = [formats.get(n) for n in writable()]
+    files, directories = [s for f in known for s in f.suffixes], [f.name for f in known if not f.suffixes]
     return f"files named {', '.join(f'*{s}' for s in files)} and directories of {' or '.join(directories)}"

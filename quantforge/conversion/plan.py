@@ -412,8 +412,8 @@ def _check_importance(imatrix: Importance | None, weights: Sequence[Weight]) -> 
     """The entries that belong to this model. Raises CalibrationError where it is another model's."""
     if imatrix is None:
         return {}
-    found = {w.name: imatrix.of(w.name, w.shape) for w in weights}
-    table = {name: q for name, q in found.items() if q is not None}
+    importance = {w.name: imatrix.of(w.name, w.shape) for w in weights}
+    table = {name: q for name, q in importance.items() if q is not None}
     if not table:
         first = next(iter(imatrix), "it is empty")
         raise CalibrationError(f"{imatrix.path}: no entry is named like a tensor of this model ({first}, ...)")
@@ -431,30 +431,30 @@ def _by_output(
     table: Mapping[str, F32], weights: Sequence[Weight], outputs: Mapping[str, Sequence[tuple[str, Weight]]]
 ) -> dict[str, F32]:
     """Importance of the output's tensors: each expert that stands alone there gets its own row."""
-    found = {}
+    by_name = {}
     for w in weights:
         if (q := table.get(w.name)) is not None:
             for expert, (name, made) in enumerate(outputs[w.name]):
-                found[name] = q[expert] if len(made.shape) < len(w.shape) else q
-    return found
+                by_name[name] = q[expert] if len(made.shape) < len(w.shape) else q
+    return by_name
 
 
 def _as_encoded(importance: Mapping[str, F32], tensors: Sequence[PlannedTensor]) -> tuple[dict[str, F32], list[str]]:
     """Importance as codecs get it, and a warning where zeros are kept because bytes are to be llama-quantize's."""
-    found, kept = dict(importance), []
+    changed, kept = dict(importance), []
     for t in tensors:
-        q = found.get(t.name)
+        q = changed.get(t.name)
         if q is None or q.all():
             continue
         if not t.target.ggml_bytes:
-            found[t.name] = floored(q)
+            changed[t.name] = floored(q)
         elif isinstance(t.target, GgmlCodec) and t.target.takes_importance:
             kept.append((t, int((q == 0).sum()), q.size))
     if not kept:
-        return found, []
+        return changed, []
     first, zeros, of = kept[0]
     others = f" and {len(kept) - 1} more tensors" if kept[1:] else ""
-    return found, [
+    return changed, [
         f"the imatrix gives no importance to {zeros} of {of} columns of {first.name}{others}; as in llama-quantize, "
         f"{first.target.name} may store their weights as 0: make it with more text, or keep these in BF16 (--tensor-type)"
     ]

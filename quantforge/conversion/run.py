@@ -284,22 +284,22 @@ class _Work:
         from .outputs import Outcome
 
         at = {t.name: i for i, t in enumerate(self.job.tensors)}
-        found: dict[str, list[Outcome]] = {}
+        by_tensor: dict[str, list[Outcome]] = {}
 
         def write(o: Outcome) -> None:
             t = o.output.tensor
             sink.write(t.name, o.parts, o.output.row)
             if self.measure:
                 self.errors[at[t.name]].add(_Errors.of(o.weights, t.codec.decode(o.parts, o.weights.shape)))
-            found.setdefault(t.name, []).append(o)
+            by_tensor.setdefault(t.name, []).append(o)
             self._done.add(t.name)
-            self._tell(t.name, o.weights.size, o.parts, done=len(found[t.name]) == max(1, len(t.weight.sources)))
+            self._tell(t.name, o.weights.size, o.parts, done=len(by_tensor[t.name]) == max(1, len(t.weight.sources)))
 
         quantize_blocks(
             self.job.source, self.job.tensors, _windows(self.job.source, how.calibration), how.method, write, device=how.device
         )
         few: list[tuple[int, str]] = []
-        for name, outcomes in found.items():
+        for name, outcomes in by_tensor.items():
             kinds = sorted({o.method for o in outcomes})
             mine = [o.output_error for o in outcomes if o.output_error is not None]
             rtn = [o.rtn_error for o in outcomes if o.rtn_error is not None]

@@ -305,13 +305,13 @@ def _add_low_rank(
 
 def _parameters(config: Mapping[str, Any], module: str) -> list[str]:
     """Parameters of a module that target_parameters names, in the order in which PEFT wraps them."""
-    found = set()
+    names = set()
     for target in config.get("target_parameters") or ():
         owner, _, parameter = str(target).rpartition(".")
         here = f".{module}".endswith(f".{owner}") if owner else module.endswith(".experts")
         if here and parameter not in ("weight", "bias"):
-            found.add(parameter)
-    return sorted(found, key=lambda p: (_EXPERTS.index(p) if p in _EXPERTS else -1, p))
+            names.add(parameter)
+    return sorted(names, key=lambda p: (_EXPERTS.index(p) if p in _EXPERTS else -1, p))
 
 
 def _pattern(path: Path, config: Mapping[str, Any], patterns: str, default: str, name: str) -> float:

@@ -127,7 +127,7 @@ class _Cursor:
     def strings(self, n: int) -> list[str]:
         # the loop of a vocabulary of 256k: everything local, one test per string
         data, unpack, pos, end = self.bytes, _U64.unpack_from, self.pos, self.end
-        found = []
+        texts = []
         for _ in range(n):
             start = pos + 8
             if start > end:
@@ -136,14 +136,14 @@ class _Cursor:
             if size > _MAX_STRING or size > end - start:
                 break
             pos = start + size
-            found.append(str(data[start:pos], "utf-8", "surrogateescape"))
+            texts.append(str(data[start:pos], "utf-8", "surrogateescape"))
         self.pos = pos
-        if len(found) < n:
+        if len(texts) < n:
             size = self.u64("the length of a string")
             if size > _MAX_STRING:
                 self.fail(f"a string of {size} bytes; the limit is {_MAX_STRING}", pos)
             self.take(size, "a string")
-        return found
+        return texts
 
     def numbers(self, kind: int, n: int) -> Array:
         dtype = _DTYPES[kind]
@@ -179,8 +179,8 @@ class _Cursor:
 @cache
 def _plain(dtype: np.dtype[Any]) -> Codec | None:
     """The codec of a GGUF tensor that holds an array of `dtype`."""
-    found = next((n for n, d in SAFETENSORS_DTYPES.items() if d == dtype), None)
-    codec = codecs.get(found) if found in codecs.names() else None
+    dtype_name = next((n for n, d in SAFETENSORS_DTYPES.items() if d == dtype), None)
+    codec = codecs.get(dtype_name) if dtype_name in codecs.names() else None
     return codec if codec is not None and codec.ggml_type is not None else None
 
 
@@ -223,10 +223,10 @@ def _read_header(file: MappedFile) -> tuple[dict[str, Any], dict[str, tuple[Stor
         kind = c.u32(f"the type of {key}")
         metadata[key] = c.value(kind)
         if key == "general.alignment":
-            found = _check_alignment(metadata[key])
-            if found is None:
+            stated = _check_alignment(metadata[key])
+            if stated is None:
                 c.fail(f"general.alignment is {metadata[key]}; it must be a power of two, UINT32, 8 to {_MAX_ALIGNMENT}", at)
-            alignment = found
+            alignment = stated
 
     infos = [_read_info(c, alignment) for _ in range(n_tensors)]
     seen: set[str] = set()
@@ -311,10 +311,10 @@ class GgufSource(MappedSource):
         tensors: dict[str, tuple[Stored, Place]] = {}
         total = None
         for i, file in enumerate(self._files):
-            metadata, found = _read_header(file)
+            metadata, here = _read_header(file)
             if _split_field(file.path, metadata, "no") != i or _split_field(file.path, metadata, "count") != len(paths):
                 raise FormatError(file.path, f"not file {i + 1} of {len(paths)}: its split.no or split.count says otherwise")
-            for tensor, place in found.items():
+            for tensor, place in here.items():
                 if tensor in tensors:
                     raise FormatError(
                         file.path, f"tensor {tensor} is also in {tensors[tensor][1].file.path.name}", place[1].offset
@@ -345,11 +345,11 @@ def _gather(tensors: Mapping[str, tuple[Stored, Place]]) -> dict[str, dict[str, 
             sibling = _sibling(tensor, part)
             if part == "data" or sibling not in tensors:
                 continue
-            found, place = tensors[sibling]
-            if found.codec is not _plain(info.dtype) or place.info.nbytes != info.nbytes:
+            sibling_info, place = tensors[sibling]
+            if sibling_info.codec is not _plain(info.dtype) or place.info.nbytes != info.nbytes:
                 raise FormatError(
                     place.file.path,
-                    f"tensor {sibling} is {found.codec.name}{list(found.shape)}; "
+                    f"tensor {sibling} is {sibling_info.codec.name}{list(sibling_info.shape)}; "
                     f"{tensor} ({stored.codec.name}) needs {info.dtype}{list(info.shape)}",
                     place.offset,
                 )

@@ -332,11 +332,11 @@ class MergedSource(Source):
         return Merged(e.codec, change, factors, tokens).over(e)
 
     def _replaced(self, made: Weight) -> Encoded:
-        found = read_rows(Held(self.adapter.read), made)
-        if isinstance(found, Encoded):
-            return Encoded(found.codec, made.shape, {k: p.reshape(*made.shape[:-1], -1) for k, p in found.parts.items()})
+        numbers = read_rows(Held(self.adapter.read), made)
+        if isinstance(numbers, Encoded):
+            return Encoded(numbers.codec, made.shape, {k: p.reshape(*made.shape[:-1], -1) for k, p in numbers.parts.items()})
         plain = codecs.get("F32")
-        return Encoded(plain, made.shape, plain.encode(found.reshape(made.shape)))
+        return Encoded(plain, made.shape, plain.encode(numbers.reshape(made.shape)))
 
     def _tokens(self, name: str, shape: Shape, indices: tuple[int, ...], key: str) -> tuple[Any, F32]:
         rows = self.adapter.finite(key).astype(np.float32)

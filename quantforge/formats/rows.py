@@ -110,14 +110,14 @@ def _across(source: Source, weight: Weight, a: int, b: int) -> F32:
     inner = sum(p.count for p in weight.pieces) if weight.order is None else len(numbers(weight.order))
     high, per = inner // weight.groups, rows_of(weight.shape) // weight.groups
     wide = Weight(weight.name, (inner, per), weight.pieces, weight.order)
-    found = []
+    pieces = []
     while a < b:
         group = a // per
         stop = min(b, (group + 1) * per)
         rows = decoded(_in_order(source, wide, group * high, (group + 1) * high))
-        found.append(rows.T[a - group * per : stop - group * per])
+        pieces.append(rows.T[a - group * per : stop - group * per])
         a = stop
-    return np.ascontiguousarray(np.concatenate(found) if len(found) > 1 else found[0])
+    return np.ascontiguousarray(np.concatenate(pieces) if len(pieces) > 1 else pieces[0])
 
 
 def _in_order(source: Source, weight: Weight, a: int, b: int) -> Encoded | F32:
@@ -125,36 +125,36 @@ def _in_order(source: Source, weight: Weight, a: int, b: int) -> Encoded | F32:
     wide = weight.row_width
     if len(weight.pieces) == 1:
         return _of_piece(source, weight.pieces[0], wanted, wide)
-    found: list[Encoded | F32] = []
+    runs: list[Encoded | F32] = []
     places: list[NDArray[np.int64]] = []
     first = 0
     for piece in weight.pieces:
         last = first + piece.count
         if isinstance(wanted, slice):
             if wanted.start < last and wanted.stop > first:
-                found.append(_of_piece(source, piece, slice(max(a, first) - first, min(b, last) - first), wide))
+                runs.append(_of_piece(source, piece, slice(max(a, first) - first, min(b, last) - first), wide))
         else:
             inside = np.flatnonzero((wanted >= first) & (wanted < last))
             if len(inside):
-                found.append(_of_piece(source, piece, wanted[inside] - first, wide))
+                runs.append(_of_piece(source, piece, wanted[inside] - first, wide))
                 places.append(inside)
         first = last
-    if len(found) == 1:
-        return found[0]  # what is wanted is all in one: in its order already
-    joined = _joined(found)
+    if len(runs) == 1:
+        return runs[0]  # what is wanted is all in one: in its order already
+    joined = _joined(runs)
     if not places:
         return joined
     back = np.argsort(np.concatenate(places))
     return joined.rows(back) if isinstance(joined, Encoded) else joined[back]
 
 
-def _joined(found: list[Encoded | F32]) -> Encoded | F32:
-    encoded = [e for e in found if isinstance(e, Encoded)]
+def _joined(runs: list[Encoded | F32]) -> Encoded | F32:
+    encoded = [e for e in runs if isinstance(e, Encoded)]
     codec = encoded[0].codec if encoded else None
-    if codec is not None and codec.row_local and len(encoded) == len(found) and all(e.codec is codec for e in encoded):
+    if codec is not None and codec.row_local and len(encoded) == len(runs) and all(e.codec is codec for e in encoded):
         parts = {k: np.concatenate([e.parts[k] for e in encoded]) for k in encoded[0].parts}
         return Encoded(codec, (sum(e.shape[0] for e in encoded), encoded[0].shape[-1]), parts)
-    return np.concatenate([decoded(x) for x in found])
+    return np.concatenate([decoded(x) for x in runs])
 
 
 def _of_piece(source: Source, piece: Piece, wanted: Rows, wide: int) -> Encoded | F32:

@@ -59,18 +59,18 @@ class _DuplicateKey(ValueError):
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
         seen: set[str] = set()
         raise _DuplicateKey(next(k for k, _ in pairs if k in seen or seen.add(k)))  # type: ignore[func-returns-value]
-    return found
+    return unique
 
 
 def _parse(path: Path, data: bytes, base: int = 0) -> dict[str, Any]:
     """A JSON object; `base` is where `data` begins in the file."""
     try:
         text = data.decode("utf-8" if base else "utf-8-sig")  # some editors begin a file with a byte order mark
-        found = json.loads(text, object_pairs_hook=_unique)
+        header = json.loads(text, object_pairs_hook=_unique)
     except UnicodeDecodeError as e:
         raise FormatError(path, "the JSON is not UTF-8", base + e.start) from None
     except json.JSONDecodeError as e:
@@ -81,9 +81,9 @@ def _parse(path: Path, data: bytes, base: int = 0) -> dict[str, Any]:
     except (ValueError, RecursionError) as e:
         why = "nested too deep" if isinstance(e, RecursionError) else "a number has too many digits"
         raise FormatError(path, f"unreadable JSON: {why}", base) from None
-    if not isinstance(found, dict):
+    if not isinstance(header, dict):
         raise FormatError(path, "the JSON is not an object", base)
-    return found
+    return header
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -187,14 +187,14 @@ def _files(directory: Path) -> tuple[list[Path], dict[str, str]]:
                 raise FormatError(directory / file, f"missing: {_INDEX} names this shard; fetch the whole checkpoint")
             paths.append(directory / file)
         return paths, index
-    found = sorted(directory.glob("*.safetensors"))
-    if not found:
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
         raise FormatError(directory, "has no *.safetensors")
-    if len(found) > 1:  # an adapter beside a model
-        found = [p for p in found if p.name != ADAPTER]
-    complete = shards(found[0])
-    if set(complete) != set(found):
-        extra = sorted(p.name for p in set(found) - set(complete))
+    if len(files) > 1:  # an adapter beside a model
+        files = [p for p in files if p.name != ADAPTER]
+    complete = shards(files[0])
+    if set(complete) != set(files):
+        extra = sorted(p.name for p in set(files) - set(complete))
         raise FormatError(directory, f"{complete[0].name} and {extra[0]} are not one checkpoint; give the file you mean")
     return complete, {}
 
@@ -261,13 +261,13 @@ class SafetensorsSource(MappedSource):
 
     def _by_arrays(self, tensors: Mapping[str, Place]) -> dict[str, Any] | None:
         try:
-            found = layouts.by_arrays(tensors)
+            stated = layouts.by_arrays(tensors)
         except UnsupportedError as e:
             raise FormatError(self.path, str(e)) from None
-        if found is not None:
-            method = found["quant_method"]
+        if stated is not None:
+            method = stated["quant_method"]
             logger.warning("%s: no quantization_config; its tensors are named as %s names them, and read so", self.path, method)
-        return found
+        return stated
 
     def _find(self, config: Mapping[str, Any], tensors: Mapping[str, Place]) -> None:
         """Make one tensor of those that a layout holds together."""
@@ -280,25 +280,25 @@ class SafetensorsSource(MappedSource):
             return tensors[tensor].file.array(tensors[tensor].offset, tensors[tensor].info)
 
         try:
-            found = layout.find(config, {k: v.info for k, v in tensors.items()}, load)
+            located = layout.find(config, {k: v.info for k, v in tensors.items()}, load)
         except (TypeError, ValueError, AttributeError, KeyError):
             raise FormatError(self.path, f"quantization_config: not what {layout.name} writes") from None
         except QuantForgeError as e:
             raise FormatError(self.path, str(e)) from None
-        owner = {array: k for k, g in found.tensors.items() for array in g.arrays.values()}
-        rest = (k for k, v in tensors.items() if v.info.dtype.kind in "iu" and k not in owner and k not in found.dropped)
+        owner = {array: k for k, g in located.tensors.items() for array in g.arrays.values()}
+        rest = (k for k, v in tensors.items() if v.info.dtype.kind in "iu" and k not in owner and k not in located.dropped)
         if odd := layouts.telling(rest):
             raise FormatError(self.path, f"config.json says {layout.name}, but {odd} is none of its tensors: fetch both again")
         weights: dict[str, Stored] = {}
         for k in tensors:
             whole = owner.get(k, k)
-            if k not in found.dropped:
-                g = found.tensors.get(whole)
+            if k not in located.dropped:
+                g = located.tensors.get(whole)
                 weights[whole] = Stored(g.codec, g.shape) if g else self.weights[k]
-        self.weights, self.optional = weights, found.optional
-        self._layout_tensors = dict(found.tensors)
+        self.weights, self.optional = weights, located.optional
+        self._layout_tensors = dict(located.tensors)
         self._places = {
-            k: {a: tensors[v] for a, v in found.tensors[k].arrays.items()} if k in found.tensors else {"data": tensors[k]}
+            k: {a: tensors[v] for a, v in located.tensors[k].arrays.items()} if k in located.tensors else {"data": tensors[k]}
             for k in weights
         }
 
@@ -439,12 +439,12 @@ def _place(header: Header) -> Placement:
     taken: dict[str, str] = {}
     for tensor, stored in header.tensors.items():
         if stored.codec.name in SAFETENSORS_DTYPES:
-            found = {"data": (tensor, stored.codec.layout(stored.shape)["data"])}
+            arrays = {"data": (tensor, stored.codec.layout(stored.shape)["data"])}
         else:
             quantized[tensor] = stored
-            found = {part: (f"{stem}.{part}", info) for stem, part, info in _arrays(header.layout, tensor, stored)}
-        parts_of[tensor] = {part: k for part, (k, _) in found.items()}
-        entries[tensor] = dict(found.values())
+            arrays = {part: (f"{stem}.{part}", info) for stem, part, info in _arrays(header.layout, tensor, stored)}
+        parts_of[tensor] = {part: k for part, (k, _) in arrays.items()}
+        entries[tensor] = dict(arrays.values())
         for k, info in entries[tensor].items():
             if k in taken or k == "__metadata__":
                 raise UnsupportedError(f"tensor {tensor}: {k} is already the name of {taken.get(k, 'the metadata')}")

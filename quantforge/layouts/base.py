@@ -138,10 +138,10 @@ def experts(modules: Mapping[str, Codec]) -> dict[str, Codec]:
 
 def expert_readers(modules: Mapping[str, Codec]) -> list[str]:
     """Warnings of who does not read quantized experts as GPTQ and AWQ have them."""
-    found = experts(modules)
-    if any(m.endswith((".w1", ".w2", ".w3")) for m in found):
+    stacked = experts(modules)
+    if any(m.endswith((".w1", ".w2", ".w3")) for m in stacked):
         return ["quantized experts named w1, w2, w3 are read by vLLM, not by transformers 5 or GPTQModel 7"]
-    return ["quantized experts are read by GPTQModel and vLLM, not by transformers 5"] if found else []
+    return ["quantized experts are read by GPTQModel and vLLM, not by transformers 5"] if stacked else []
 
 
 def in_blocks(modules: Iterable[str]) -> list[str]:

@@ -95,16 +95,16 @@ class BitsAndBytes(Layout):
             raise UnsupportedError(f"bitsandbytes checkpoints hold nf4, nf4-dq, fp4, fp4-dq and int8-row, not {codec.name}")
         absmax = layout["absmax"]
         blocks = absmax.shape[0] * absmax.shape[1]
-        found = {
+        arrays = {
             "weight": TensorInfo(_U8, (blocks * codec.block_size // 2, 1)),
             "weight.absmax": TensorInfo(absmax.dtype, (blocks,)),
             "weight.quant_map": TensorInfo(_F32, (16,)),
             _STATE + codec.name[:3]: TensorInfo(_U8, (len(self._state(codec, shape, 0.0)),)),
         }
         if codec.double:
-            found["weight.nested_absmax"] = layout["nested_absmax"]
-            found["weight.nested_quant_map"] = TensorInfo(_F32, (256,))
-        return found
+            arrays["weight.nested_absmax"] = layout["nested_absmax"]
+            arrays["weight.nested_quant_map"] = TensorInfo(_F32, (256,))
+        return arrays
 
     def _state(self, codec: LookupCodec, shape: tuple[int, ...], offset: float) -> bytes:
         """The JSON beside a weight; its length does not depend on the offset."""
@@ -120,15 +120,15 @@ class BitsAndBytes(Layout):
         if not isinstance(codec, LookupCodec):
             return {"weight": parts["codes"], "SCB": parts["absmax"].reshape(-1), "weight_format": np.zeros((), np.uint8)}
         offset = float(parts["nested_offset"][0]) if codec.double else 0.0
-        found: dict[str, Array] = {
+        made: dict[str, Array] = {
             "weight": parts["codes"].reshape(-1, 1),
             "weight.absmax": parts["absmax"].reshape(-1),
             "weight.quant_map": codec.table,
             _STATE + codec.name[:3]: np.frombuffer(self._state(codec, shape, offset), np.uint8),
         }
         if codec.double:
-            found |= {"weight.nested_absmax": parts["nested_absmax"], "weight.nested_quant_map": DYNAMIC}
-        return found
+            made |= {"weight.nested_absmax": parts["nested_absmax"], "weight.nested_quant_map": DYNAMIC}
+        return made
 
     def config(self, modules: Mapping[str, Codec], kept: Iterable[str]) -> dict[str, Any]:
         """See `Layout.config`."""
@@ -140,14 +140,14 @@ class BitsAndBytes(Layout):
             )
         four = isinstance(codec, LookupCodec)
         inside = in_blocks(kept)
-        found: dict[str, Any] = {"quant_method": "bitsandbytes", "load_in_4bit": four, "load_in_8bit": not four}
-        found["llm_int8_skip_modules"] = ["lm_head", *inside] if inside else None
+        settings: dict[str, Any] = {"quant_method": "bitsandbytes", "load_in_4bit": four, "load_in_8bit": not four}
+        settings["llm_int8_skip_modules"] = ["lm_head", *inside] if inside else None
         if not isinstance(codec, LookupCodec):
-            return found | {
+            return settings | {
                 "llm_int8_threshold": 6.0 if self.threshold is None else self.threshold,
                 "llm_int8_has_fp16_weight": False,
             }
-        return found | {
+        return settings | {
             "bnb_4bit_quant_type": codec.name[:3],
             "bnb_4bit_use_double_quant": codec.double,
             "bnb_4bit_compute_dtype": self.dtype,

@@ -205,7 +205,7 @@ class CompressedTensors(Layout):
         whole_groups(codec, shape)
         if k * codec.bits % 32:
             raise ShapeError(f"{codec.name}: rows of {k} weights do not fill 32-bit words; choose a float type")
-        found = {
+        arrays = {
             "weight_packed": TensorInfo(_I32, (n, k * codec.bits // 32)),
             "weight_scale": layout["scale"],
             "weight_shape": TensorInfo(np.dtype(np.int64), (2,)),
@@ -213,8 +213,8 @@ class CompressedTensors(Layout):
         if not codec.symmetric:
             if n * codec.bits % 32 or codec.per == "tensor":
                 raise ShapeError(f"{codec.name}: zeros of {n} rows do not fill 32-bit words; choose --sym")
-            found["weight_zero_point"] = TensorInfo(_I32, (n * codec.bits // 32, layout["zero"].shape[1]))
-        return found
+            arrays["weight_zero_point"] = TensorInfo(_I32, (n * codec.bits // 32, layout["zero"].shape[1]))
+        return arrays
 
     def pack(self, codec: Codec, parts: Parts, shape: tuple[int, ...]) -> Parts:
         """See `Layout.pack`."""
@@ -227,14 +227,14 @@ class CompressedTensors(Layout):
         assert isinstance(codec, IntegerCodec)
         if _format(codec) == "int-quantized":
             return {"weight": (parts["codes"] ^ np.uint8(128)).view(np.int8), "weight_scale": parts["scale"]}
-        found = {
+        made = {
             "weight_packed": words(parts["codes"]),
             "weight_scale": parts["scale"],
             "weight_shape": np.array(shape, np.int64),
         }
         if not codec.symmetric:
-            found["weight_zero_point"] = np.ascontiguousarray(words(pack_bits(parts["zero"].T, codec.bits)).T)
-        return found
+            made["weight_zero_point"] = np.ascontiguousarray(words(pack_bits(parts["zero"].T, codec.bits)).T)
+        return made
 
     def config(self, modules: Mapping[str, Codec], kept: Iterable[str]) -> dict[str, Any]:
         """See `Layout.config`. The type that most modules have is every linear layer's; others are named."""
@@ -274,18 +274,18 @@ class CompressedTensors(Layout):
 
     def warnings(self, modules: Mapping[str, Codec]) -> list[str]:
         """What clients cannot load."""
-        found = []
+        warnings = []
         if any(isinstance(c, IntegerCodec) and not c.symmetric for c in modules.values()):
-            found.append(
+            warnings.append(
                 "transformers 5.23.0 cannot load asymmetric pack-quantized weights (5.17 to 5.22.2 can); --sym loads everywhere"
             )
         odd = {c.name for c in experts(modules).values() if not _as_expert(c)}
         if odd:
-            found.append(
+            warnings.append(
                 f"experts as {', '.join(sorted(odd))} are laid out as vLLM reads them; transformers 5.23.0 does not load them "
                 "right: it knows experts in W4A16, W8A16 by group and FP8"
             )
-        return found
+        return warnings
 
 
 def _as_expert(codec: Codec) -> bool:
@@ -359,18 +359,18 @@ def _format(codec: Codec) -> str:
 
 def _arguments(codec: Codec) -> dict[str, Any]:
     """The `weights` of a config group."""
-    found: dict[str, Any] = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "group", "group_size": None}
-    found |= {"block_structure": None, "dynamic": False, "actorder": None, "observer": "minmax"}
+    arguments: dict[str, Any] = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "group", "group_size": None}
+    arguments |= {"block_structure": None, "dynamic": False, "actorder": None, "observer": "minmax"}
     if codec.name == "NVFP4":
-        return found | {"strategy": "tensor_group", "group_size": 16}
+        return arguments | {"strategy": "tensor_group", "group_size": 16}
     if codec.name == "MXFP4":
-        return found | {"group_size": 32, "scale_dtype": "torch.uint8"}
+        return arguments | {"group_size": 32, "scale_dtype": "torch.uint8"}
     if isinstance(codec, Fp8Codec):
         blocks = {"strategy": "block", "block_structure": [codec.tile, codec.tile]} if codec.tile else {"strategy": codec.per}
-        return found | {"num_bits": 8} | blocks
+        return arguments | {"num_bits": 8} | blocks
     assert isinstance(codec, IntegerCodec)
     per = {"strategy": "group", "group_size": codec.group} if codec.group else {"strategy": codec.per}
-    return found | {"num_bits": codec.bits, "type": "int", "symmetric": codec.symmetric} | per
+    return arguments | {"num_bits": codec.bits, "type": "int", "symmetric": codec.symmetric} | per
 
 
 LAYOUT = CompressedTensors

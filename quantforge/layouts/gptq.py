@@ -219,7 +219,7 @@ class Gptq(Layout):
         plain = {m: c.plain if isinstance(c, ActOrderCodec) else c for m, c in modules.items()}
         main = Counter(plain.values()).most_common(1)[0][0]
         assert isinstance(main, IntegerCodec)
-        found: dict[str, Any] = {
+        settings: dict[str, Any] = {
             "quant_method": "gptq",
             "bits": main.bits,
             "group_size": main.group or -1,
@@ -238,15 +238,15 @@ class Gptq(Layout):
         if inside := in_blocks(kept):
             dynamic |= left_out(inside)
             # what transformers (optimum) has for the same
-            found["modules_in_block_to_quantize"] = [sorted(modules)]
-        return found | {"dynamic": dynamic} if dynamic else found
+            settings["modules_in_block_to_quantize"] = [sorted(modules)]
+        return settings | {"dynamic": dynamic} if dynamic else settings
 
     def warnings(self, modules: Mapping[str, Codec]) -> list[str]:
         """Who reads a mixture of types or experts."""
-        found = []
+        warnings = []
         if len({c.name.removesuffix("-act") for c in modules.values()}) > 1:
-            found.append("a GPTQ checkpoint of several types is read by GPTQModel and vLLM (dynamic), not by transformers")
-        return found + expert_readers(modules)
+            warnings.append("a GPTQ checkpoint of several types is read by GPTQModel and vLLM (dynamic), not by transformers")
+        return warnings + expert_readers(modules)
 
     def files(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """quantize_config.json, without which AutoGPTQ 0.7 does not open a checkpoint."""

@@ -41,12 +41,12 @@ def stated(config: Mapping[str, Any], beside: Callable[[str], Mapping[str, Any] 
     inner = config.get("text_config")
     for part in (config, inner if isinstance(inner, Mapping) else {}):
         for key in ("quantization_config", "compression_config", "quantization"):
-            found = part.get(key)
-            if found and isinstance(found, Mapping):
-                return dict(found) if found.get("quant_method") else _unnamed(key, found)
+            section = part.get(key)
+            if section and isinstance(section, Mapping):
+                return dict(section) if section.get("quant_method") else _unnamed(key, section)
     for file, method in _FILES.items():
-        if (found := beside(file)) is not None:
-            own = found.get("quantization") if method == "modelopt" else found
+        if (section := beside(file)) is not None:
+            own = section.get("quantization") if method == "modelopt" else section
             if isinstance(own, Mapping):
                 return {"quant_method": method, **own}
     return None
@@ -88,29 +88,29 @@ def by_arrays(names: Iterable[str]) -> dict[str, Any] | None:
     return None
 
 
-def _unnamed(key: str, found: Mapping[str, Any]) -> dict[str, Any]:
+def _unnamed(key: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """A config without quant_method: quantforge's, MLX's (group_size and bits), bitsandbytes' old one (load_in_4bit)."""
-    if OWN in found:
-        return {**found, "quant_method": OWN}
-    if "group_size" in found and "bits" in found and "desc_act" not in found and "version" not in found:
-        return {**found, "quant_method": "mlx"}
-    if found.get("load_in_4bit") or found.get("load_in_8bit"):
-        return {**found, "quant_method": "bitsandbytes"}
-    if key == "compression_config" or "config_groups" in found:
-        return {**found, "quant_method": "compressed-tensors"}
-    if "quant_algo" in found:
-        return {**found, "quant_method": "modelopt"}
-    return {**found, "quant_method": "gptq" if "desc_act" in found else "unknown"}
+    if OWN in config:
+        return {**config, "quant_method": OWN}
+    if "group_size" in config and "bits" in config and "desc_act" not in config and "version" not in config:
+        return {**config, "quant_method": "mlx"}
+    if config.get("load_in_4bit") or config.get("load_in_8bit"):
+        return {**config, "quant_method": "bitsandbytes"}
+    if key == "compression_config" or "config_groups" in config:
+        return {**config, "quant_method": "compressed-tensors"}
+    if "quant_algo" in config:
+        return {**config, "quant_method": "modelopt"}
+    return {**config, "quant_method": "gptq" if "desc_act" in config else "unknown"}
 
 
 def layout_of(config: Mapping[str, Any]) -> base.Layout:
     """The layout that a quantization_config speaks of. Raises UnsupportedError, saying what it is and what to do."""
-    found = base.find(config)
-    if found is None:
+    layout = base.find(config)
+    if layout is None:
         method = str(config.get("quant_method"))
         name = next((text for key, text in _OTHERS.items() if method.lower().startswith(key)), "a way of its own")
         raise UnsupportedError(
             f"quantized as {name} (quant_method {method!r}), which is not read; give the model that it was made of, or one of "
             f"its versions in floats, GGUF, or {', '.join(base.readable())}"
         )
-    return found
+    return layout

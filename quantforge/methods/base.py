@@ -72,10 +72,10 @@ class Stats:
         return Stats(hessian, self.tokens, shift, drift, importance=importance, inputs=inputs)
 
 
-def _gathered(what: str, found: torch.Tensor | None) -> torch.Tensor:
-    if found is None:
+def _gathered(what: str, gathered: torch.Tensor | None) -> torch.Tensor:
+    if gathered is None:
         raise CalibrationError(f'calibration gathered no {what}: a method that uses it names it, needs = {{"{what}"}}')
-    return found
+    return gathered
 
 
 def output_error(w: torch.Tensor, quantized: torch.Tensor, stats: Stats) -> float:
@@ -97,12 +97,12 @@ def output_errors(w: torch.Tensor, quantized: Iterable[torch.Tensor], stats: Sta
     if stats.shift is not None and stats.drift is not None:  # of x₀x₀ᵀ = (x + (x₀ − x))(x + (x₀ − x))ᵀ
         moved, drift = w @ stats.shift, dot(w @ stats.drift, w)
     norm = dot(w @ h, w) + drift + (0.0 if moved is None else 2 * dot(moved, w))
-    found = []
+    errors = []
     for q in quantized:
         d = q - w
         error = dot(d @ h, d) + drift - (0.0 if moved is None else 2 * dot(moved, d))
-        found.append(max(error, 0.0) / norm if norm > 0 else 0.0)
-    return found
+        errors.append(max(error, 0.0) / norm if norm > 0 else 0.0)
+    return errors
 
 
 class Group(Protocol):
@@ -231,11 +231,11 @@ def get(name: str | Method, **options: Any) -> Method:
     for option, value in options.items():
         if value is None:
             continue
-        found = _with(method, option, value)
-        if found is None:
+        chosen = _with(method, option, value)
+        if chosen is None:
             have = [m for m in names() if _with(_registry.get(m), option, value) is not None]
             raise RecipeError(f"--{option.replace('_', '-')} goes with --method {' or '.join(have)}, not {method.name}")
-        method = found
+        method = chosen
     return method
 
 

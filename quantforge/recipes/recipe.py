@@ -300,8 +300,8 @@ def _nearest_tensors(rule: Rule, weights: Sequence[Weight], model: Model) -> str
     hint = nearest(plain, examples)
     if not hint:
         return f"; names are like {', '.join(dict.fromkeys(list(examples.values())[:9]))}"
-    found = hint.removeprefix(" (did you mean ").removesuffix("?)").split(", ")
-    return f" (did you mean {', '.join(dict.fromkeys(examples[f] for f in found))}?)"
+    near = hint.removeprefix(" (did you mean ").removesuffix("?)").split(", ")
+    return f" (did you mean {', '.join(dict.fromkeys(examples[f] for f in near))}?)"
 
 
 # --- by name or from a file ---------------------------------------------------------------------
@@ -401,19 +401,19 @@ def _read_rule(path: str | Path, where: str, table: Any) -> Rule:
 
 def _layers(path: str | Path, where: str, value: Any) -> tuple[slice, ...]:
     """Layers from a number, a Python slice like "-4:", or a list of those."""
-    found = []
+    slices = []
     for item in value if isinstance(value, list) else [value]:
         match = re.fullmatch(r"(-?\d+)|(-?\d*):(-?\d*)(?::(\d*))?", str(item)) if type(item) in (int, str) else None
         if match is None or match[4] == "0":
             raise RecipeError(f'{path}: {where}: {item!r} is no layer number and no range like "0:4", "-4:" or "::2"')
         if match[1]:
             at = int(match[1])
-            found.append(slice(at, at + 1 or None))
+            slices.append(slice(at, at + 1 or None))
         else:
-            found.append(slice(*(int(g) if g else None for g in match.group(2, 3, 4))))
-    if not found:
+            slices.append(slice(*(int(g) if g else None for g in match.group(2, 3, 4))))
+    if not slices:
         raise RecipeError(f"{path}: {where}: no layers; leave the key out for all layers")
-    return tuple(found)
+    return tuple(slices)
 
 
 def _expect(path: str | Path, key: str, value: Any, kind: type) -> None:

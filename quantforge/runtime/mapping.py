@@ -71,16 +71,16 @@ def origins(module: Any, shapes: Mapping[str, Shape]) -> dict[str, Origin]:
     shapes: of the checkpoint's tensors. Its names may be any that transformers loads, and those of a model around
     this one. Raises ShapeError where tensors that belong together do not fit.
     """
-    found: dict[str, Origin] = {}
+    by_name: dict[str, Origin] = {}
     groups: dict[str, tuple[Any, dict[str, list[str]]]] = {}
     for name, target, converter, pattern in _resolved(module, shapes):
         if converter is None:
-            found.setdefault(target, Weight.of(target, shapes[name], name))
+            by_name.setdefault(target, Weight.of(target, shapes[name], name))
         else:
             groups.setdefault(target, (converter, {}))[1].setdefault(pattern, []).append(name)
     for first, (converter, inputs) in groups.items():
-        found.update(_traced(module, converter, first, inputs, shapes))
-    return found
+        by_name.update(_traced(module, converter, first, inputs, shapes))
+    return by_name
 
 
 def _resolved(module: Any, names: Iterable[str]) -> Iterable[tuple[str, str, Any, str]]:
@@ -102,12 +102,12 @@ def _resolved(module: Any, names: Iterable[str]) -> Iterable[tuple[str, str, Any
         return None
 
     ordered = sorted(names, key=dot_natural_key)
-    found = {n: look(n) for n in ordered}
-    if not all(found.values()):  # perhaps a part of a larger model
+    looked_up = {n: look(n) for n in ordered}
+    if not all(looked_up.values()):  # perhaps a part of a larger model
         spelled = canonical(ordered, {*state, *saved_shapes(module)})
-        found |= {n: look(spelled[n]) for n in ordered if found[n] is None and n in spelled}
+        looked_up |= {n: look(spelled[n]) for n in ordered if looked_up[n] is None and n in spelled}
     for name in ordered:
-        if (hit := found[name]) is not None:
+        if (hit := looked_up[name]) is not None:
             yield name, *hit
 
 

@@ -181,10 +181,10 @@ class Model(StoredModel):
         """`w` on the model's device, in its dtype."""
         return torch.from_numpy(np.ascontiguousarray(w)).to(self.device, self.dtype)
 
-    def check_shape(self, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    def check_shape(self, name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
         """Raise ShapeError unless a stored tensor has the shape that the config gives it."""
-        if tuple(found) != tuple(expected):
-            raise ShapeError(f"{self.name}: {name}: shape {list(found)}, config says {list(expected)}")
+        if tuple(shape) != tuple(expected):
+            raise ShapeError(f"{self.name}: {name}: shape {list(shape)}, config says {list(expected)}")
 
     @staticmethod
     def unload(module: nn.Module) -> None:
@@ -385,9 +385,9 @@ class Model(StoredModel):
         Overwrites `hidden`. Raises NonFiniteError.
         """
         total = int(chosen.sum())
-        found, n = hidden.view(-1, hidden.shape[-1])[:total], 0  # never ahead of what is still to be read
+        rows, n = hidden.view(-1, hidden.shape[-1])[:total], 0  # never ahead of what is still to be read
         if hidden.ndim > 3:
-            found = hidden.new_empty(total, hidden.shape[-1])
+            rows = hidden.new_empty(total, hidden.shape[-1])
         with self._around_blocks() as base:
             embedding = self.module.get_input_embeddings()
             for chunk, keep in zip(torch.split(hidden, batch), torch.split(chosen, batch), strict=True):
@@ -403,13 +403,13 @@ class Model(StoredModel):
                 states = out.last_hidden_state[keep]
                 if not bool(torch.isfinite(states).all()):
                     raise NonFiniteError(f"{self.name}: not a number after the final norm; activations overflow", ())
-                if not n and states.shape[-1] != found.shape[-1]:
-                    found = states.new_empty(total, states.shape[-1])
-                found[n : n + len(states)] = states
+                if not n and states.shape[-1] != rows.shape[-1]:
+                    rows = states.new_empty(total, states.shape[-1])
+                rows[n : n + len(states)] = states
                 n += len(states)
         self._inputs.clear()
         self._by_window.clear()
-        return found
+        return rows
 
     def _like_embeddings(self, chunk: torch.Tensor) -> torch.Tensor:
         """What may stand for the embeddings of windows where these do not matter any more."""
@@ -446,13 +446,13 @@ def _same(a: Any, b: Any) -> bool:
 
 def _blame(layer: nn.Module, hidden: torch.Tensor, args: Any, kwargs: Any) -> str:
     """Name of the first sub-module of a block whose output is not finite."""
-    found: list[str] = []
+    culprits: list[str] = []
 
     def look(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, _: Any, out: Any) -> None:
             out = out[0] if isinstance(out, tuple) else out
             if isinstance(out, torch.Tensor) and not bool(torch.isfinite(out).all()):
-                found.append(name)
+                culprits.append(name)
 
         return hook
 
@@ -462,7 +462,7 @@ def _blame(layer: nn.Module, hidden: torch.Tensor, args: Any, kwargs: Any) -> st
     finally:
         for h in handles:
             h.remove()
-    return found[0] if found else "the residual sum"
+    return culprits[0] if culprits else "the residual sum"
 
 
 def _free_memory(device: torch.device) -> int:

@@ -160,8 +160,8 @@ class StoredModel:
             for w in self.gguf.values():
                 for s in w.sources:
                     by_tensor.setdefault(s, set()).add(w.role)
-        found = {k: set[str]().union(*(by_tensor.get(s, ()) for s in o.sources)) for k, o in self.origins.items()}
-        return {k: next(iter(roles)) for k, roles in found.items() if len(roles) == 1}
+        candidates = {k: set[str]().union(*(by_tensor.get(s, ()) for s in o.sources)) for k, o in self.origins.items()}
+        return {k: next(iter(roles)) for k, roles in candidates.items() if len(roles) == 1}
 
     @cached_property
     def gguf(self) -> dict[str, Weight]:
@@ -194,7 +194,7 @@ class StoredModel:
         """Parameter of a block, without the block's name -> checkpoint matrices that share its input: one list for each
         of the experts that are stacked in it, one in all for another."""
         inside = f"{self.prefix}.{layer}."
-        found = {}
+        observed = {}
         for name, origin in self.origins.items():
             if not name.startswith(inside) or len(origin.shape) not in (2, 3):
                 continue
@@ -205,8 +205,8 @@ class StoredModel:
                 lists = [[f"{s}[{e}]" for s in origin.sources] for e in range(n)]
             else:  # gates one after another, then ups
                 lists = [[s for s in origin.sources if self._expert(s) == e] for e in range(n)]
-            found[name.removeprefix(inside)] = lists
-        return found
+            observed[name.removeprefix(inside)] = lists
+        return observed
 
     @staticmethod
     def _expert(name: str) -> int:
@@ -216,11 +216,11 @@ class StoredModel:
     @cached_property
     def _parameter_of(self) -> dict[str, str]:
         """Checkpoint tensor -> the first parameter that has rows of it."""
-        found: dict[str, str] = {}
+        parameters: dict[str, str] = {}
         for name, origin in self.origins.items():
             for s in origin.sources:
-                found.setdefault(s, name)
-        return found
+                parameters.setdefault(s, name)
+        return parameters
 
     def matrix(self, layer: int, name: str) -> torch.Tensor:
         """A tensor of a loaded block by its checkpoint name, or one expert's: a view of the module's parameter or buffer.
@@ -235,16 +235,16 @@ class StoredModel:
         if isinstance(origin, Weight):
             if origin.plain and origin.shape == tuple(w.shape):
                 return w if e is None else w[e]
-            found = origin.span(stem)
-            if found is not None and e is None:
+            rows = origin.span(stem)
+            if rows is not None and e is None:
                 flat = w.reshape(-1, w.shape[-1]) if w.ndim > 1 else w
                 if not origin.groups:
-                    return flat[found]
+                    return flat[rows]
                 high = rows_of(origin.shape) // origin.groups
                 wide = sum(p.count for p in origin.pieces) // origin.groups
-                if found.start // wide == (found.stop - 1) // wide:
-                    group = flat[found.start // wide * high : (found.start // wide + 1) * high]
-                    return group[:, found.start % wide : found.start % wide + found.stop - found.start].T
+                if rows.start // wide == (rows.stop - 1) // wide:
+                    group = flat[rows.start // wide * high : (rows.start // wide + 1) * high]
+                    return group[:, rows.start % wide : rows.start % wide + rows.stop - rows.start].T
         raise UnsupportedError(f"{self.name}: {name} is no run of rows of {parameter}; it cannot be changed by itself")
 
     def outer_parameters(self) -> dict[str, tuple[int, ...]]:

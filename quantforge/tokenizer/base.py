@@ -27,11 +27,11 @@ class Model(ABC):
         """
 
     @abstractmethod
-    def owns(self, found: Mapping[str, Any]) -> bool:
+    def owns(self, keys: Mapping[str, Any]) -> bool:
         """Are these GGUF keys of this kind?"""
 
     @abstractmethod
-    def parts(self, found: Mapping[str, Any], vocab: dict[str, int], path: str | Path) -> dict[str, Any]:
+    def parts(self, keys: Mapping[str, Any], vocab: dict[str, int], path: str | Path) -> dict[str, Any]:
         """tokenizer.json's normalizer, pre_tokenizer, decoder and model from GGUF's keys.
 
         vocab: text -> id of the tokens that are in use. Raises FormatError, UnsupportedError.

@@ -49,19 +49,19 @@ class ByteLevel(Model):
         return out, {_K.MODEL: "gpt2", _K.PRE: pre, **out.keys(scores=False), _K.MERGES: spelled}
 
     @override
-    def owns(self, found: Mapping[str, Any]) -> bool:
-        return found.get(_K.MODEL) == "gpt2"
+    def owns(self, keys: Mapping[str, Any]) -> bool:
+        return keys.get(_K.MODEL) == "gpt2"
 
     @override
-    def parts(self, found: Mapping[str, Any], vocab: dict[str, int], path: str | Path) -> dict[str, Any]:
-        pre = found.get(_K.PRE, "default")
+    def parts(self, keys: Mapping[str, Any], vocab: dict[str, int], path: str | Path) -> dict[str, Any]:
+        pre = keys.get(_K.PRE, "default")
         if (kind := BY_NAME.get(pre)) is None:
             raise UnsupportedError(
                 f"{path}: pre-tokenizer {pre!r} is not known here; use the original checkpoint, "
                 f"or --pre-tokenizer with the one that splits alike: {', '.join(BY_NAME)}"
             )
         step = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-        merges = [m.split(" ", 1) for m in found.get(_K.MERGES, [])]
+        merges = [m.split(" ", 1) for m in keys.get(_K.MERGES, [])]
         return {
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*map(regex_split, kind.splits), step]},
             "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},

@@ -26,10 +26,10 @@ class Tokenizer:
 
         path = Path(path)
         file = (path if path.is_dir() else path.parent) / "tokenizer.json"
-        found: Mapping[str, Any] = {}
+        keys: Mapping[str, Any] = {}
         try:
-            found = config if gguf_metadata else metadata(file.parent, config)
-            text = file.read_text(encoding="utf-8-sig") if not gguf_metadata and file.is_file() else to_json(found, path)
+            keys = config if gguf_metadata else metadata(file.parent, config)
+            text = file.read_text(encoding="utf-8-sig") if not gguf_metadata and file.is_file() else to_json(keys, path)
         except UnsupportedError:
             if gguf_metadata or not file.is_file():
                 raise
@@ -38,13 +38,13 @@ class Tokenizer:
             self._engine = Engine.from_str(text)
         except Exception as e:  # the tokenizers library raises bare Exception
             raise FormatError(path, f"the tokenizers library does not take this tokenizer: {e}") from None
-        self.tokens: list[str] | None = found.get(_K.LIST)
+        self.tokens: list[str] | None = keys.get(_K.LIST)
         """Every token's text by id, where the tokenizer is of a kind that GGUF knows."""
-        self.bos: int | None = found.get(_K.BOS_ID, config.get("bos_token_id"))
-        self.eos: list[int] = _ids(ends(found), config.get("eos_token_id"))
-        self.adds_bos = self.bos is not None and adds(found)["bos"]
+        self.bos: int | None = keys.get(_K.BOS_ID, config.get("bos_token_id"))
+        self.eos: list[int] = _ids(ends(keys), config.get("eos_token_id"))
+        self.adds_bos = self.bos is not None and adds(keys)["bos"]
         """Does llama.cpp put BOS in front of a text?"""
-        if not found:
+        if not keys:
             start = self._engine.encode("", add_special_tokens=True).ids
             self.adds_bos, self.bos = bool(start) and start[0] not in self.eos, start[0] if start else self.bos
 
@@ -78,5 +78,5 @@ def _common(a: str, b: str) -> str:
 
 
 def _ids(*values: Any) -> list[int]:
-    found = [int(i) for v in values if v is not None for i in (v if isinstance(v, list) else [v])]
-    return list(dict.fromkeys(found))
+    ids = [int(i) for v in values if v is not None for i in (v if isinstance(v, list) else [v])]
+    return list(dict.fromkeys(ids))

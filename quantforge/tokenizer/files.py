@@ -24,10 +24,10 @@ _OTHER_NAMES = ("vocab.json", "vocab.txt", "tekken.json", "tiktoken.model", "qwe
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object, or an empty one where there is no such file. Raises FormatError."""
-    found = parsed(path)
-    if found is not None and not isinstance(found, dict):
+    content = parsed(path)
+    if content is not None and not isinstance(content, dict):
         raise FormatError(path, "not a JSON object")
-    return found or {}
+    return content or {}
 
 
 def parsed(path: Path) -> Any:
@@ -103,7 +103,7 @@ class Files:
         A text that has an id keeps it, others get the next free one. vocab: text -> id of the model's tokens;
         replaces: SentencePiece's files, where a stated id counts and takes the place of the piece that has it.
         """
-        ids, found = dict(vocab), dict[int, Added]()
+        ids, added = dict(vocab), dict[int, Added]()
         taken = set() if replaces else set(ids.values())
         for stated, token in self.entries:
             i = ids.get(token.text)
@@ -113,8 +113,8 @@ class Files:
                 logger.warning("%s: added token %r has id %d, not %d as stated", self.directory, token.text, i, stated)
             ids[token.text] = i
             taken.add(i)
-            found[i] = replace(token, special=token.special or (i in found and found[i].special))
-        return found
+            added[i] = replace(token, special=token.special or (i in added and added[i].special))
+        return added
 
     @cached_property
     def spm(self) -> tuple[Path, SentencePieceModel] | None:
@@ -162,13 +162,13 @@ class Files:
 
     def merges(self) -> list[tuple[str, str]]:
         """Merges in rank order; both spellings, "a b" and ["a", "b"], occur. Raises FormatError."""
-        found = []
+        pairs = []
         for merge in self.tokenizer["model"].get("merges") or []:
             pair = merge.split(" ") if isinstance(merge, str) else merge
             if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(p, str) for p in pair):
                 raise FormatError(self.directory / "tokenizer.json", f"merge {merge!r} is not a pair of tokens")
-            found.append((pair[0], pair[1]))
-        return found
+            pairs.append((pair[0], pair[1]))
+        return pairs
 
 
 def _entry(entry: Mapping[str, Any]) -> Added:
@@ -198,12 +198,12 @@ def _by_transformers(directory: Path) -> dict[str, Any]:
 
     try:
         made: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        found = json.loads(made.backend_tokenizer.to_str())
+        content = json.loads(made.backend_tokenizer.to_str())
     except Exception as e:  # whatever a tokenizer class raises on files that it does not like
         line = str(e).strip().split("\n")[0]
         raise FormatError(directory / older[0], f"no tokenizer.json, and transformers makes none of this: {line}") from None
     logger.info("%s: tokenizer.json as transformers makes it of %s", directory, " and ".join(older))
-    return dict(found)
+    return dict(content)
 
 
 def _flat(step: Mapping[str, Any] | None, inner: str) -> list[Mapping[str, Any]]:

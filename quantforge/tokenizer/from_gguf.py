@@ -17,15 +17,15 @@ _K = gguf.Keys.Tokenizer
 _T = gguf.TokenType
 
 
-def to_json(found: Mapping[str, Any], path: str | Path) -> str:
+def to_json(keys: Mapping[str, Any], path: str | Path) -> str:
     """tokenizer.json for the tokenizers library from GGUF's tokenizer.* keys.
 
     Raises FormatError where keys are missing, UnsupportedError for models and pre-tokenizers that are not known here.
     """
-    kind, tokens = found.get(_K.MODEL), found.get(_K.LIST)
+    kind, tokens = keys.get(_K.MODEL), keys.get(_K.LIST)
     if not isinstance(tokens, list) or not tokens:
         raise FormatError(path, "the file has no tokenizer; give --reference a model that has one")
-    types = [int(t) for t in found.get(_K.TOKEN_TYPE, [])] or [int(_T.NORMAL)] * len(tokens)
+    types = [int(t) for t in keys.get(_K.TOKEN_TYPE, [])] or [int(_T.NORMAL)] * len(tokens)
     vocab = {t: i for i, t in enumerate(tokens) if types[i] != _T.UNUSED or not t.startswith("[PAD")}
     added = [
         {"id": i, "content": t, "special": types[i] != _T.USER_DEFINED, "normalized": False}
@@ -33,19 +33,19 @@ def to_json(found: Mapping[str, Any], path: str | Path) -> str:
         for i, t in enumerate(tokens)
         if types[i] in (_T.CONTROL, _T.USER_DEFINED, _T.UNKNOWN)
     ]
-    model = next((m for m in MODELS if m.owns(found)), None)
+    model = next((m for m in MODELS if m.owns(keys)), None)
     if model is None:
         raise UnsupportedError(
             f"{path}: tokenizer model {kind!r} cannot be run from GGUF; use the original checkpoint as reference"
         )
-    parts = model.parts(found, vocab, path)
-    return json.dumps({"version": "1.0", "added_tokens": added, **parts, "post_processor": _around(found, tokens)})
+    parts = model.parts(keys, vocab, path)
+    return json.dumps({"version": "1.0", "added_tokens": added, **parts, "post_processor": _around(keys, tokens)})
 
 
-def _around(found: Mapping[str, Any], tokens: list[str]) -> dict[str, Any] | None:
+def _around(keys: Mapping[str, Any], tokens: list[str]) -> dict[str, Any] | None:
     """The post-processor that puts BOS and EOS around a text, if the file says so."""
-    ids = special_ids(found)
-    on = {name: ids[name] for name, yes in adds(found).items() if yes and 0 <= ids.get(name, -1) < len(tokens)}
+    ids = special_ids(keys)
+    on = {name: ids[name] for name, yes in adds(keys).items() if yes and 0 <= ids.get(name, -1) < len(tokens)}
     if not on:
         return None
 

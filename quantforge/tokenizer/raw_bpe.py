@@ -74,15 +74,15 @@ class RawBPE(Model):
         }
 
     @override
-    def owns(self, found: Mapping[str, Any]) -> bool:
-        return found.get(_K.MODEL) == "gemma4" or (
-            found.get(_K.MODEL) == "gpt2" and found.get(_K.PRE) in ("gemma4", "granite-embed-multi-311m", "sarvam-moe", "mmbert")
+    def owns(self, keys: Mapping[str, Any]) -> bool:
+        return keys.get(_K.MODEL) == "gemma4" or (
+            keys.get(_K.MODEL) == "gpt2" and keys.get(_K.PRE) in ("gemma4", "granite-embed-multi-311m", "sarvam-moe", "mmbert")
         )
 
     @override
-    def parts(self, found: Mapping[str, Any], vocab: dict[str, int], path: str | Path) -> dict[str, Any]:
-        words = found.get(_K.PRE) == "mmbert"
-        unk = found.get(_K.UNK_ID)
+    def parts(self, keys: Mapping[str, Any], vocab: dict[str, int], path: str | Path) -> dict[str, Any]:
+        words = keys.get(_K.PRE) == "mmbert"
+        unk = keys.get(_K.UNK_ID)
         by_id = {i: t for t, i in vocab.items()}
         return {
             "normalizer": None if words else replacement({"String": " "}, "▁"),
@@ -95,7 +95,7 @@ class RawBPE(Model):
             "model": {
                 "type": "BPE",
                 "vocab": vocab,
-                "merges": [m.split(" ", 1) for m in found.get(_K.MERGES, [])],
+                "merges": [m.split(" ", 1) for m in keys.get(_K.MERGES, [])],
                 "byte_fallback": True,
                 "fuse_unk": True,
                 "unk_token": None if unk is None else by_id.get(int(unk)),

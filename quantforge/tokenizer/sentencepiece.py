@@ -140,13 +140,13 @@ class SentencePieceBPE(Model):
         return piece_rows(files, config, path, model.pieces), model.add_dummy_prefix
 
     @override
-    def owns(self, found: Mapping[str, Any]) -> bool:
-        return found.get(_K.MODEL) == "llama"
+    def owns(self, keys: Mapping[str, Any]) -> bool:
+        return keys.get(_K.MODEL) == "llama"
 
     @override
-    def parts(self, found: Mapping[str, Any], vocab: dict[str, int], path: str | Path) -> dict[str, Any]:
-        tokens = found[_K.LIST]
-        scores = [float(s) for s in found.get(_K.SCORES, [0.0] * len(tokens))]
+    def parts(self, keys: Mapping[str, Any], vocab: dict[str, int], path: str | Path) -> dict[str, Any]:
+        tokens = keys[_K.LIST]
+        scores = [float(s) for s in keys.get(_K.SCORES, [0.0] * len(tokens))]
         if len(scores) < len(tokens):
             raise FormatError(path, f"{len(scores)} scores for {len(tokens)} tokens")
         # SentencePiece joins the pair whose result scores best: as merges, every way to make a piece, best piece first
@@ -156,8 +156,8 @@ class SentencePieceBPE(Model):
             for k in range(1, len(t))
             if t[:k] in vocab and t[k:] in vocab
         ]
-        unk = tokens[special_ids(found)["unk"]]
-        prefix = found.get(_K.ADD_PREFIX, True)
+        unk = tokens[special_ids(keys)["unk"]]
+        prefix = keys.get(_K.ADD_PREFIX, True)
         decoders = [replacement({"String": "▁"}, " "), {"type": "ByteFallback"}, {"type": "Fuse"}]
         if prefix:
             decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})

@@ -66,27 +66,27 @@ def special_keys(
             if assumed[name]:
                 adds.setdefault(name, False)
 
-    found: dict[str, Any] = {}
+    keys: dict[str, Any] = {}
     for name, key in _IDS.items():
         stated = {**config, **(config.get("text_config") or {})}.get(f"{name}_token_id")
         if isinstance(stated, list) and stated:  # several end tokens: the first is the one to write
             stated = stated[0]
         number = ids.get(text.get(name, ""), stated)
         if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < size:
-            found[key] = number
-    found.update({_ADDS[name]: flag for name, flag in adds.items()})
-    return found | _ends(files, config, {i: t for t, i in ids.items()}, found)
+            keys[key] = number
+    keys.update({_ADDS[name]: flag for name, flag in adds.items()})
+    return keys | _ends(files, config, {i: t for t, i in ids.items()}, keys)
 
 
-def _ends(files: Files, config: Mapping[str, Any], text: Mapping[int, str], found: Mapping[str, Any]) -> dict[str, Any]:
+def _ends(files: Files, config: Mapping[str, Any], text: Mapping[int, str], written: Mapping[str, Any]) -> dict[str, Any]:
     """Keys for end tokens beside EOS. llama.cpp has room for two (end of turn, end of message) and knows others by text."""
     stated = files.generation.get("eos_token_id", {**config, **(config.get("text_config") or {})}.get("eos_token_id"))
     ends = [i for i in stated if isinstance(i, int) and i in text] if isinstance(stated, list) else []
     if len(ends) < 2:
         return {}
     keys: dict[str, Any] = {EOS_IDS: np.array(ends, np.int32)}
-    room = [k for k in (_K.EOT_ID, _K.EOM_ID) if k not in found]
-    known = {found.get(k) for k in (_K.EOS_ID, _K.EOT_ID, _K.EOM_ID)}
+    room = [k for k in (_K.EOT_ID, _K.EOM_ID) if k not in written]
+    known = {written.get(k) for k in (_K.EOS_ID, _K.EOT_ID, _K.EOM_ID)}
     for i in ends:
         if i in known or text[i] in _ENDS_BY_TEXT:
             continue
@@ -134,28 +134,28 @@ def _added_by_template(post_processor: Mapping[str, Any] | None, text: dict[str,
     return adds
 
 
-def special_ids(found: Mapping[str, Any]) -> dict[str, int]:
+def special_ids(keys: Mapping[str, Any]) -> dict[str, int]:
     """Ids of special tokens by name ("bos", "eos", "eot", ...) of GGUF's tokenizer.* keys."""
-    size = len(found.get(_K.LIST) or ())
-    assumed = {n: i for n, i in _ASSUMED_IDS.get(str(found.get(_K.MODEL)), {}).items() if i < size}
-    ids = assumed | {name: int(found[key]) for name, key in _IDS.items() if found.get(key) is not None}
-    return ids | ({"eos": ids["sep"]} if found.get(_K.MODEL) == "bert" and "sep" in ids else {})
+    size = len(keys.get(_K.LIST) or ())
+    assumed = {n: i for n, i in _ASSUMED_IDS.get(str(keys.get(_K.MODEL)), {}).items() if i < size}
+    ids = assumed | {name: int(keys[key]) for name, key in _IDS.items() if keys.get(key) is not None}
+    return ids | ({"eos": ids["sep"]} if keys.get(_K.MODEL) == "bert" and "sep" in ids else {})
 
 
-def ends(found: Mapping[str, Any]) -> list[int]:
+def ends(keys: Mapping[str, Any]) -> list[int]:
     """Ids of the tokens that end a text, by GGUF's tokenizer.* keys."""
-    if (every := found.get(EOS_IDS)) is not None:
+    if (every := keys.get(EOS_IDS)) is not None:
         return [int(i) for i in every]
-    ids = special_ids(found)
+    ids = special_ids(keys)
     return list(dict.fromkeys(ids[n] for n in ("eos", "eot", "eom") if n in ids))
 
 
-def adds(found: Mapping[str, Any]) -> dict[str, bool]:
+def adds(keys: Mapping[str, Any]) -> dict[str, bool]:
     """Which of "bos" and "eos" llama.cpp puts around a text, by GGUF's tokenizer.* keys."""
-    model = str(found.get(_K.MODEL))
+    model = str(keys.get(_K.MODEL))
     assumed = {"bos": False, "eos": False} | _ASSUMED_ADDS.get(model, {})
-    if model == "gpt2" and (kind := BY_NAME.get(str(found.get(_K.PRE)))):
+    if model == "gpt2" and (kind := BY_NAME.get(str(keys.get(_K.PRE)))):
         assumed["bos"] = kind.adds_bos
     if model == "bert":  # where keys make no difference
         return assumed
-    return {"bos": bool(found.get(_K.ADD_BOS, assumed["bos"])), "eos": bool(found.get(_K.ADD_EOS, assumed["eos"]))}
+    return {"bos": bool(keys.get(_K.ADD_BOS, assumed["bos"])), "eos": bool(keys.get(_K.ADD_EOS, assumed["eos"]))}

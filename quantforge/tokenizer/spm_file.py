@@ -57,7 +57,7 @@ class SentencePieceModel:
     @classmethod
     def read(cls, path: Path) -> SentencePieceModel:
         """The model in a file. Raises FormatError."""
-        found = cls([])
+        model = cls([])
         for number, value, at in _fields(memoryview(path.read_bytes()), path, 0):
             if not isinstance(value, memoryview):
                 continue
@@ -68,24 +68,24 @@ class SentencePieceModel:
                         try:
                             text = str(v, "utf-8")
                         except UnicodeDecodeError:
-                            raise FormatError(path, f"piece {len(found.pieces)} is not UTF-8", at) from None
+                            raise FormatError(path, f"piece {len(model.pieces)} is not UTF-8", at) from None
                     elif n == 2 and isinstance(v, memoryview) and len(v) == 4:
                         (score,) = struct.unpack("<f", v)
                     elif n == 3 and isinstance(v, int):
                         kind = v
-                found.pieces.append((text, score, kind))
+                model.pieces.append((text, score, kind))
             elif number == 2:
-                found.model_type = next((v for n, v, _ in _fields(value, path, at) if n == 3 and isinstance(v, int)), 1)
+                model.model_type = next((v for n, v, _ in _fields(value, path, at) if n == 3 and isinstance(v, int)), 1)
             elif number == 3:
                 for n, v, _ in _fields(value, path, at):
                     if n == 1 and isinstance(v, memoryview):
-                        found.normalizer = str(v, "utf-8", "replace")
+                        model.normalizer = str(v, "utf-8", "replace")
                     elif n == 2 and isinstance(v, memoryview):
-                        found.charsmap = bytes(v)
+                        model.charsmap = bytes(v)
                     elif n == 3:
-                        found.add_dummy_prefix = bool(v)
+                        model.add_dummy_prefix = bool(v)
                     elif n == 4:
-                        found.remove_extra_whitespaces = bool(v)
-        if not found.pieces:
+                        model.remove_extra_whitespaces = bool(v)
+        if not model.pieces:
             raise FormatError(path, "not a SentencePiece model: it has no pieces")
-        return found
+        return model

@@ -34,15 +34,15 @@ def metadata(directory: str | Path, config: Mapping[str, Any], *, pre_tokenizer:
             f"--pre-tokenizer {pre_tokenizer}: llama.cpp has none of that name{nearest(pre_tokenizer, BY_NAME)}"
         )
     try:
-        found = _read(Files.read(directory), config, pre_tokenizer)
-        "".join(t for v in found.values() if isinstance(v, (str, list)) for t in v).encode()
+        keys = _read(Files.read(directory), config, pre_tokenizer)
+        "".join(t for v in keys.values() if isinstance(v, (str, list)) for t in v).encode()
     except UnicodeError as e:
         raise FormatError(directory, f"a token or template is not valid Unicode text: {e}") from None
     except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError) as e:
         raise FormatError(directory, f"tokenizer.json or tokenizer_config.json is malformed: {e!r}") from e
     except OSError as e:
         raise FormatError(e.filename or directory, f"cannot be read: {e.strerror}") from None
-    return found
+    return keys
 
 
 def _read(files: Files, config: Mapping[str, Any], pre_tokenizer: str | None) -> dict[str, Any]:
@@ -54,13 +54,13 @@ def _read(files: Files, config: Mapping[str, Any], pre_tokenizer: str | None) ->
         if files.spm:
             raise UnsupportedError(f"{files.spm[0]}: a SentencePiece model of words or characters, which llama.cpp has not")
         raise FormatError(directory, "no tokenizer.json and no tokenizer.model: copy the model's tokenizer files there")
-    out, found = model.read(files, config, pre_tokenizer)
+    out, keys = model.read(files, config, pre_tokenizer)
     vocab = out.vocab()
-    found |= special_keys(files, config, vocab, len(out.tokens), adds(found))
-    if isinstance(prefix := files.config.get("add_prefix_space"), bool) and found[_K.MODEL] in ("gpt2", "llama"):
-        found[_K.ADD_PREFIX] = prefix
+    keys |= special_keys(files, config, vocab, len(out.tokens), adds(keys))
+    if isinstance(prefix := files.config.get("add_prefix_space"), bool) and keys[_K.MODEL] in ("gpt2", "llama"):
+        keys[_K.ADD_PREFIX] = prefix
     if isinstance(count := config.get("type_vocab_size"), int):
-        found[_K.TOKEN_TYPE_COUNT] = count
+        keys[_K.TOKEN_TYPE_COUNT] = count
     out.finish()
     if odd := [t.text for _, t in files.entries if t.strips and t.text in vocab]:
         logger.log(
@@ -68,7 +68,7 @@ def _read(files: Files, config: Mapping[str, Any], pre_tokenizer: str | None) ->
             "%s take the spaces beside them (lstrip, rstrip) or stand for whole words (single_word); in llama.cpp they do not",
             ", ".join(map(repr, odd)),
         )
-    return found | _templates(files)
+    return keys | _templates(files)
 
 
 def _templates(files: Files) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def _templates(files: Files) -> dict[str, Any]:
         return {_K.CHAT_TEMPLATE: template}
     if isinstance(template, Mapping):
         template = [{"name": name, "template": text} for name, text in template.items()]
-    found: dict[str, Any] = {}
+    keys: dict[str, Any] = {}
     names = []
     for choice in template or []:
         name = "".join(c if c in ascii_letters + digits else "_" for c in str(choice.get("name", "")))
@@ -93,10 +93,10 @@ def _templates(files: Files) -> dict[str, Any]:
         if not name or not isinstance(text, str):
             continue
         if name == "default":
-            found[_K.CHAT_TEMPLATE] = text
+            keys[_K.CHAT_TEMPLATE] = text
         else:
             names.append(name)
-            found[_K.CHAT_TEMPLATE_N.format(name=name)] = text
+            keys[_K.CHAT_TEMPLATE_N.format(name=name)] = text
     if names:
-        found[_K.CHAT_TEMPLATES] = names
-    return found
+        keys[_K.CHAT_TEMPLATES] = names
+    return keys

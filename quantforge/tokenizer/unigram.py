@@ -49,8 +49,8 @@ class Unigram(Model):
             prefix = files.has_prefix
         if any(kind == _T.BYTE for kind in out.types):
             raise UnsupportedError(f"{out.path}: a unigram model with byte tokens, which llama.cpp does not use")
-        found = {_K.MODEL: "t5", _K.PRE: "default", **out.keys(scores=True), _K.ADD_PREFIX: prefix, _K.REMOVE_EXTRA_WS: tidy}
-        return out, {**found, _K.PRECOMPILED_CHARSMAP: np.frombuffer(charsmap, np.uint8)} if charsmap else found
+        keys = {_K.MODEL: "t5", _K.PRE: "default", **out.keys(scores=True), _K.ADD_PREFIX: prefix, _K.REMOVE_EXTRA_WS: tidy}
+        return out, {**keys, _K.PRECOMPILED_CHARSMAP: np.frombuffer(charsmap, np.uint8)} if charsmap else keys
 
     def _from_json(self, files: Files, config: Mapping[str, Any]) -> Vocabulary:
         path, model = files.directory / "tokenizer.json", files.tokenizer["model"]
@@ -77,18 +77,18 @@ class Unigram(Model):
         return out
 
     @override
-    def owns(self, found: Mapping[str, Any]) -> bool:
-        return found.get(_K.MODEL) == "t5"
+    def owns(self, keys: Mapping[str, Any]) -> bool:
+        return keys.get(_K.MODEL) == "t5"
 
     @override
-    def parts(self, found: Mapping[str, Any], vocab: dict[str, int], path: str | Path) -> dict[str, Any]:
-        tokens, scores = found[_K.LIST], [float(s) for s in found.get(_K.SCORES, [])]
+    def parts(self, keys: Mapping[str, Any], vocab: dict[str, int], path: str | Path) -> dict[str, Any]:
+        tokens, scores = keys[_K.LIST], [float(s) for s in keys.get(_K.SCORES, [])]
         if len(scores) < len(tokens):
             raise FormatError(path, f"{len(scores)} scores for {len(tokens)} tokens")
-        tidy = bool(found.get(_K.REMOVE_EXTRA_WS, False))
-        prefix = tidy or bool(found.get(_K.ADD_PREFIX, False))  # where llama.cpp tidies, it puts ▁ before each word
+        tidy = bool(keys.get(_K.REMOVE_EXTRA_WS, False))
+        prefix = tidy or bool(keys.get(_K.ADD_PREFIX, False))  # where llama.cpp tidies, it puts ▁ before each word
         normalizers = []
-        if (charsmap := found.get(_K.PRECOMPILED_CHARSMAP)) is not None:
+        if (charsmap := keys.get(_K.PRECOMPILED_CHARSMAP)) is not None:
             text = base64.b64encode(np.asarray(charsmap).astype(np.uint8).tobytes()).decode()
             normalizers.append({"type": "Precompiled", "precompiled_charsmap": text})
         normalizers += [replacement({"Regex": regex}, new) for regex, new in zip(_TIDY, (" ", ""), strict=True)] if tidy else []
@@ -101,7 +101,7 @@ class Unigram(Model):
             "model": {
                 "type": "Unigram",
                 "vocab": [[t, s] for t, s in zip(tokens[:last], scores, strict=False)],
-                "unk_id": special_ids(found).get("unk"),
+                "unk_id": special_ids(keys).get("unk"),
                 "byte_fallback": False,
             },
         }

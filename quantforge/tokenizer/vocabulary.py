@@ -100,5 +100,5 @@ class Vocabulary:
 
     def keys(self, *, scores: bool) -> dict[str, Any]:
         """GGUF's keys for it."""
-        found: dict[str, Any] = {_K.LIST: self.tokens, _K.TOKEN_TYPE: np.array(self.types, np.int32)}
-        return found | ({_K.SCORES: np.array(self.scores, np.float32)} if scores else {})
+        keys: dict[str, Any] = {_K.LIST: self.tokens, _K.TOKEN_TYPE: np.array(self.types, np.int32)}
+        return keys | ({_K.SCORES: np.array(self.scores, np.float32)} if scores else {})

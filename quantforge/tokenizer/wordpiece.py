@@ -45,31 +45,31 @@ class WordPiece(Model):
         if unk in vocab:
             out.put(vocab[unk], unk, _T.CONTROL)
         out.put_added(added)
-        found = {_K.MODEL: "bert", _K.PRE: "default", **out.keys(scores=False)}
-        return out, found | {_LOWERCASE: lowercase, _STRIP_ACCENTS: accents}
+        keys = {_K.MODEL: "bert", _K.PRE: "default", **out.keys(scores=False)}
+        return out, keys | {_LOWERCASE: lowercase, _STRIP_ACCENTS: accents}
 
     @override
-    def owns(self, found: Mapping[str, Any]) -> bool:
-        return found.get(_K.MODEL) == "bert"
+    def owns(self, keys: Mapping[str, Any]) -> bool:
+        return keys.get(_K.MODEL) == "bert"
 
     @override
-    def parts(self, found: Mapping[str, Any], vocab: dict[str, int], path: str | Path) -> dict[str, Any]:
-        types = found.get(_K.TOKEN_TYPE, [_T.NORMAL] * len(found[_K.LIST]))
-        ids = special_ids(found)
+    def parts(self, keys: Mapping[str, Any], vocab: dict[str, int], path: str | Path) -> dict[str, Any]:
+        types = keys.get(_K.TOKEN_TYPE, [_T.NORMAL] * len(keys[_K.LIST]))
+        ids = special_ids(keys)
 
         def spelled(text: str, i: int) -> str:
             if int(types[i]) != _T.NORMAL or i in ids.values():
                 return text
             return text[1:] if text.startswith("▁") else f"##{text}"
 
-        lowercase = bool(found.get(_LOWERCASE, True))
-        unk = found[_K.LIST][ids["unk"]]
+        lowercase = bool(keys.get(_LOWERCASE, True))
+        unk = keys[_K.LIST][ids["unk"]]
         return {
             "normalizer": {
                 "type": "BertNormalizer",
                 "clean_text": True,
                 "handle_chinese_chars": True,
-                "strip_accents": bool(found.get(_STRIP_ACCENTS, lowercase)),
+                "strip_accents": bool(keys.get(_STRIP_ACCENTS, lowercase)),
                 "lowercase": lowercase,
             },
             "pre_tokenizer": {"type": "BertPreTokenizer"},

@@ -139,8 +139,8 @@ def _as_named(out: Source, model: Source, outputs: Mapping[str, Sequence[tuple[s
             theirs = outputs.get(name, ())
             if len(mine) == len(theirs):
                 renamed.update({n: w for (n, _), (_, w) in zip(mine, theirs, strict=True)})
-        found = {id(w) for w in renamed.values()}
-        return {**renamed, **{n: w for n, w in made.items() if id(w) not in found}}
+        known = {id(w) for w in renamed.values()}
+        return {**renamed, **{n: w for n, w in made.items() if id(w) not in known}}
     return made
 
 

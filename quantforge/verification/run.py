@@ -120,19 +120,19 @@ class _Run:
         self.checks.append(Check("structure", "differs" if faults else "ok", said))
         fitting = [t for t in pairs.plan.tensors if t not in odd]
         comparer = Comparer(Tiles(pairs.plan, None), out)
-        found = self._compare(comparer, [(t, None, None) for t in fitting])
+        compared = self._compare(comparer, [(t, None, None) for t in fitting])
         if near:
             self._pairs = pairs
-            self._explain(pairs, comparer, out, model, found)
-            self.tensors = list(found.values())
+            self._explain(pairs, comparer, out, model, compared)
+            self.tensors = list(compared.values())
             wrong = [t for t in self.tensors if t.status == "differs"]
             self.checks.append(_near(self.tensors, wrong))
         if exact:
-            self.checks.append(self._exact(list(found.values()), out))
+            self.checks.append(self._exact(list(compared.values()), out))
         if not near:
             self.tensors = [
                 TensorCheck(t.name, t.type, t.shape, "ok" if t.equal else "differs", "", t.equal, t.error, t.rounding_error)
-                for t in found.values()
+                for t in compared.values()
             ]
 
     def _compare(
@@ -160,12 +160,12 @@ class _Run:
             results = pool.map(lambda args: one(*args), work)
             return {_key(t): check for (t, _, _), check in zip(work, results, strict=True)}
 
-    def _explain(self, pairs: Pairs, comparer: Comparer, out: Source, model: Source, found: dict[str, TensorCheck]) -> None:
+    def _explain(self, pairs: Pairs, comparer: Comparer, out: Source, model: Source, compared: dict[str, TensorCheck]) -> None:
         """Where tensors of a group differ: have they been scaled, as AWQ does, so that the model is the same?"""
         moved = []
         for g in pairs.groups:
-            around = [found.get(_key(t)) for t in g.all]
-            plain = all(c is not None and c.equal for c in map(found.get, map(_key, g.targets)))
+            around = [compared.get(_key(t)) for t in g.all]
+            plain = all(c is not None and c.equal for c in map(compared.get, map(_key, g.targets)))
             if None not in around and not plain and any(c is not None and c.status != "ok" for c in around):
                 moved.append(g)
         while moved:
@@ -183,7 +183,7 @@ class _Run:
             again = self._compare(comparer, [(t, *_scales(t, columns.get(k), rows.get(k))) for k, t in touched.items()], _SCALED)
             moved = [g for g in taken if all(again[_key(t)].status == "ok" for t in g.all)]
             if len(moved) == len(taken):  # else once more, without what scales do not explain
-                found.update(again)
+                compared.update(again)
                 return
 
     def _exact(self, tensors: list[TensorCheck], out: Source) -> Check:

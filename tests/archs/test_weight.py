@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from quantforge import codecs, formats
-from quantforge.archs.base import interleaved, paired, part, size
+from quantforge.archs.tensors import interleaved, paired, part, size
 from quantforge.archs.weight import MINUS_EXP, PLUS_ONE, Piece, Weight, inverted
 from quantforge.codecs import Encoded
 from quantforge.errors import ShapeError

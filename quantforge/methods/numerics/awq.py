@@ -27,7 +27,7 @@ def clipped(w: torch.Tensor, codec: Codec, stats: Stats) -> tuple[torch.Tensor, 
     n = w.shape[1]
     size = codec.block_size if 1 < codec.block_size < n else n
     importance = stats.importance.cpu().numpy()
-    best, errors, found = w.clone(), torch.zeros_like(w), []
+    best, errors, chunks = w.clone(), torch.zeros_like(w), []
     for first in range(0, n, size):
         span = slice(first, first + size)
         x, h = w[:, span], stats.hessian[:, span]
@@ -45,8 +45,8 @@ def clipped(w: torch.Tensor, codec: Codec, stats: Stats) -> tuple[torch.Tensor, 
             errors[:, span] = torch.where(better, d, errors[:, span])
             rows = better.cpu().numpy()
             chosen = {k: np.where(rows.reshape(-1, *[1] * (p.ndim - 1)), p, chosen.get(k, p)) for k, p in parts.items()}
-        found.append(chosen)
-    return best, {k: np.concatenate([c[k] for c in found], -1) for k in found[0]}
+        chunks.append(chosen)
+    return best, {k: np.concatenate([c[k] for c in chunks], -1) for k in chunks[0]}
 
 
 def _trials(codec: Codec) -> list[tuple[float, bool]]:
@@ -58,12 +58,12 @@ def _trials(codec: Codec) -> list[tuple[float, bool]]:
 
 def magnitudes(ws: Sequence[torch.Tensor], codecs: Sequence[Codec]) -> torch.Tensor:
     """Mean over all rows of |w| relative to the largest in its group, f32[in]; at least a hundredth."""
-    found = []
+    means = []
     for w, codec in zip(ws, codecs, strict=True):
         size = codec.block_size if codec.block_size > 1 else w.shape[1]
         groups = w.abs().reshape(len(w), -1, size)
-        found.append((groups / groups.amax(-1, keepdim=True).clamp_min(1e-30)).reshape(w.shape))
-    return torch.cat(found).mean(0).clamp_min(0.01)
+        means.append((groups / groups.amax(-1, keepdim=True).clamp_min(1e-30)).reshape(w.shape))
+    return torch.cat(means).mean(0).clamp_min(0.01)
 
 
 def rounded(w: torch.Tensor, codec: Codec, importance: torch.Tensor, s: torch.Tensor) -> torch.Tensor:

@@ -90,16 +90,16 @@ class Loop:
         params, inside = self.params(w, first)
         n, start = last - first, self.at[first] - inside
         if self.at[first:last] == list(range(self.at[first], self.at[first] + n)):
-            found = self.codec.spacing(params, inside, n)
+            spaced = self.codec.spacing(params, inside, n)
             own: slice | torch.Tensor = slice(None)
         else:
-            found = self.codec.spacing(params, 0, len(w) if self.whole is not None else self.size)
+            spaced = self.codec.spacing(params, 0, len(w) if self.whole is not None else self.size)
             own = self.order[first:last] - start
         step, offset = (
             torch.empty(0, device=w.device) if t is None else t[:, own if t.shape[1] > 1 else slice(None)].t().expand(n, -1)
-            for t in (found.step, found.offset)
+            for t in (spaced.step, spaced.offset)
         )
-        levels = torch.tensor([found.zero, found.lowest, found.highest], dtype=torch.int32)
+        levels = torch.tensor([spaced.zero, spaced.lowest, spaced.highest], dtype=torch.int32)
         codes = torch.empty((n, w.shape[1]), dtype=torch.uint8, device=w.device)
         u = self.u[first:last, first:last].contiguous()
         launch("", "feedback", [w[first:last], u, step.contiguous(), offset.contiguous(), levels], [codes, errors[:n]], w.device)

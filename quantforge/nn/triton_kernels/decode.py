@@ -133,8 +133,8 @@ def numbers(codes, less, DTYPE: tl.constexpr):
         code = tl.join(codes & 0xFFFF, (codes >> 16) & 0xFFFF)
         sign = tl.where(code > 0x7FFF, -1.0, 1.0)
         tiny = (code & 0x7FFF).to(tl.float32) * sign
-        found = rounded(tiny * (BF16_UNIT if tl.bfloat16 == DTYPE else F16_UNIT) + apart(less, DTYPE).to(tl.float32), DTYPE)
-        return together(found)
+        value = rounded(tiny * (BF16_UNIT if tl.bfloat16 == DTYPE else F16_UNIT) + apart(less, DTYPE).to(tl.float32), DTYPE)
+        return together(value)
     elif tl.bfloat16 == DTYPE:
         return tl.inline_asm_elementwise(
             "{ .reg .b32 k; mov.b32 k, 0x7F007F00; fma.rn.bf16x2 $0, $1, k, $2; }", "=r,r,r", [codes, less], tl.int32, True, 1
@@ -161,8 +161,8 @@ def scaled(pairs, scale, offset, MINS: tl.constexpr):
     if MINS:
         o += twice(offset)[:, None, None]
     if INTERPRETED:
-        found = apart(pairs, tl.float16).to(tl.float32) * apart(s, tl.float16).to(tl.float32)
-        return together((found + apart(o, tl.float16).to(tl.float32)).to(tl.float16))
+        product = apart(pairs, tl.float16).to(tl.float32) * apart(s, tl.float16).to(tl.float32)
+        return together((product + apart(o, tl.float16).to(tl.float32)).to(tl.float16))
     elif MINS:
         return tl.inline_asm_elementwise("fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", [pairs, s, o], tl.int32, True, 1)
     else:
@@ -188,11 +188,11 @@ def words(plane, tile, tiles, chunk, chunks, N: tl.constexpr, BN: tl.constexpr):
     step = tl.minimum(tile + half % TILES, tiles - 1) * chunks + chunk
     at = plane + (step * (64 * N) + half // TILES * (32 * V))[:, None] + tl.arange(0, 32 * V)[None, :]
     at = tl.max_contiguous(at, (1, V))  # no vectors of several lanes
-    found = tl.reshape(tl.load(at), (2, TILES, 8, 4, V))
+    loaded = tl.reshape(tl.load(at), (2, TILES, 8, 4, V))
     if N > V:
-        found = tl.join(found, tl.reshape(tl.load(at + 64 * V), (2, TILES, 8, 4, V)))
-        found = tl.reshape(tl.permute(found, (0, 1, 2, 3, 5, 4)), (2, TILES, 8, 4, N))
-    return tl.reshape(tl.permute(found, (1, 0, 2, 3, 4)), (BN, 4, N))
+        loaded = tl.join(loaded, tl.reshape(tl.load(at + 64 * V), (2, TILES, 8, 4, V)))
+        loaded = tl.reshape(tl.permute(loaded, (0, 1, 2, 3, 5, 4)), (2, TILES, 8, 4, N))
+    return tl.reshape(tl.permute(loaded, (1, 0, 2, 3, 4)), (BN, 4, N))
 
 
 @triton.jit
@@ -233,11 +233,11 @@ def fields(w, WIDTH: tl.constexpr, G: tl.constexpr, PAIRS: tl.constexpr, UP: tl.
     mine = block(w, G, N * PER // PAIRS) if PAIRS >= PER else block(w, G * PAIRS // PER, N)
     AT: tl.constexpr = G * PAIRS % PER
     if EACH == 2:
-        found = tl.join(field(mine, WIDTH, AT, UP), field(mine, WIDTH, AT + 1, UP))
+        joined = tl.join(field(mine, WIDTH, AT, UP), field(mine, WIDTH, AT + 1, UP))
     else:
         even = tl.join(field(mine, WIDTH, AT, UP), field(mine, WIDTH, AT + 2, UP))
-        found = tl.join(even, tl.join(field(mine, WIDTH, AT + 1, UP), field(mine, WIDTH, AT + 3, UP)))
-    return tl.reshape(found, (w.shape[0], 4, PAIRS))
+        joined = tl.join(even, tl.join(field(mine, WIDTH, AT + 1, UP), field(mine, WIDTH, AT + 3, UP)))
+    return tl.reshape(joined, (w.shape[0], 4, PAIRS))
 
 
 @triton.jit
@@ -303,8 +303,8 @@ def patterns(table, TABLE: tl.constexpr, DTYPE: tl.constexpr):
 @triton.jit
 def two(low, high, A: tl.constexpr, B: tl.constexpr):
     """Words {low, high} permuted by A, and by B, neighbours: [BN, 4, N] -> [BN, 4, 2·N]."""
-    found = tl.join(pick(low, high, constant(low, A)), pick(low, high, constant(low, B)))
-    return tl.reshape(found, (low.shape[0], 4, low.shape[2] * 2))
+    joined = tl.join(pick(low, high, constant(low, A)), pick(low, high, constant(low, B)))
+    return tl.reshape(joined, (low.shape[0], 4, low.shape[2] * 2))
 
 
 @triton.jit
@@ -315,21 +315,21 @@ def codebook(w, negative, table, TABLE: tl.constexpr, G: tl.constexpr, DTYPE: tl
     """
     if TABLE == "iq2":
         index = (block(w, G // 4, w.shape[2]) >> (G % 4 * 8)) & 255
-        found = tl.load(table + index)
-        values = constant(found, 0x2B1908)  # 8 25 43
-        found = tl.join(pick(values, values, found & 0x3333), pick(values, values, (found >> 16) & 0x3333))
+        entries = tl.load(table + index)
+        values = constant(entries, 0x2B1908)  # 8 25 43
+        entries = tl.join(pick(values, values, entries & 0x3333), pick(values, values, (entries >> 16) & 0x3333))
     else:
         index = block(w, G // 2, w.shape[2]) >> (G % 2 * 16)
         first, second = tl.load(table + (index & 255)), tl.load(table + ((index >> 8) & 255))
         low, high = constant(first, 0x1C140C04), constant(first, 0x3E342C24)  # 4 12 20 28 36 44 52 62
-        found = tl.join(pick(low, high, first), pick(low, high, second))
-    found = tl.reshape(found, (w.shape[0], 4, 2))
-    found = two(found, constant(found, 0), 0x4140, 0x4342)
+        entries = tl.join(pick(low, high, first), pick(low, high, second))
+    entries = tl.reshape(entries, (w.shape[0], 4, 2))
+    entries = two(entries, constant(entries, 0), 0x4140, 0x4342)
     s = block(negative, G // 4, negative.shape[2])
     AT: tl.constexpr = 15 - G % 4 * 4
     s = tl.join(tl.join(s << AT, s << (AT - 2)), tl.join(s << (AT - 1), s << (AT - 3)))
-    found ^= tl.reshape(s, found.shape) & constant(found, 0x80008000)
-    return numbers(found, constant(found, 0), DTYPE)
+    entries ^= tl.reshape(s, entries.shape) & constant(entries, 0x80008000)
+    return numbers(entries, constant(entries, 0), DTYPE)
 
 
 @triton.jit

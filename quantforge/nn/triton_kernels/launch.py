@@ -78,9 +78,9 @@ def _lasting(make: Callable[[], torch.Tensor], device: torch.device) -> torch.Te
 
     def made() -> torch.Tensor:
         with torch.cuda.device(device):
-            found = make()
+            tensor = make()
             torch.cuda.current_stream().synchronize()
-            return found
+            return tensor
 
     if device.type != "cuda":
         return make()
@@ -136,8 +136,8 @@ def _device(device: torch.device) -> tuple[int, int]:
     """(multiprocessors, bytes of shared memory for a program)."""
     if device.type != "cuda":
         return 132, SHARED
-    found = torch.cuda.get_device_properties(device)
-    return found.multi_processor_count, int(getattr(found, "shared_memory_per_block_optin", SHARED)) - 7 * 1024
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, int(getattr(properties, "shared_memory_per_block_optin", SHARED)) - 7 * 1024
 
 
 def forget() -> None:
@@ -171,11 +171,11 @@ def constants(f: Decoding, c: Config, dtype: torch.dtype, even: bool = True) -> 
 def _prepared(x: torch.Tensor, f: Decoding) -> tuple[torch.Tensor, torch.Tensor]:
     """x [m, in] as products of scaled weights want it: f16 [m, whole chunks], and f32[m]."""
     m, k = x.shape
-    found = torch.empty((m, -(-k // f.chunk) * f.chunk), dtype=torch.float16, device=x.device)
+    halves = torch.empty((m, -(-k // f.chunk) * f.chunk), dtype=torch.float16, device=x.device)
     factor = torch.empty(m, dtype=torch.float32, device=x.device)
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-        prepare_kernel[(m,)](x, found, factor, k, x.stride(0), found.stride(0), SUB=f.sub, BLOCK=4096, num_warps=8)
-    return found, factor
+        prepare_kernel[(m,)](x, halves, factor, k, x.stride(0), halves.stride(0), SUB=f.sub, BLOCK=4096, num_warps=8)
+    return halves, factor
 
 
 def gemm(

@@ -109,7 +109,7 @@ def _restored(get: Callable[[str], Any]) -> Mapping[str, Any]:
     }
 
 
-_small = {
+_small: dict[str, Any] = {
     "num_key_value_heads": 4,
     "kv_lora_rank": 32,
     "qk_nope_head_dim": 24,

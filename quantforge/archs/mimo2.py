@@ -82,7 +82,7 @@ def _restored(get: Callable[[str], Any]) -> Mapping[str, Any]:
     }
 
 
-_small = {
+_small: dict[str, Any] = {
     "head_dim": 24,
     "v_head_dim": 16,
     "num_attention_heads": 8,

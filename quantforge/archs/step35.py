@@ -72,7 +72,7 @@ def _dims(h: Config, layer: int | None) -> Sizes:
 def _rope_parameters(given: Config) -> dict[str, Any]:
     """What releases say by lists over layers."""
     thetas, parts = given.get("rope_theta", 10000.0), given.get("partial_rotary_factors")
-    by_kind = {}
+    by_kind: dict[str, dict[str, Any]] = {}
     for i, kind in enumerate(given.get("layer_types") or ["full_attention"]):
         if kind not in by_kind:
             by_kind[kind] = {"rope_type": "default", "rope_theta": thetas[i] if isinstance(thetas, list) else thetas}
@@ -169,7 +169,7 @@ _norms = {
     "nextn.shared_head_norm": Tensor(("embd",), _LAYER + "transformer.shared_head.norm", where="nextn", optional=True),
 }
 _vision = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
-_small = {
+_small: dict[str, Any] = {
     "head_dim": 32,
     "n_routed_experts": 5,
     "num_experts_per_tok": 2,

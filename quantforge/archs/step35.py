@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ def _sparse(h: Config) -> list[bool]:
     return [i in numbers for i in range(h["num_hidden_layers"])]
 
 
-def _layers(h: Config) -> Sequence[Collection[str]]:
+def _layers(h: Config) -> Sequence[tuple[str, ...]]:
     trunk, sparse, types = h["num_hidden_layers"], _sparse(h), _types(h)
     types += ["full_attention"] * (trunk + h.get("nextn", 0) - len(types))
     return [

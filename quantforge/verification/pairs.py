@@ -108,9 +108,8 @@ def pair(out: Source, model: Source, importance: Importance | None = None) -> Pa
 def _ends(out: Source) -> tuple[str, str]:
     """Names of the head and the embedding in the file; GGUF's where it is not known which they are."""
     arch = None if out.gguf_names else _arch(out)
-    both = arch.ends(out.weights) if arch is not None else None
-    embedding = next((n for n in out.weights if n.endswith("embed_tokens.weight")), EMBEDDING)  # where there is no head
-    return both or (HEAD, embedding)
+    head, embedding = arch.ends(out.weights) if arch is not None else (None, None)
+    return head or HEAD, embedding or next((n for n in out.weights if n.endswith("embed_tokens.weight")), EMBEDDING)
 
 
 def _via(out: Source, stored: Stored) -> Codec | None:

@@ -1,4 +1,4 @@
-"""FP8 (E4M3) under a scale, a family of codecs: fp8-tensor, fp8-channel, fp8-block128 (tiles of 128 × 128), fp8-g32 (32
+"""FP8 (E4M3) under a scale, a family of codecs: fp8-tensor, fp8-channel, fp8-block128 (blocks of 128 × 128), fp8-g32 (32
 columns of a row, as MXFP8 has it); scales are f32, or -bf16, -f16."""
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Fp8Codec(Codec):
 
     def __init__(self, per: str, scale: str = "f32") -> None:
         self.per, self.scale_dtype = per, _DTYPES[scale]
-        self.tile = int(per.removeprefix("block")) if per.startswith("block") else 0
+        self.side = int(per.removeprefix("block")) if per.startswith("block") else 0
         self.name = f"fp8-{per}" + ("" if scale == "f32" else f"-{scale}")
         self.group = int(per[1:]) if per[0] == "g" else 0
         self.row_local = per == "channel" or bool(self.group)
@@ -32,11 +32,11 @@ class Fp8Codec(Codec):
 
     def layout(self, shape: tuple[int, ...]) -> dict[str, TensorInfo]:
         """Parts codes and scale."""
-        if len(shape) < (2 if self.tile else 1):
+        if len(shape) < (2 if self.side else 1):
             raise ShapeError(f"{self.name}: weights {list(shape)} are no matrix; choose fp8-channel or a float type")
         scales: tuple[int, ...] = (1,)
-        if self.tile:
-            scales = (*shape[:-2], -(-shape[-2] // self.tile), -(-shape[-1] // self.tile))
+        if self.side:
+            scales = (*shape[:-2], -(-shape[-2] // self.side), -(-shape[-1] // self.side))
         elif self.group:
             scales = (*shape[:-1], -(-shape[-1] // self.group))
         elif self.row_local:
@@ -47,10 +47,10 @@ class Fp8Codec(Codec):
         """The largest weight of a scale becomes 448; round to the nearest. Importance does not matter here."""
         w = check_weights(w, self)
         info = self.layout(w.shape)["scale"]
-        if self.tile:
-            magnitude = np.pad(np.abs(w), [(0, 0)] * (w.ndim - 2) + [(0, -n % self.tile) for n in w.shape[-2:]])
-            tiles = magnitude.reshape(*w.shape[:-2], info.shape[-2], self.tile, info.shape[-1], self.tile)
-            amax = tiles.max((-3, -1), initial=0)
+        if self.side:
+            magnitude = np.pad(np.abs(w), [(0, 0)] * (w.ndim - 2) + [(0, -n % self.side) for n in w.shape[-2:]])
+            blocks = magnitude.reshape(*w.shape[:-2], info.shape[-2], self.side, info.shape[-1], self.side)
+            amax = blocks.max((-3, -1), initial=0)
         else:
             rows = w if self.row_local else w.reshape(1, w.size)
             if self.group:
@@ -78,16 +78,16 @@ class Fp8Codec(Codec):
         if self.group:
             return super().matmul(x, parts, shape, threads=threads, activations=activations)
         codes, scale = check_parts(parts, shape, self)
-        cut = np.array([shape[1], self.tile or int(self.row_local), self.tile], np.int64)
+        cut = np.array([shape[1], self.side or int(self.row_local), self.side], np.int64)
         return native.product("F8_E4M3", x, [codes.view(np.uint8), scale, cut], shape[0], threads)
 
     def _spread(self, scale: Array, shape: tuple[int, ...]) -> Array:
         """Scales in a shape that broadcasts to the weights'."""
         if self.group:
             return scale.repeat(self.group, -1)[..., : shape[-1]]
-        if not self.tile:
+        if not self.side:
             return scale
-        return scale.repeat(self.tile, -2).repeat(self.tile, -1)[..., : shape[-2], : shape[-1]]
+        return scale.repeat(self.side, -2).repeat(self.side, -1)[..., : shape[-2], : shape[-1]]
 
 
 def widened(scale: Array) -> Array:
@@ -95,11 +95,12 @@ def widened(scale: Array) -> Array:
     return scale.view(F8_E8M0).astype(np.float32) if scale.dtype in _EXPONENTS else scale
 
 
-def fp8_under(scale: TensorInfo, weight: TensorInfo, what: str, tile: int = 0) -> Fp8Codec:
-    """The codec of a matrix [..., out, in] under scales of that dtype and shape: of all, a row, or a square tile.
+def fp8_under(scale: TensorInfo, weight: TensorInfo, what: str, side: int = 0) -> Fp8Codec:
+    """The codec of a matrix [..., out, in] under scales of that dtype and shape: of all, a row, a square block, or
+    columns of a row.
 
-    or columns of a row. Scales of one byte are powers of two (E8M0), which `widened` makes f32. tile: its side, where known;
-    else the power of two that fits. what: names the tensor. Raises ShapeError, UnsupportedError.
+    Scales of one byte are powers of two (E8M0), which `widened` makes f32. side: the block's, where known; else the power of
+    two that fits. what: names the tensor. Raises ShapeError, UnsupportedError.
     """
     kind = "f32" if scale.dtype in _EXPONENTS else next((k for k, dtype in _DTYPES.items() if dtype == scale.dtype), None)
     if weight.dtype != F8_E4M3 or kind is None:
@@ -113,15 +114,15 @@ def fp8_under(scale: TensorInfo, weight: TensorInfo, what: str, tile: int = 0) -
     elif len(shape) == len(weight.shape) > 1 and shape[:-1] == (*lead, n) and shape[-1] and k % shape[-1] == 0 and n > 1:
         per = f"g{k // shape[-1]}"
     elif len(shape) == len(weight.shape) > 1 and all(shape):
-        side = max(-(-n // shape[-2]), -(-k // shape[-1]))
-        per = f"block{tile or 1 << (side - 1).bit_length()}"  # the last tiles may be cut off
+        least = max(-(-n // shape[-2]), -(-k // shape[-1]))
+        per = f"block{side or 1 << (least - 1).bit_length()}"  # the last blocks may be cut off
     else:
         raise ShapeError(f"{what}: scales {list(shape)} do not fit weights {list(weight.shape)}")
     codec = get(f"fp8-{per}-{kind}")
     assert isinstance(codec, Fp8Codec)
-    if codec.tile and codec.layout(weight.shape)["scale"].shape != shape:
+    if codec.side and codec.layout(weight.shape)["scale"].shape != shape:
         raise ShapeError(
-            f"{what}: scales {list(shape)} do not cut weights {list(weight.shape)} into tiles of {codec.tile} x {codec.tile}"
+            f"{what}: scales {list(shape)} do not cut weights {list(weight.shape)} into blocks of {codec.side} x {codec.side}"
         )
     return codec
 

@@ -291,7 +291,7 @@ class CompressedTensors(Layout):
 def _as_expert(codec: Codec) -> bool:
     """Can transformers 5.23 load an expert of this type?"""
     if isinstance(codec, Fp8Codec):
-        return not codec.tile and not codec.group
+        return not codec.side and not codec.group
     return isinstance(codec, IntegerCodec) and codec.symmetric and _format(codec) == "pack-quantized"
 
 
@@ -366,7 +366,7 @@ def _arguments(codec: Codec) -> dict[str, Any]:
     if codec.name == "MXFP4":
         return arguments | {"group_size": 32, "scale_dtype": "torch.uint8"}
     if isinstance(codec, Fp8Codec):
-        blocks = {"strategy": "block", "block_structure": [codec.tile, codec.tile]} if codec.tile else {"strategy": codec.per}
+        blocks = {"strategy": "block", "block_structure": [codec.side, codec.side]} if codec.side else {"strategy": codec.per}
         return arguments | {"num_bits": 8} | blocks
     assert isinstance(codec, IntegerCodec)
     per = {"strategy": "group", "group_size": codec.group} if codec.group else {"strategy": codec.per}

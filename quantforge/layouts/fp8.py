@@ -27,9 +27,9 @@ class Fp8(Layout):
 
     def find(self, config: Mapping[str, Any], arrays: Arrays, load: Load) -> Found:
         """See `Layout.find`."""
-        tile = config.get("weight_block_size") or [0, 0]
-        if len(tile) != 2 or tile[0] not in (1, tile[1]):
-            raise UnsupportedError(f"weight_block_size {tile}: square tiles and parts of rows are read: [128, 128], [1, 32]")
+        block = config.get("weight_block_size") or [0, 0]
+        if len(block) != 2 or block[0] not in (1, block[1]):
+            raise UnsupportedError(f"weight_block_size {block}: square blocks and parts of rows are read: [128, 128], [1, 32]")
         tensors = {}
         for weight, info in arrays.items():
             if info.dtype != F8_E4M3 or len(info.shape) < 2:
@@ -37,7 +37,7 @@ class Fp8(Layout):
             scale = next((s for s in (f"{weight}_scale_inv", f"{weight}_scale") if s in arrays), None)
             if scale is None:
                 raise ShapeError(f"{weight} is FP8, but has no {weight}_scale_inv beside it")
-            codec = fp8_under(arrays[scale], info, weight, tile[1] if tile[0] > 1 else 0)
+            codec = fp8_under(arrays[scale], info, weight, block[1] if block[0] > 1 else 0)
             tensors[weight] = Gathered(
                 codec, info.shape, {"weight": weight, "scale": scale}, partial(unpack_fp8, codec, info.shape)
             )

@@ -45,9 +45,9 @@ class Fp8:
         scale, tiles, chunks = _wide(e.parts["scale"]), codes.shape[0], codes.shape[1]
         if codec.row_local:
             scale = pack_rows(scale.view(torch.uint8).reshape(out, 1, 4), 1).view(torch.float32)
-        elif codec.tile:
-            rows = torch.arange(tiles) * TILE // codec.tile
-            scale = scale[rows][:, torch.arange(chunks) * CHUNK // codec.tile].unsqueeze(-1).contiguous()
+        elif codec.side:
+            rows = torch.arange(tiles) * TILE // codec.side
+            scale = scale[rows][:, torch.arange(chunks) * CHUNK // codec.side].unsqueeze(-1).contiguous()
         else:
             scale = scale.expand(max(tiles, 1), 1, 1).contiguous()
         return {"codes": codes, "scales": scale}
@@ -59,8 +59,8 @@ class Fp8:
         codes = gather(unpack_fields(planes[0], 8), 32, out, n).contiguous()
         if codec.row_local:
             scale = unpack_rows(scale.view(torch.uint8), 4, out, 1).contiguous().view(torch.float32)
-        elif codec.tile:
-            scale = scale[:: codec.tile // TILE, :: codec.tile // CHUNK].contiguous()
+        elif codec.side:
+            scale = scale[:: codec.side // TILE, :: codec.side // CHUNK].contiguous()
         else:
             scale = scale[0]
         narrow = _narrow(scale, layout["scale"].dtype)
@@ -71,6 +71,6 @@ class Fp8:
 
 def family(codec: Codec) -> Fp8 | None:
     """None where there is no kernel: blocks that are no multiples of 128."""
-    if not isinstance(codec, Fp8Codec) or codec.tile % CHUNK or codec.group:
+    if not isinstance(codec, Fp8Codec) or codec.side % CHUNK or codec.group:
         return None
     return Fp8("fp8-row" if codec.row_local else "fp8-tile")

@@ -99,8 +99,8 @@ def _rows_of(planes: list[torch.Tensor], codec: str, shape: tuple[int, int]) -> 
         rows = [TILE if p.dim() == 3 else 0 for p in planes]
         return rows if rows[0] and rows.count(0) <= 1 else []
     kind = codecs.get(codec)
-    if isinstance(kind, Fp8Codec) and kind.tile:
-        return [1, kind.tile]
+    if isinstance(kind, Fp8Codec) and kind.side:
+        return [1, kind.side]
     return [0 if name in kind.shared else 1 for name in kind.layout(shape)] if kind.sliceable else []
 
 

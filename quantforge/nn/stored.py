@@ -51,8 +51,8 @@ def _fp8(codec: Codec, parts: list[torch.Tensor], shape: tuple[int, int]) -> tor
     scale = parts[1].float()
     if codec.group:
         scale = scale.reshape(shape[0], -1).repeat_interleave(codec.group, 1)[:, : shape[1]]
-    if codec.tile:
-        scale = scale.repeat_interleave(codec.tile, 0).repeat_interleave(codec.tile, 1)[: shape[0], : shape[1]]
+    if codec.side:
+        scale = scale.repeat_interleave(codec.side, 0).repeat_interleave(codec.side, 1)[: shape[0], : shape[1]]
     return codes * scale
 
 

@@ -169,7 +169,7 @@ def nibbles(*shape: int) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize(("n", "k"), [(256, 384), (200, 136), (64, 64)])
 def test_fp8_of_tiles(n: int, k: int, tmp_path: Path) -> None:
-    """DeepSeek's: w = weight · weight_scale_inv of its tile of 128 × 128, the last of which are cut off."""
+    """DeepSeek's: w = weight · weight_scale_inv of its block of 128 × 128, the last of which are cut off."""
     w, scale = e4m3(n, k), RNG.uniform(0.001, 0.1, (-(-n // 128), -(-k // 128))).astype(np.float32)
     config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}}
     checkpoint(tmp_path / "m", {P + "weight": w, P + "weight_scale_inv": scale}, config)
@@ -199,7 +199,7 @@ def as_e8m0(directory: Path, tensor: str) -> None:
 @pytest.mark.parametrize("own_dtype", [False, True])
 @pytest.mark.parametrize("kind", ["fp8", "mxfp8", "modelopt", "compressed-tensors"])
 def test_scales_that_are_powers_of_two(kind: str, own_dtype: bool, tmp_path: Path) -> None:
-    """DeepSeek's scale_fmt ue8m0 and MXFP8: 2**(byte − 127), of a tile of 128 × 128 or of 32 columns."""
+    """DeepSeek's scale_fmt ue8m0 and MXFP8: 2**(byte − 127), of a block of 128 × 128 or of 32 columns."""
     w, tiled = e4m3(256, 384), kind == "fp8"
     scale = RNG.integers(110, 135, (2, 3) if tiled else (256, 12)).astype(np.uint8)
     config = {
@@ -453,7 +453,7 @@ NAMED = [
       for m in ("bitsandbytes", "fp8", "mxfp4", "compressed-tensors")),
     ("mxfp4 without scales", {"x_blocks": np.zeros((2, 2, 2, 16), np.uint8)}, said("mxfp4"), "x_blocks.*no MXFP4"),
     ("fp8 without scales", {P + "weight": e4m3(8, 8)}, said("fp8"), "no .*up_proj.weight_scale_inv beside it"),
-    ("oblong tiles", {P + "weight": e4m3(8, 8)}, said("fp8", weight_block_size=[64, 128]), "square tiles"),
+    ("oblong blocks", {P + "weight": e4m3(8, 8)}, said("fp8", weight_block_size=[64, 128]), "square blocks"),
     ("bitnet without scale", {P + "weight": np.zeros((8, 8), np.uint8)}, said("bitnet"), "weight_scale is missing"),
     ("bitnet with norms", {P + "weight": np.zeros((8, 8), np.uint8)}, said("bitnet", use_rms_norm=True), "use_rms_norm"),
     ("modelopt awq", integers(), said("modelopt", quant_algo="W4A16_AWQ"), "W4A16_AWQ"),

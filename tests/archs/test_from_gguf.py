@@ -14,7 +14,7 @@ import tokenizers
 import quantforge as qf
 from quantforge import archs, codecs, tokenizer
 from quantforge.archs import from_gguf as checkpoint
-from quantforge.archs.base import llama3_rope_factors
+from quantforge.archs.rope import llama3_rope_factors
 from quantforge.calibration.importance import Importance
 from quantforge.demo import MODEL
 from quantforge.formats import Header

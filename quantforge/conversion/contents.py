@@ -26,6 +26,7 @@ from ..errors import UnsupportedError
 from ..formats import Format, Source
 from ..formats.rows import check_numbers
 from ..tokenizer.files import chat_templates, read_json
+from .adapter import AdapterSource
 from .pooling import pooling_metadata
 
 log = logging.getLogger(__name__)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import math
 import re
@@ -24,7 +25,8 @@ from ..codecs.plain import prevailing
 from ..errors import UnsupportedError
 from ..formats import Format, Source
 from ..formats.rows import check_numbers
-from ..tokenizer.files import read_json
+from ..tokenizer.files import chat_templates, read_json
+from .adapter import AdapterSource
 from .pooling import pooling_metadata
 
 log = logging.getLogger(__name__)
@@ -75,7 +77,7 @@ def contents(
             and f.name not in ("config.json", "quantize_config.json")
             and ".safetensors" not in f.name
         }
-        return Contents(weights, outputs, config, files, joined)
+        return Contents(weights, outputs, config, files | _named_templates(source.tokenizer_directory, files), joined)
     metadata = {
         **settings(source, mtp=mtp),
         **_general(source.directory, config, weights),
@@ -154,6 +156,19 @@ def settings(source: Source, *, mtp: bool = True) -> dict[str, Any]:
     arch, directory = archs.find(config), source.directory
     pooling = pooling_metadata(directory, arch.name) if arch.pooled else {}
     return {**arch.metadata(config, read_json(directory / "generation_config.json"), shapes), **pooling}
+
+
+def _named_templates(directory: Path, files: dict[str, bytes]) -> dict[str, bytes]:
+    """tokenizer_config.json with the chat templates of a folder of their own, as what is written has no folders.
+
+    Takes chat_template.jinja out of `files`: transformers would read nothing else.
+    """
+    if not any((directory / "additional_chat_templates").glob("*.jinja")):
+        return {}
+    settings = read_json(directory / "tokenizer_config.json")
+    files.pop("chat_template.jinja", None)
+    every = [{"name": name, "template": text} for name, text in chat_templates(directory, settings).items()]
+    return {"tokenizer_config.json": (json.dumps(settings | {"chat_template": every}, indent=2) + "\n").encode()}
 
 
 _OF_TOKENIZERS = re.compile(r"(tokenizer|special_tokens|added_tokens|vocab|merges|chat_template|spiece|sentencepiece|tekken)")

@@ -52,11 +52,18 @@ def render(out: Path, metadata: Mapping[str, Any], source: Source) -> str:
     if named is None or not out.name.isprintable():
         raise RecipeError(f"{out!s}: a name that a Modelfile cannot hold")
     lines = [f"FROM {named if ' ' in out.name else named[1:-1]}", *_template(metadata)]
-    tokens = metadata.get(_K.LIST) or []
-    lines += [f"PARAMETER stop {q}" for i in ends(metadata) if 0 <= i < len(tokens) and (q := _quoted(tokens[i]))]
+    lines += _stops(metadata)
     lines += list(_parameters(metadata, source))
     lines += _licence(metadata, source)
     return "\n".join(lines) + "\n"
+
+
+def _stops(metadata: Mapping[str, Any]) -> list[str]:
+    """A line for every end token that no other token's text can contain; ordinary ones end a text by their ids alone."""
+    tokens, types = (list(metadata.get(k, ())) for k in (_K.LIST, _K.TOKEN_TYPE))
+    ordinary = {i for i, kind in enumerate(types) if kind in (gguf.TokenType.NORMAL, gguf.TokenType.BYTE)}
+    stops = [tokens[i] for i in ends(metadata) if 0 <= i < len(tokens) and i not in ordinary]
+    return [f"PARAMETER stop {q}" for stop in stops if (q := _quoted(stop))]
 
 
 def _template(metadata: Mapping[str, Any]) -> list[str]:

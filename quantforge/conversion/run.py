@@ -149,10 +149,10 @@ def run(
 def _held(job: Plan, out: Path, threads: int, measure: bool, progress: Callable[[Status], None] | None) -> _Work:
     """The work, done; where there is a fallback, once more with that for the tensors whose values their types cannot hold."""
     encoder = device.encoder(job.device, threads)
-    if job.fallback is not None and job.calibrated is not None:  # methods take long: what they cannot hold is found before
+    if job.calibrated is not None:  # methods take long, and change weights: what types cannot hold is found, and named, before
         trial = _Work(job, False, None, encoder)
         trial.workers(None, threads)
-        job = job.falling_back(trial.unheld)
+        job = job.falling_back(trial.unheld) if trial.unheld else job
     while True:
         work = _Work(job, measure, progress, encoder)
         try:

@@ -13,6 +13,7 @@ from ..errors import FormatError, RecipeError, UnsupportedError
 from ..formats import Adapters, Source, merged, open_path
 from ..tokenizer import Tokenizer
 from ..tokenizer.files import read_json
+from ..tokenizer.special import ends
 
 if TYPE_CHECKING:
     import torch
@@ -103,8 +104,8 @@ def answer(
     ids = [tokenizer.bos, *ids] if tokenizer.adds_bos and tokenizer.bos is not None else ids
     if not ids:
         raise RecipeError("--prompt: an empty text, and this model has no token for the beginning of one")
-    ends = model.generation_config.eos_token_id
-    ends = {*tokenizer.eos, *(ends if isinstance(ends, list) else [] if ends is None else [ends])}
+    own = model.generation_config.eos_token_id
+    stops = {*tokenizer.eos, *(own if isinstance(own, list) else [] if own is None else [own])}
     device = str(available(device))
     draw = torch.Generator(device)
     draw.manual_seed(seed) if seed is not None else draw.seed()
@@ -119,7 +120,7 @@ def answer(
                 step = (
                     _drawn(logits.float() / temperature, top_k, top_p, draw) if temperature else logits.argmax(-1, keepdim=True)
                 )
-            if int(step) in ends:
+            if int(step) in stops:
                 return
             yield int(step)
 
@@ -159,11 +160,15 @@ def _tokenizer(path: Path, source: Source) -> Any:
 
 
 def _generation(module: Any, source: Source) -> None:
-    """generation_config.json, where a checkpoint has one."""
+    """generation_config.json, where a checkpoint has one; of a GGUF file the tokens that end a text."""
     from transformers import GenerationConfig
 
+    if source.gguf_names:
+        stops = ends(source.config)
+        module.generation_config.eos_token_id = stops if len(stops) > 1 else next(iter(stops), None)
+        return
     file = source.directory / "generation_config.json"
-    if not source.gguf_names and (settings := read_json(file)):
+    if settings := read_json(file):
         try:
             module.generation_config = GenerationConfig.from_dict(settings)
         except (ValueError, TypeError, AttributeError) as e:

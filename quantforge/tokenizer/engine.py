@@ -41,7 +41,7 @@ class Tokenizer:
         self.tokens: list[str] | None = keys.get(_K.LIST)
         """Every token's text by id, where the tokenizer is of a kind that GGUF knows."""
         self.bos: int | None = keys.get(_K.BOS_ID, config.get("bos_token_id"))
-        self.eos: list[int] = _ids(ends(keys), config.get("eos_token_id"))
+        self.eos: list[int] = ends(keys) or _ids(config.get("eos_token_id"))
         self.adds_bos = self.bos is not None and adds(keys)["bos"]
         """Does llama.cpp put BOS in front of a text?"""
         if not keys:
@@ -77,6 +77,6 @@ def _common(a: str, b: str) -> str:
     return next((a[:i] for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), a[: len(b)])
 
 
-def _ids(*values: Any) -> list[int]:
-    ids = [int(i) for v in values if v is not None for i in (v if isinstance(v, list) else [v])]
-    return list(dict.fromkeys(ids))
+def _ids(value: Any) -> list[int]:
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    return list(dict.fromkeys(map(int, ids)))

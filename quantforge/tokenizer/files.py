@@ -43,6 +43,17 @@ def parsed(path: Path) -> Any:
         raise FormatError(path, f"not readable as JSON: {e}") from None
 
 
+def chat_templates(directory: Path, settings: Mapping[str, Any]) -> Any:
+    """The chat template, or several by name: .jinja files before tokenizer_config.json (`settings`), as in transformers."""
+    default = directory / "chat_template.jinja"
+    jinja = {"default": default} if default.is_file() else {}
+    jinja |= {p.stem: p for p in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
+    if jinja:
+        return {name: path.read_text(encoding="utf-8-sig") for name, path in jinja.items()}
+    template = settings.get("chat_template")
+    return read_json(directory / "chat_template.json").get("chat_template") if template is None else template
+
+
 def text_of(value: Any) -> str | None:
     """A token's text where files give either a string or an object with "content"."""
     if isinstance(value, Mapping):

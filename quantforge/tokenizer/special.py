@@ -80,8 +80,9 @@ def special_keys(
 
 def _ends(files: Files, config: Mapping[str, Any], text: Mapping[int, str], written: Mapping[str, Any]) -> dict[str, Any]:
     """Keys for end tokens beside EOS. llama.cpp has room for two (end of turn, end of message) and knows others by text."""
-    stated = files.generation.get("eos_token_id", {**config, **(config.get("text_config") or {})}.get("eos_token_id"))
-    ends = [i for i in stated if isinstance(i, int) and i in text] if isinstance(stated, list) else []
+    stated = (files.generation.get("eos_token_id"), {**config, **(config.get("text_config") or {})}.get("eos_token_id"))
+    several = next((ids for ids in stated if isinstance(ids, list) and ids), [])
+    ends = list(dict.fromkeys(i for i in several if isinstance(i, int) and i in text))
     if len(ends) < 2:
         return {}
     keys: dict[str, Any] = {EOS_IDS: np.array(ends, np.int32)}

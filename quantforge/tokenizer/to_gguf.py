@@ -11,7 +11,7 @@ from typing import Any
 import gguf
 
 from ..errors import FormatError, UnsupportedError, nearest
-from .files import Files, read_json
+from .files import Files, chat_templates
 from .models import MODELS
 from .pretokenizers import BY_NAME
 from .special import adds, special_keys
@@ -72,15 +72,8 @@ def _read(files: Files, config: Mapping[str, Any], pre_tokenizer: str | None) ->
 
 
 def _templates(files: Files) -> dict[str, Any]:
-    """The chat template, or several by name, as text: .jinja files before tokenizer_config.json, as in transformers."""
-    template = files.config.get("chat_template")
-    default = files.directory / "chat_template.jinja"
-    jinja = {"default": default} if default.is_file() else {}
-    jinja |= {p.stem: p for p in sorted((files.directory / "additional_chat_templates").glob("*.jinja"))}
-    if jinja:
-        template = {name: path.read_text(encoding="utf-8-sig") for name, path in jinja.items()}
-    elif template is None:
-        template = read_json(files.directory / "chat_template.json").get("chat_template")
+    """The chat template, or several by name, as text."""
+    template = chat_templates(files.directory, files.config)
     if isinstance(template, str):
         return {_K.CHAT_TEMPLATE: template}
     if isinstance(template, Mapping):

@@ -164,6 +164,27 @@ def test_every_json_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> Non
     assert model.generation_config.temperature == 0.5 and model.tokenizer("a").input_ids
 
 
+def test_named_chat_templates_reach_a_directory_without_folders(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    models.make(tmp_path / "m", "LlamaForCausalLM")
+    (tmp_path / "m" / "additional_chat_templates").mkdir()
+    (tmp_path / "m" / "additional_chat_templates" / "rag.jinja").write_text("R")
+    (tmp_path / "m" / "chat_template.jinja").write_text("D")
+    qf.convert(tmp_path / "m", tmp_path / "out", "F16", format="safetensors")
+    made, given = (AutoTokenizer.from_pretrained(tmp_path / d).chat_template for d in ("out", "m"))
+    assert made == given == {"default": "D", "rag": "R"}
+
+
+def test_several_end_tokens_of_a_gguf_file_end_what_a_loaded_model_says(tmp_path: Path) -> None:
+    models.make(tmp_path / "m", "LlamaForCausalLM", eos_token_id=[5, 1])
+    qf.convert(tmp_path / "m", tmp_path / "m.gguf", "F32")
+    for path in ("m", "m.gguf"):
+        assert qf.load(tmp_path / path).generation_config.eos_token_id == [5, 1]
+    checks = {c.name: c.status for c in qf.verify(tmp_path / "m.gguf", tmp_path / "m", fast=True).checks}
+    assert checks["tokenizer"] == "ok"
+
+
 def test_home_is_expanded_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     models.make(tmp_path / "m", "LlamaForCausalLM")

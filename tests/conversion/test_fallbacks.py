@@ -35,6 +35,13 @@ def test_values_that_do_not_fit_are_an_error_that_names_the_way_out(large: Path,
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_methods_name_the_weight_as_the_checkpoint_has_it(large: Path, tmp_path: Path, method: str) -> None:
+    with pytest.raises(qf.errors.RangeError, match=r"^model\.layers\.0\.mlp\.up_proj\.weight: weight \[3, 5\] is 4e\+06"):
+        qf.convert(large, tmp_path / "m.gguf", "Q4_0", method=method, calibration=qf.Calibration(chunks=2, ctx=32), threads=1)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"method": "gptq", "calibration": qf.Calibration(chunks=2, ctx=32)}], ids=["rtn", "gptq"]
 )

@@ -46,7 +46,7 @@ def model(directory: Path, template: str | None, generation: dict[str, object]) 
 
 def test_what_the_models_files_say(tmp_path: Path) -> None:
     sampling = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "repetition_penalty": 1.05, "max_length": 256}
-    source = model(tmp_path / "model", PLAIN["default prompt"], {**sampling, "eos_token_id": [1, 2]})
+    source = model(tmp_path / "model", PLAIN["default prompt"], {**sampling, "eos_token_id": [1, 0]})
     (source / "LICENSE").write_text('Do "what" you like\n')
     qf.convert(source, tmp_path / "my model.gguf", "Q8_0", modelfile=True)
     said = parsed((tmp_path / "Modelfile").read_text())
@@ -54,7 +54,7 @@ def test_what_the_models_files_say(tmp_path: Path) -> None:
         tokens = made.config["tokenizer.ggml.tokens"]
     values = dict(said)
     assert said[0] == ("FROM", "./my model.gguf")
-    assert [v for k, v in said if k == "PARAMETER stop"] == [tokens[1], tokens[2]]
+    assert [v for k, v in said if k == "PARAMETER stop"] == [tokens[1], tokens[0]]
     numbers = {k.removeprefix("PARAMETER "): float(v) for k, v in said if k.startswith("PARAMETER ") and "stop" not in k}
     assert numbers == {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "repeat_penalty": 1.05, "num_ctx": 256}
     assert values["LICENSE"] == 'Do "what" you like'
@@ -63,6 +63,16 @@ def test_what_the_models_files_say(tmp_path: Path) -> None:
         "<|im_start|>assistant\n{{ .Response }}<|im_end|>\n"
     )
     assert "SYSTEM" not in values or values["SYSTEM"] == 'Be """kind""".'
+
+
+def test_ordinary_tokens_that_end_a_text_are_no_stop_texts(tmp_path: Path) -> None:
+    """The text of a digit's token is in many others, and a line end's has another alphabet."""
+    source = model(tmp_path / "model", None, {"eos_token_id": [1, 300]})
+    qf.convert(source, tmp_path / "m.gguf", "Q8_0", modelfile=True)
+    with qf.open(tmp_path / "m.gguf") as made:
+        tokens = made.config["tokenizer.ggml.tokens"]
+    said = parsed((tmp_path / "Modelfile").read_text())
+    assert [v for k, v in said if k == "PARAMETER stop"] == [tokens[1]]
 
 
 def test_what_cannot_be_said_exactly_is_left_to_the_file(tmp_path: Path) -> None:

@@ -86,6 +86,8 @@ ENDS = {
     "generation_config": ({"eos_token_id": [1, 300]}, {}, [1, 300], 300),
     "config": ({}, {"eos_token_id": [1, 300]}, [1, 300], 300),
     "generation_config first": ({"eos_token_id": [1, 300]}, {"eos_token_id": [1, 302]}, [1, 300], 300),
+    "config, where generation_config has one": ({"eos_token_id": 1}, {"eos_token_id": [300, 1]}, [300, 1], 300),
+    "twice": ({"eos_token_id": [300, 300, 1]}, {}, [300, 1], 300),
     "known by its text": ({"eos_token_id": [1, 301, 300]}, {}, [1, 301, 300], 300),
     "one": ({"eos_token_id": [1]}, {}, None, None),
 }

@@ -76,14 +76,18 @@ ARCH = Arch(
         "num_local_experts": 128,
         "num_experts_per_tok": 4,
         "rope_theta": 150000.0,
-        "rope_scaling": {
-            "rope_type": "yarn",
-            "factor": 32.0,
-            "beta_fast": 32.0,
-            "beta_slow": 1.0,
-            "truncate": False,
-            "original_max_position_embeddings": 4096,
-        },
+        "rope_scaling": lambda given: (
+            None
+            if given.get("rope_parameters")
+            else {
+                "rope_type": "yarn",
+                "factor": 32.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "original_max_position_embeddings": 4096,
+            }
+        ),
     },
     metadata_keys={
         **{k: v for k, v in METADATA.items() if v[1] is not dict},  # rope: `_computed`

@@ -54,7 +54,7 @@ def adapter_alone(path: str | Path | Source, base: str | Path, lora: Adapters, o
 class AdapterSource(Source):
     """See the module."""
 
-    format, gguf_names = "gguf", True
+    format, gguf_names, whole = "gguf", True, False
 
     def __init__(self, adapter: Adapter, model: Source) -> None:
         self.path, self._adapter = adapter.path, adapter

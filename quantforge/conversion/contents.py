@@ -26,7 +26,6 @@ from ..errors import UnsupportedError
 from ..formats import Format, Source
 from ..formats.rows import check_numbers
 from ..tokenizer.files import chat_templates, read_json
-from .adapter import AdapterSource
 from .pooling import pooling_metadata
 
 log = logging.getLogger(__name__)
@@ -58,7 +57,7 @@ def contents(
     pre_tokenizer: as in `tokenizer.metadata`; mtp: with the layers that predict further tokens; vocab_only: without tensors.
     Raises FormatError, ShapeError, UnsupportedError.
     """
-    if source.gguf_names:
+    if source.gguf_names and source.whole:
         from_gguf.check_is_model(source.config, source.path, whole=not target.gguf_names)
     weights, outputs, joined = ([], {}, {}) if vocab_only else matched(source, target, mtp=mtp)
     if source.gguf_names and target.gguf_names:

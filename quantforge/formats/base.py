@@ -60,6 +60,8 @@ class Source(ABC):
     """Tensors that say nothing where the model has no place for them: biases of zero."""
     gguf_names: bool = False
     """True: tensors and metadata are called as in GGUF; false: as in a checkpoint."""
+    whole: bool = True
+    """False for what is no model, but goes beside one."""
     adapters: tuple[Path, ...] = ()
     """What is merged into it while it is read."""
 

@@ -263,7 +263,7 @@ def test_every_argument_is_typed_and_has_a_bullet() -> None:
             assert p.annotation not in (inspect.Parameter.empty, "Any"), p.name
     bullets = re.findall(r"^    - (\w+): ", qf.convert.__doc__ or "", flags=re.M)
     assert bullets == [*dict.fromkeys(bullets)] and set(bullets) == set(convert.parameters)
-    runs = {"threads", "force", "measure", "progress"}
+    runs = {"threads", "force", "measure", "modelfile", "progress"}
     assert {k: v for k, v in convert.parameters.items() if k not in runs} == dict(plan.parameters)
 
 

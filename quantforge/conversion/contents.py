@@ -58,7 +58,7 @@ def contents(
     pre_tokenizer: as in `tokenizer.metadata`; mtp: with the layers that predict further tokens; vocab_only: without tensors.
     Raises FormatError, ShapeError, UnsupportedError.
     """
-    if source.gguf_names:
+    if source.gguf_names and not isinstance(source, AdapterSource):
         from_gguf.check_is_model(source.config, source.path, whole=not target.gguf_names)
     weights, outputs, joined = ([], {}, {}) if vocab_only else matched(source, target, mtp=mtp)
     if source.gguf_names and target.gguf_names:

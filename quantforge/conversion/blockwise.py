@@ -26,7 +26,7 @@ from ..codecs import Codec, Encoded
 from ..codecs.integers import ActOrderCodec
 from ..codecs.plain import PlainCodec
 from ..device import decode_on
-from ..errors import CalibrationError, NonFiniteError, UnsupportedError
+from ..errors import CalibrationError, NonFiniteError, ShapeError, UnsupportedError
 from ..formats import Source
 from ..formats.rows import decoded, read_rows
 from ..methods import Method, Stats, output_errors
@@ -263,6 +263,8 @@ class _Block:
                 raise NonFiniteError(f"{parts[0][0]}: {e}", ()) from None
             except CalibrationError as e:
                 raise CalibrationError(f"{parts[0][0]}: {e}") from None
+            except ShapeError as e:  # a short last group, which plain rounding has
+                raise ShapeError(f"{parts[0][0]}: {e}; or a --group-size that divides the rows, or --method rtn") from None
         return outcomes
 
     def _alike(self, group: list[str]) -> list[list[tuple[str, Output]]]:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from .. import formats
+from ..archs.from_gguf import check_is_model
 from ..arrays import F32
 from ..calibration.corpus import HELD_OUT, Stages
 from ..calibration.importance import Importance
@@ -74,6 +75,8 @@ def verify(
         return verification([Check("imatrix", "unknown", str(e))])
     try:
         made = formats.open_path(out)
+        if made.gguf_names:
+            check_is_model(made.config, Path(out), whole=False)
     except QuantForgeError as e:
         return verification([Check("structure", "differs", str(e))])
     run = _Run(threads, progress or (lambda what, done, of: None), imatrix)

@@ -170,3 +170,11 @@ def test_options_that_make_no_sense(tmp_path: Path) -> None:
     for out, options, error, message in wrong:
         with pytest.raises(error, match=message):
             qf.convert(a, tmp_path / out, base=tmp_path / "m", **options)
+
+
+def test_verify_names_it(tmp_path: Path) -> None:
+    adapters.llama(tmp_path / "m")
+    lora = adapters.save(tmp_path / "a", adapters.low_rank("model.layers.0.mlp.up_proj", adapters.INTER, adapters.HIDDEN))
+    qf.convert(lora, tmp_path / "a.gguf", base=tmp_path / "m")
+    (check,) = qf.verify(tmp_path / "a.gguf", tmp_path / "m", fast=True).checks
+    assert check.status == "differs" and "an adapter (LoRA), not a model" in check.detail

@@ -96,3 +96,12 @@ def test_shapes_that_do_not_fit(tmp_path: Path) -> None:
 def test_bad_options(large: Path, tmp_path: Path, options: dict[str, str], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         qf.plan(large, tmp_path / "m.gguf", "Q4_0", **options)
+
+
+def test_a_method_without_short_groups_names_the_matrix_and_the_ways_out(tmp_path: Path) -> None:
+    model = checkpoints.model(tmp_path / "m", "Llama", hidden_size=64, intermediate_size=96)
+    options = {"format": "gptq", "bits": 4, "group_size": 64}
+    with pytest.raises(qf.ShapeError, match=r"mlp\.down_proj\.weight: .* 96 .*--group-size.*--method rtn"):
+        qf.convert(model, tmp_path / "out", **options, method="gptq", calibration=qf.Calibration(chunks=2, ctx=32), threads=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+    qf.convert(model, tmp_path / "out", **options, threads=1)

@@ -275,7 +275,8 @@ def quantization_metadata(file_type: int, imatrix: Importance | None) -> dict[st
 VERSION, RECIPE, METHOD = "quantforge.version", "quantforge.recipe", "quantforge.method"
 SOURCE_NAME, SOURCE_DIGEST = "quantforge.source.name", "quantforge.source.sha256"
 IMATRIX_DIGEST = "quantforge.imatrix.sha256"
-_OF_ONE_RUN = (VERSION, RECIPE, SOURCE_NAME, SOURCE_DIGEST, IMATRIX_DIGEST)
+ADAPTERS = "quantforge.source.adapters"
+_OF_ONE_RUN = (VERSION, RECIPE, SOURCE_NAME, SOURCE_DIGEST, ADAPTERS, IMATRIX_DIGEST)
 PENDING = "0" * 64
 """In a plan, which reads no tensors, the place of `Source.digest`."""
 
@@ -287,8 +288,10 @@ def origin(source: Source, recipe: str, imatrix: Importance | None, first_hand: 
     way: the file is of the model that it names, and the same as if it had been made of that at once.
     """
     values = {VERSION: __version__, RECIPE: recipe, SOURCE_NAME: source.path.absolute().name, SOURCE_DIGEST: PENDING}
-    before = {k: source.config[k] for k in (SOURCE_NAME, SOURCE_DIGEST) if isinstance(source.config.get(k), str)}
-    if first_hand and len(before) == 2:
+    before = {k: source.config[k] for k in (SOURCE_NAME, SOURCE_DIGEST, ADAPTERS) if isinstance(source.config.get(k), str)}
+    if source.adapters:  # merged here: the digest is of what came of it
+        values[ADAPTERS] = ", ".join(adapter.absolute().name for adapter in source.adapters)
+    elif first_hand and {SOURCE_NAME, SOURCE_DIGEST} <= before.keys():
         values |= before
     if imatrix is not None and imatrix.path.is_file():
         values[IMATRIX_DIGEST] = hashlib.sha256(imatrix.path.read_bytes()).hexdigest()
@@ -318,6 +321,7 @@ def history(metadata: Mapping[str, Any]) -> dict[str, Any]:
         "version": VERSION,
         "source": SOURCE_NAME,
         "source_sha256": SOURCE_DIGEST,
+        "adapters": ADAPTERS,
         "recipe": RECIPE,
         "method": METHOD,
         "imatrix": "quantize.imatrix.file",

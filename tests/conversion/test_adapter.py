@@ -79,6 +79,23 @@ def test_the_embedding(tmp_path: Path) -> None:
     assert np.abs(logits(tmp_path / "base.gguf", tmp_path / "a.gguf") - want).max() < 1e-5 * np.abs(want).max()
 
 
+def test_a_file_names_the_adapters_that_are_in_it(tmp_path: Path) -> None:
+    """Also where the model came from a file that says what it was made of, and behind a float file on the way."""
+    model = models.make(tmp_path / "m", "LlamaForCausalLM")
+    a = save(tmp_path / "a", low_rank("model.layers.0.self_attn.q_proj", 64, 64))
+    qf.convert(model, tmp_path / "base.gguf", "F32")
+    qf.convert(tmp_path / "base.gguf", tmp_path / "merged.gguf", "F32", lora=a)
+    qf.convert(tmp_path / "merged.gguf", tmp_path / "small.gguf", "Q4_0")
+    said = []
+    for name in ("base", "merged", "small"):
+        with qf.open(tmp_path / f"{name}.gguf") as source:
+            said.append({k.removeprefix("quantforge.source."): v for k, v in source.config.items() if "quantforge.source" in k})
+    base, merged, small = said
+    assert base.keys() == {"name", "sha256"} and base["name"] == "m"
+    assert merged["name"] == "base.gguf" and merged["adapters"] == "a" and merged["sha256"] != base["sha256"]
+    assert small == merged
+
+
 def test_what_the_file_says(tmp_path: Path) -> None:
     adapters.llama(tmp_path / "m")
     q, up = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"
